@@ -1,0 +1,1 @@
+"""POA: pre-train once, ship every size."""

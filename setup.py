@@ -1,0 +1,73 @@
+"""Packaging. Static metadata is here rather than in pyproject.toml because the DALI wheel depends on the machine."""
+
+import ctypes
+import os
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+DALI_WHEELS = {"cuda120": 525, "cuda130": 580}  # wheel -> oldest NVIDIA driver that runs it
+
+
+def dali_wheel() -> str:
+    """Choose the DALI wheel: the two share file paths, so exactly one may be installed.
+
+    POA_DALI=cuda120|cuda130 decides; otherwise the driver does; without a driver, CUDA 13 (its CPU pipelines need none).
+    """
+    choice = os.environ.get("POA_DALI", "")
+    if choice:
+        if choice not in DALI_WHEELS:
+            raise SystemExit(f"error: unknown wheel {choice!r} (POA_DALI): use one of {', '.join(DALI_WHEELS)}")
+        return choice
+    try:
+        version = ctypes.c_int()
+        if ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version)) == 0 and version.value < 13000:
+            return "cuda120"
+    except OSError:
+        pass  # no driver on this machine
+    return "cuda130"
+
+
+DEVELOPMENT = [
+    "coverage>=7.6",
+    "import-linter>=2.3",
+    "mypy>=1.15",
+    "pre-commit>=4",
+    "pytest>=8.3",
+    "pytest-cov>=6",
+    "pytest-timeout>=2.3",
+    "ruff>=0.11",
+    "types-PyYAML",
+]
+
+setup(
+    name="poa-pretrain",
+    version="0.1.0",
+    description="Pre-train a vision backbone once, ship every size of it as a plain timm model.",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["pipeline*", "kernels*"]),
+    install_requires=[
+        "torch>=2.9,<2.16",
+        "torchvision>=0.24",
+        "timm>=1.0.20,<1.1",
+        # The engine reads DeepSpeed's gradient partitions, which are not documented API: the tested range is narrow.
+        "deepspeed>=0.19.8,<0.20",
+        f"nvidia-dali-{dali_wheel()}>=2.0,<3",
+        "nvidia-nvimgcodec-cu13>=0.6" if dali_wheel() == "cuda130" else "nvidia-nvimgcodec-cu12>=0.6",
+        "numpy>=1.26",
+        "pillow>=10",
+        "prometheus-client>=0.21",
+        "pydantic>=2.9,<3",
+        "PyYAML>=6",
+        "safetensors>=0.5",
+        "scikit-learn>=1.5",
+        "tensorboard>=2.18",
+        "tqdm>=4.66",
+        "webdataset>=0.2.100,<2",
+    ],
+    extras_require={"dev": DEVELOPMENT},
+    entry_points={"console_scripts": ["poa=pipeline.cli:main"]},
+)
