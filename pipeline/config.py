@@ -16,7 +16,10 @@ Family = Literal["vit", "swin", "resnet"]
 Fraction = tuple[float, float]
 
 FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
-    "vit": {},
+    "vit": {
+        "width": {"min": 384, "max": 1024, "step": 64},
+        "depth": {"min": 12, "max": 24, "step": 1},
+    },
     "swin": {
         "patch_size": 4,
         "head_dim": 16,
@@ -88,8 +91,8 @@ class ModelConfig(Section):
     patch_size: int = Field(16, gt=0)
     in_chans: int = Field(3, gt=0)
     head_dim: int = Field(64, gt=0)
-    width: Span = Span(min=384, max=1024, step=64)
-    depth: DepthSpan = DepthSpan(min=12, max=24, step=1)
+    width: Span
+    depth: DepthSpan
     drop_path: float = Field(0.2, ge=0, lt=1)
     layer_scale: float | None = Field(1.0e-5, gt=0)
     init_from: str | None = None
@@ -98,9 +101,15 @@ class ModelConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _family_defaults(cls, values: Any) -> Any:
-        if isinstance(values, dict):
-            return {**FAMILY_DEFAULTS.get(str(values.get("family", "vit")), {}), **values}
-        return values
+        """Fill what is left out of the file, single keys of `width` and `depth` included."""
+        if not isinstance(values, dict):
+            return values
+        merged = {**FAMILY_DEFAULTS.get(str(values.get("family", "vit")), {}), **values}
+        for name in ("width", "depth"):
+            default = FAMILY_DEFAULTS.get(str(values.get("family", "vit")), {}).get(name)
+            if isinstance(merged.get(name), dict) and default:
+                merged[name] = {**default, **merged[name]}
+        return merged
 
     @model_validator(mode="after")
     def _consistent(self) -> "ModelConfig":
@@ -176,7 +185,9 @@ class LossConfig(Section):
 
     intact_weight: float = Field(0.8, ge=0, le=1)
     koleo_weight: float = Field(0.1, ge=0)
-    koleo_group: int | None = Field(None, ge=2, description="images among which a neighbour is sought; the rank's batch")
+    koleo_group: int | None = Field(
+        None, ge=2, description="images among which a neighbour is sought; the rank's batch"
+    )
     ibot_weight: float = Field(1.0, ge=0)
     ibot_start_epoch: float = Field(30, ge=0)
     mask_probability: float = Field(0.5, ge=0, le=1)
@@ -193,8 +204,10 @@ class LossConfig(Section):
 
 
 class CropConfig(Section):
-    size: int = Field(gt=0)
-    scale: Fraction
+    """Side in pixels and range of the area, as a fraction of the image's."""
+
+    size: int = Field(224, gt=0)
+    scale: Fraction = (0.32, 1.0)
 
     @model_validator(mode="after")
     def _scale_is_a_range(self) -> "CropConfig":
@@ -205,6 +218,8 @@ class CropConfig(Section):
 
 class LocalCropConfig(CropConfig):
     count: int = Field(8, ge=0)
+    size: int = Field(96, gt=0)
+    scale: Fraction = (0.05, 0.32)
 
 
 class DataConfig(Section):
@@ -213,8 +228,8 @@ class DataConfig(Section):
     train: str | list[str] = "shards/train-{000000..000999}.tar"
     val: str | list[str] | None = None
     batch_size: int = Field(50, gt=0)
-    global_crops: CropConfig = CropConfig(size=224, scale=(0.32, 1.0))
-    local_crops: LocalCropConfig = LocalCropConfig(count=8, size=96, scale=(0.05, 0.32))
+    global_crops: CropConfig = CropConfig()
+    local_crops: LocalCropConfig = LocalCropConfig()
     threads: int = Field(4, gt=0)
     seed: int = Field(0, ge=0)
     max_pixels: int = Field(178956970, gt=0)
@@ -250,7 +265,7 @@ class OptimConfig(Section):
     @model_validator(mode="after")
     def _warmup_fits(self) -> "OptimConfig":
         if self.warmup_epochs >= self.epochs:
-            raise ValueError(f"warmup_epochs={self.warmup_epochs:g} must be less than epochs={self.epochs}")
+            raise ValueError(f"warmup_epochs={self.warmup_epochs:g} must be less than epochs={self.epochs}: lower it")
         if not all(0 <= m <= 1 for m in self.ema):
             raise ValueError(f"ema={list(self.ema)} must lie within [0, 1]")
         return self
@@ -300,7 +315,7 @@ class MetricsConfig(Section):
 class ExperimentConfig(Section):
     """One experiment, as described by a YAML file."""
 
-    model: ModelConfig = ModelConfig()
+    model: ModelConfig = Field(default_factory=lambda: ModelConfig.model_validate({}))
     sampling: SamplingConfig = SamplingConfig()
     heads: HeadsConfig = HeadsConfig()
     loss: LossConfig = LossConfig()
