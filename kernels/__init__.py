@@ -1,0 +1,4 @@
+"""Fused kernels of the training step, each next to its eager reference.
+
+Every operation takes `impl="eager" | "triton"`; nothing here knows about `pipeline`.
+"""

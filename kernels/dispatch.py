@@ -1,0 +1,30 @@
+"""The choice of an implementation: always by name, never by what happens to import."""
+
+import torch
+
+IMPLEMENTATIONS = ("eager", "triton")
+
+
+def use_triton(impl: str, tensor: torch.Tensor) -> bool:
+    """Whether `impl` names the Triton kernels, after checking that they can run on `tensor`'s device.
+
+    Raises:
+        ValueError: `impl` is unknown, or the kernels cannot run where `tensor` lives.
+    """
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl={impl!r} is unknown; expected one of {', '.join(IMPLEMENTATIONS)}")
+    if impl == "eager":
+        return False
+    if not tensor.is_cuda and not interpreted():
+        raise ValueError(
+            f"impl='triton' got a tensor on {tensor.device}, expected cuda: use impl='eager', or set "
+            "TRITON_INTERPRET=1 before Python starts to run the kernels in Triton's interpreter"
+        )
+    return True
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels (TRITON_INTERPRET=1 when they were imported)."""
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
