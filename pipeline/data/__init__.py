@@ -1,0 +1,1 @@
+"""Images from WebDataset shards to augmented crops; import the submodule you need."""

@@ -1,0 +1,183 @@
+"""Multi-crop augmentation: all random parameters from numpy, one DALI graph that executes them on CPU or GPU.
+
+The operations and their order are fixed: crop and resize, hue, saturation (0 for grey), contrast, brightness, blur,
+solarisation, flip, normalisation. (torchvision's ColorJitter draws the order of its four operations anew each time;
+DINO, section 3.1 and appendix, is the source of the probabilities and ranges.)
+"""
+
+import math
+from collections.abc import Callable
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+
+from pipeline.config import DataConfig
+from pipeline.data.philox import Purpose, philox
+
+MEAN = (0.485, 0.456, 0.406)  # ImageNet's, for pixels in 0..1
+STD = (0.229, 0.224, 0.225)
+LUMA = (0.299, 0.587, 0.114)
+GLOBAL_CROPS = 2
+
+_BOX_TRIES = 10
+_RATIO = (3 / 4, 4 / 3)
+_JITTER, _JITTER_PROBABILITY = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1}, 0.8
+_GREY_PROBABILITY, _SOLARIZE_PROBABILITY, _FLIP_PROBABILITY = 0.2, 0.2, 0.5
+_SIGMA, _BLUR_WINDOW, _SOLARIZE_THRESHOLD = (0.1, 2.0), 9, 128
+_DRAWS = 2 * _BOX_TRIES + 12  # uniforms per crop: a multiple of Philox's block of 4
+
+
+class P(IntEnum):
+    """Columns of the parameters of a crop: box in pixels, hue in degrees, factors, sigma in pixels (0: no blur)."""
+
+    TOP = 0
+    LEFT = 1
+    BOTTOM = 2
+    RIGHT = 3
+    HUE = 4
+    SATURATION = 5
+    CONTRAST = 6
+    BRIGHTNESS = 7
+    SIGMA = 8
+    SOLARIZE = 9
+    FLIP = 10
+
+
+def parameters(data: DataConfig, position: int, sizes: np.ndarray) -> np.ndarray:
+    """Augmentation parameters of consecutive samples.
+
+    Args:
+        position: global position of the first; its draws and those of its neighbours depend on nothing else.
+        sizes: int `[B, 2]`, upright height and width of each image.
+
+    Returns:
+        float32 `[B, 2 + L, len(P)]`; global crops first.
+    """
+    crops = GLOBAL_CROPS + data.local_crops.count
+    generator = philox(data.seed, Purpose.AUGMENT, crops, block=position * crops * _DRAWS // 4)
+    draws = generator.random((len(sizes), crops, _DRAWS))
+    out = np.empty((len(sizes), crops, len(P)), np.float32)
+    out[..., : P.RIGHT + 1] = _boxes(data, sizes, draws[..., : 2 * _BOX_TRIES + 2])
+    _fill_colours(out, draws[..., 2 * _BOX_TRIES + 2 :], data.blur)
+    return out
+
+
+def _boxes(data: DataConfig, sizes: np.ndarray, draws: np.ndarray) -> np.ndarray:
+    """Top, left, bottom, right of random resized crops: the first of ten tries that fits, else a central crop."""
+    count = data.local_crops.count
+    low, high = np.array([data.global_crops.scale] * GLOBAL_CROPS + [data.local_crops.scale] * count).T[..., None]
+    height, width = (sizes[:, None, i].astype(np.float64) for i in (0, 1))
+    area = (height * width)[..., None] * (low + (high - low) * draws[..., :_BOX_TRIES])
+    log_low, log_high = np.log(_RATIO)
+    ratio = np.exp(log_low + (log_high - log_low) * draws[..., _BOX_TRIES : 2 * _BOX_TRIES])
+    w, h = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
+    fits = (w > 0) & (w <= width[..., None]) & (h > 0) & (h <= height[..., None])
+    first = fits.argmax(-1)[..., None]
+    w, h = (np.take_along_axis(side, first, -1)[..., 0] for side in (w, h))
+    fit = fits.any(-1)
+    w = np.where(fit, w, np.minimum(width, np.rint(height * _RATIO[1])))
+    h = np.where(fit, h, np.minimum(height, np.rint(width / _RATIO[0])))
+    top, left = (
+        np.where(fit, np.floor(draw * (whole - part + 1)), (whole - part) // 2)
+        for draw, whole, part in ((draws[..., -2], height, h), (draws[..., -1], width, w))
+    )
+    return np.stack([top, left, top + h, left + w], -1)
+
+
+def _fill_colours(out: np.ndarray, draws: np.ndarray, blur: tuple[float, float, float]) -> None:
+    jitter = draws[..., 0] < _JITTER_PROBABILITY
+    grey = draws[..., 1] < _GREY_PROBABILITY
+
+    def factor(draw: np.ndarray, reach: float, centre: float) -> np.ndarray:
+        return np.where(jitter, centre + reach * (2 * draw - 1), centre)
+
+    out[..., P.HUE] = factor(draws[..., 2], 360 * _JITTER["hue"], 0)
+    out[..., P.SATURATION] = np.where(grey, 0, factor(draws[..., 3], _JITTER["saturation"], 1))
+    out[..., P.CONTRAST] = factor(draws[..., 4], _JITTER["contrast"], 1)
+    out[..., P.BRIGHTNESS] = factor(draws[..., 5], _JITTER["brightness"], 1)
+    probability = np.array([*blur[:2], *[blur[2]] * (out.shape[1] - GLOBAL_CROPS)])
+    sigma = _SIGMA[0] + (_SIGMA[1] - _SIGMA[0]) * draws[..., 7]
+    out[..., P.SIGMA] = np.where(draws[..., 6] < probability, sigma, 0)
+    out[..., P.SOLARIZE] = False
+    out[:, 1, P.SOLARIZE] = draws[:, 1, 8] < _SOLARIZE_PROBABILITY
+    out[..., P.FLIP] = draws[..., 9] < _FLIP_PROBABILITY
+
+
+def build_pipeline(
+    data: DataConfig, source: Callable[[int], tuple[Any, Any, Any]], *, device_id: int | None, half: bool
+) -> Any:
+    """A built DALI pipeline that executes the parameters.
+
+    Args:
+        source: batch number since the build -> (encoded images, parameters `[B, 2 + L, len(P)]`, positions `[B, 1]`).
+        device_id: CUDA device, None for the CPU.
+        half: float16 instead of float32 output.
+
+    Outputs per batch: positions int64 `[B, 1]` on the CPU, global crops `[B, 2, 3, S, S]` and, if there are any,
+    local crops `[B, L, 3, s, s]`.
+    """
+    from nvidia.dali import fn, pipeline_def, types
+
+    @pipeline_def(enable_conditionals=True)
+    def graph() -> tuple[Any, ...]:
+        encoded, drawn, positions = fn.external_source(
+            source=source, num_outputs=3, batch=True, dtype=[types.UINT8, types.FLOAT, types.INT64], ndim=[1, 2, 1]
+        )
+        image = _decode(encoded, device_id)
+        sizes = [data.global_crops.size] * GLOBAL_CROPS + [data.local_crops.size] * data.local_crops.count
+        crops = [_crop(image, drawn[i], i, size, data.hue, half) for i, size in enumerate(sizes)]
+        groups = [crops[:GLOBAL_CROPS], crops[GLOBAL_CROPS:]]
+        return positions, *(fn.stack(*group) for group in groups if group)
+
+    pipeline = graph(
+        batch_size=data.batch_size, num_threads=data.threads, device_id=device_id, seed=0, prefetch_queue_depth=2
+    )
+    pipeline.build()
+    return pipeline
+
+
+def _decode(encoded: Any, device_id: int | None) -> Any:
+    from nvidia.dali import fn, types
+
+    on_gpu = {} if device_id is None else {"jpeg_fancy_upsampling": True}
+    device = "cpu" if device_id is None else "mixed"
+    return fn.decoders.image(encoded, device=device, output_type=types.RGB, adjust_orientation=True, **on_gpu)
+
+
+def _crop(image: Any, p: Any, number: int, size: int, hue: str, half: bool) -> Any:
+    """One crop of the image, CHW and normalised; `p` is its row of parameters."""
+    from nvidia.dali import fn, types
+
+    x = fn.resize(
+        image,
+        roi_start=p[P.TOP : P.LEFT + 1],
+        roi_end=p[P.BOTTOM : P.RIGHT + 1],
+        size=(size, size),
+        interp_type=types.INTERP_CUBIC,
+        antialias=True,
+    )
+    x = _jitter(x, p)
+    if p[P.SIGMA] > 0.0:
+        x = fn.gaussian_blur(x, window_size=_BLUR_WINDOW, sigma=p[P.SIGMA])
+    if number == 1:
+        if p[P.SOLARIZE] > 0.0:
+            inverted = [v if v < _SOLARIZE_THRESHOLD else 255 - v for v in range(256)]
+            x = fn.lookup_table(x, keys=list(range(256)), values=inverted, dtype=types.UINT8)
+    return fn.crop_mirror_normalize(
+        x,
+        mirror=fn.cast(p[P.FLIP], dtype=types.INT32),
+        mean=[255 * m for m in MEAN],
+        std=[255 * s for s in STD],
+        output_layout="CHW",
+        dtype=types.FLOAT16 if half else types.FLOAT,
+    )
+
+
+def _jitter(x: Any, p: Any) -> Any:
+    from nvidia.dali import fn, types
+
+    x = fn.hsv(x, hue=p[P.HUE], saturation=p[P.SATURATION])
+    luma = fn.constant(fdata=list(LUMA), shape=[3])
+    centre = fn.reductions.sum(fn.reductions.mean(x, axes=(0, 1), dtype=types.FLOAT) * luma)
+    return fn.brightness_contrast(x, brightness=p[P.BRIGHTNESS], contrast=p[P.CONTRAST], contrast_center=centre)

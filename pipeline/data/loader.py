@@ -1,0 +1,165 @@
+"""Batches of augmented crops as torch tensors; the whole state is one integer."""
+
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from pipeline.config import DataConfig
+from pipeline.data.augment import GLOBAL_CROPS, build_pipeline, parameters
+from pipeline.data.images import undecodable
+from pipeline.data.reader import Dataset, SampleStream, Skip
+
+_READ_AHEAD = 4  # batches whose bytes and parameters are prepared before the pipeline asks for them
+_DTYPES = (torch.float32, torch.float16)
+
+
+class Batch(NamedTuple):
+    """Crops of B images, image-major: global crop g of image b is row 2b + g, local crop j is row Lb + j."""
+
+    global_crops: torch.Tensor
+    local_crops: torch.Tensor
+
+
+class _Prepared(NamedTuple):
+    """What the pipeline needs for a batch, and what had to be left out of it."""
+
+    encoded: list[np.ndarray]
+    parameters: np.ndarray
+    records: list[int]
+    rejected: list[tuple[int, int, str]]
+
+
+class Loader:
+    """Endless iterator over batches of this rank.
+
+    Rank r of R takes positions `next_sample + r * B ... + B` of the stream, so R ranks with batches of B see what one
+    rank sees with batches of R * B, and a loader started at another's `next_sample` continues it bit for bit.
+
+    Args:
+        data: shards, crops and augmentation.
+        rank, world_size: this process among those that share the stream.
+        start_sample: samples consumed so far by all ranks together.
+        device: `cpu` or `cuda:N`; decides where images are decoded and augmented and where tensors live.
+        dtype: torch.float32 or torch.float16. For bfloat16 take float32 and cast: DALI cannot write it.
+        on_skip: called once per sample left out, with its key, shard, reason and first position.
+
+    Attributes:
+        next_sample: samples consumed by all ranks together, the `start_sample` that resumes.
+        skipped: how often a sample was left out so far, by reason.
+        samples: samples per epoch of the stream.
+
+    Raises:
+        UserError: see `Dataset`; also from `next()` if too many samples in a row are unusable.
+        ValueError: another dtype or device.
+    """
+
+    def __init__(
+        self,
+        data: DataConfig,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        start_sample: int = 0,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        on_skip: Callable[[Skip], None] | None = None,
+    ) -> None:
+        if dtype not in _DTYPES:
+            raise ValueError(f"dtype {dtype}: expected one of {_DTYPES}")
+        self.data, self.rank, self.world_size, self.on_skip = data, rank, world_size, on_skip
+        self.device_id, self._half = _device_id(torch.device(device)), dtype == torch.float16
+        dataset = Dataset(data.train)
+        self._stream = SampleStream(dataset, window=data.window, seed=data.seed, max_pixels=data.max_pixels)
+        self.samples, self.next_sample = len(dataset), start_sample
+        self.skipped: Counter[str] = Counter()
+        self._reported: set[int] = set()
+        self._pool = ThreadPoolExecutor(_READ_AHEAD, thread_name_prefix="poa-reader")
+        self._start_pipeline()
+
+    def __iter__(self) -> "Loader":
+        return self
+
+    def __next__(self) -> Batch:
+        outputs = self._run()
+        position = self.next_sample + self.rank * self.data.batch_size
+        prepared = self._prepared.pop(self.next_sample).result()
+        positions = np.asarray(outputs[0].as_tensor()).ravel()
+        assert (positions == position + np.arange(self.data.batch_size)).all(), "the pipeline lost a batch"
+        self._report(prepared)
+        self.next_sample += self._stride
+        crops = [torch.from_dlpack(output.as_tensor()).flatten(0, 1) for output in outputs[1:]]
+        if len(crops) == 1:
+            size = self.data.local_crops.size
+            crops.append(crops[0].new_empty(0, 3, size, size))
+        return Batch(*crops)
+
+    def close(self) -> None:
+        """Stop the reading threads and free the pipeline; tensors handed out stay valid."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._pipeline = None
+
+    @property
+    def _stride(self) -> int:
+        return self.data.batch_size * self.world_size
+
+    def _start_pipeline(self) -> None:
+        """(Re)start at `next_sample`."""
+        self._prepared: dict[int, Future[_Prepared]] = {}
+        start = self.next_sample
+
+        def source(number: int) -> tuple[list[np.ndarray], list[np.ndarray], np.ndarray]:
+            wanted = start + number * self._stride
+            for ahead in range(wanted, wanted + _READ_AHEAD * self._stride, self._stride):
+                if ahead not in self._prepared:
+                    self._prepared[ahead] = self._pool.submit(self._prepare, ahead)
+            prepared = self._prepared[wanted].result()
+            first = wanted + self.rank * self.data.batch_size
+            positions = np.arange(first, first + self.data.batch_size)[:, None]
+            return prepared.encoded, list(prepared.parameters), positions
+
+        self._pipeline = build_pipeline(self.data, source, device_id=self.device_id, half=self._half)
+
+    def _prepare(self, sample: int) -> _Prepared:
+        position = sample + self.rank * self.data.batch_size
+        picked = [self._stream.pick(position + i) for i in range(self.data.batch_size)]
+        sizes = np.array([(p.header.height, p.header.width) for p in picked])
+        return _Prepared(
+            [np.frombuffer(p.data, np.uint8) for p in picked],
+            parameters(self.data, position, sizes),
+            [p.record for p in picked],
+            [(position + i, record, reason) for i, p in enumerate(picked) for record, reason in p.rejected],
+        )
+
+    def _run(self) -> Any:
+        """Run the pipeline; where an image turns out undecodable, repeat the same batch with a substitute."""
+        while True:
+            try:
+                return self._pipeline.run()
+            except RuntimeError:
+                prepared = self._prepared[self.next_sample].result()
+                culprits = undecodable(prepared.encoded)
+                if not culprits:
+                    raise
+                for i in culprits:
+                    self._stream.reject(prepared.records[i], "decode")
+                self._start_pipeline()
+
+    def _report(self, prepared: _Prepared) -> None:
+        for position, record, reason in prepared.rejected:
+            self.skipped[reason] += 1
+            if record not in self._reported and self.on_skip:
+                dataset = self._stream.dataset
+                self.on_skip(Skip(dataset.key(record), str(dataset.shard(record)), reason, position))
+            self._reported.add(record)
+
+
+def _device_id(device: torch.device) -> int | None:
+    if device.type == "cpu":
+        return None
+    if device.type != "cuda":
+        raise ValueError(f"device {device}: expected cpu or cuda:N")
+    return device.index or 0

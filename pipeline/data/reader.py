@@ -1,0 +1,216 @@
+"""The stateless sample stream: the sample at a global position is a pure function of (seed, position)."""
+
+import functools
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from pipeline.data import tars
+from pipeline.data.images import BadImage, Header, inspect
+from pipeline.data.philox import Purpose, philox
+from pipeline.errors import UserError
+
+_log = logging.getLogger(__name__)
+_MAX_SUBSTITUTES = 64
+_OPEN_FILES = 128
+
+
+def expand_shards(shards: str | Sequence[str]) -> list[Path]:
+    """File names of a pattern with braces (`train-{000000..000009}.tar`), or of a list of such patterns.
+
+    Raises:
+        UserError: a shard does not exist, or there is none.
+    """
+    import braceexpand
+
+    patterns = [shards] if isinstance(shards, str) else list(shards)
+    try:
+        paths = [Path(name) for pattern in patterns for name in braceexpand.braceexpand(str(pattern))]
+    except braceexpand.UnbalancedBracesError as error:
+        raise UserError("unbalanced braces in a shard pattern", str(error), "close every brace") from error
+    if not paths:
+        raise UserError("no shards", "data", "name at least one .tar file")
+    missing = [path for path in paths if not path.is_file()]
+    if missing:
+        count = f" ({len(missing)} of {len(paths)} shards missing)" if len(missing) > 1 else ""
+        raise UserError(f"missing shard{count}", str(missing[0]), "correct the pattern, or build the shard")
+    return paths
+
+
+class _File:
+    """An open file that is closed with its last reference, so that a reader may outlive its place in a cache."""
+
+    def __init__(self, path: Path) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
+
+
+class Dataset:
+    """Random access to the samples of shards, by record number; samples without an image are left out.
+
+    A shard without an index beside it is walked, which is slow for large ones and said aloud.
+
+    Raises:
+        UserError: a shard is missing, damaged or empty, or an index describes another file.
+    """
+
+    def __init__(self, shards: str | Sequence[str]) -> None:
+        self.paths = expand_shards(shards)
+        loaded = [_images_and_labels(path) for path in self.paths]
+        self.shard_sizes = np.array([len(rows) for rows in loaded])
+        self._starts = np.concatenate([[0], np.cumsum(self.shard_sizes)])
+        self._rows = np.concatenate(loaded)  # [records, 4]: image offset and size, label offset and size
+        self._open = functools.lru_cache(_OPEN_FILES)(_File)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def shard(self, record: int) -> Path:
+        return self.paths[self._shard_number(record)]
+
+    def key(self, record: int) -> str:
+        """The sample's key; slow, since keys are not kept in memory."""
+        place = record - int(self._starts[self._shard_number(record)])
+        return _with_image(_samples(self.shard(record)))[place].key
+
+    def image(self, record: int) -> bytes:
+        """The encoded image. Raises OSError if the shard cannot be read."""
+        offset, size = self._rows[record, :2]
+        return self._read(record, int(offset), int(size))
+
+    def label(self, record: int) -> int | None:
+        """The class index in the sample's `.cls` file, None without one."""
+        offset, size = self._rows[record, 2:]
+        return int(self._read(record, int(offset), int(size))) if offset >= 0 else None
+
+    def _shard_number(self, record: int) -> int:
+        return int(np.searchsorted(self._starts, record, side="right")) - 1
+
+    def _read(self, record: int, offset: int, size: int) -> bytes:
+        file = self._open(self.shard(record))
+        data = os.pread(file.descriptor, size, offset)
+        if len(data) != size:
+            raise OSError(f"{self.shard(record)} ends at a sample")
+        return data
+
+
+def _samples(shard: Path) -> list[tars.Sample]:
+    return tars.read_index(shard) if tars.index_path(shard).exists() else tars.walk(shard)
+
+
+def _with_image(samples: list[tars.Sample]) -> list[tars.Sample]:
+    return [sample for sample in samples if sample.image]
+
+
+def _images_and_labels(shard: Path) -> np.ndarray:
+    if not tars.index_path(shard).exists():
+        _log.warning("%s has no index: reading the whole shard instead (poa shards index %s)", shard, shard)
+    samples = _samples(shard)
+    complete = _with_image(samples)
+    if len(complete) < len(samples):
+        _log.warning("%s: %d samples have no image and are left out", shard, len(samples) - len(complete))
+    if not complete:
+        raise UserError("the shard holds no image", str(shard), "leave it out, or build it again")
+    pairs = [(sample.image, sample.label) for sample in complete]
+    return np.array(
+        [(i.offset, i.size, *((l.offset, l.size) if l else (-1, 0))) for i, l in pairs if i], dtype=np.int64
+    )
+
+
+class SampleOrder:
+    """Which record stands at a global position: all once per epoch, in an order of its own for each epoch.
+
+    Shards are permuted, then the samples within windows of consecutive shards, so that reads stay local.
+    """
+
+    def __init__(self, shard_sizes: np.ndarray, window: int, seed: int) -> None:
+        self.shard_sizes, self.window, self.seed = np.asarray(shard_sizes), window, seed
+        self.samples = int(self.shard_sizes.sum())
+        self._starts = np.concatenate([[0], np.cumsum(self.shard_sizes)])
+        self._shards = functools.lru_cache(4)(self._draw_shards)
+        self._records = functools.lru_cache(4)(self._draw_records)
+
+    def __call__(self, position: int) -> int:
+        epoch, place = divmod(position, self.samples)
+        _, starts = self._shards(epoch)
+        window = int(np.searchsorted(starts, place, side="right")) - 1
+        return int(self._records(epoch, window)[place - starts[window]])
+
+    def _draw_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The epoch's shard order and the place in the epoch at which each window starts."""
+        order = philox(self.seed, Purpose.SHARDS, epoch).permutation(len(self.shard_sizes))
+        ends = np.cumsum(self.shard_sizes[order])
+        return order, np.concatenate([[0], ends[self.window - 1 : -1 : self.window]])
+
+    def _draw_records(self, epoch: int, window: int) -> np.ndarray:
+        order, _ = self._shards(epoch)
+        shards = order[window * self.window : (window + 1) * self.window]
+        records = np.concatenate([np.arange(self._starts[s], self._starts[s + 1]) for s in shards])
+        return philox(self.seed, Purpose.SAMPLES, epoch, window).permutation(records)
+
+
+class Skip(NamedTuple):
+    """A sample that was left out: `reason` as in `images.inspect`, or `read` or `decode`."""
+
+    key: str
+    shard: str
+    reason: str
+    position: int
+
+
+class Picked(NamedTuple):
+    """What a position is given: a usable image, and the records rejected on the way to it."""
+
+    record: int
+    data: bytes
+    header: Header
+    rejected: tuple[tuple[int, str], ...]
+
+
+class SampleStream:
+    """Usable images by global position.
+
+    A rejected sample is replaced by a record drawn from (seed, position, attempt). Rejection depends on the bytes
+    alone: `reject` records a verdict reached later, by decoding, that any other process would reach as well.
+    """
+
+    def __init__(self, dataset: Dataset, *, window: int, seed: int, max_pixels: int) -> None:
+        self.dataset, self.seed, self.max_pixels = dataset, seed, max_pixels
+        self.order = SampleOrder(dataset.shard_sizes, window, seed)
+        self._rejected: dict[int, str] = {}
+
+    def reject(self, record: int, reason: str) -> None:
+        self._rejected[record] = reason
+
+    def pick(self, position: int) -> Picked:
+        """The image for a position.
+
+        Raises:
+            UserError: too many substitutes in a row are unusable.
+        """
+        rejected = []
+        for attempt in range(_MAX_SUBSTITUTES):
+            record = self._candidate(position, attempt)
+            if record not in self._rejected:
+                try:
+                    data = self.dataset.image(record)
+                    return Picked(record, data, inspect(data, self.max_pixels), tuple(rejected))
+                except BadImage as error:
+                    self.reject(record, error.reason)
+                except OSError:
+                    self.reject(record, "read")
+            rejected.append((record, self._rejected[record]))
+        shard = str(self.dataset.shard(rejected[-1][0]))
+        raise UserError(f"{_MAX_SUBSTITUTES} unusable images in a row", shard, f"poa shards verify {shard}")
+
+    def _candidate(self, position: int, attempt: int) -> int:
+        if attempt == 0:
+            return self.order(position)
+        return int(philox(self.seed, Purpose.SUBSTITUTE, position, attempt).integers(len(self.dataset)))
