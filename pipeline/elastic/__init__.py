@@ -1,0 +1,48 @@
+"""Elastic backbones: the largest timm model of a family, with every sub-network inside it.
+
+Importing this package, `subnet`, `sampling` and `cost` does not import torch.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from pipeline.elastic.subnet import Grid, Subnet
+
+if TYPE_CHECKING:
+    from pipeline.config import ModelConfig
+    from pipeline.elastic.backbone import Backbone, Export, Features
+
+__all__ = ["Backbone", "Export", "Features", "Grid", "Subnet", "build"]
+
+
+def build(
+    config: "ModelConfig",
+    *,
+    kernels: str = "eager",
+    activation_checkpointing: bool = False,
+    call_skipped_blocks: bool = False,
+) -> "Backbone":
+    """Build the largest network of a family, randomly initialised by timm's own scheme.
+
+    Args:
+        config: family, sizes and grid. `init_from` is not read here: see `pipeline.elastic.pretrained`.
+        kernels: implementation of attention, "eager" or "triton".
+        activation_checkpointing: recompute each block in the backward pass instead of keeping its activations.
+        call_skipped_blocks: call also the blocks that a sub-network leaves out (ZeRO-3 needs every rank to).
+    """
+    from importlib import import_module
+
+    module = import_module(f"pipeline.elastic.{config.family}")
+    return module.build(
+        config,
+        kernels=kernels,
+        activation_checkpointing=activation_checkpointing,
+        call_skipped_blocks=call_skipped_blocks,
+    )
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("Backbone", "Export", "Features"):
+        from pipeline.elastic import backbone
+
+        return getattr(backbone, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
