@@ -15,7 +15,7 @@ from torch import Tensor
 from kernels.dispatch import use_triton
 
 # Logits handled at once: on the CPU what stays in its cache, on a GPU what bounds the memory.
-_CHUNK = {"cpu": 1 << 18, "cuda": 1 << 28}
+_CHUNK = {"cpu": 1 << 19, "cuda": 1 << 28}
 
 
 class Targets(NamedTuple):
@@ -112,10 +112,15 @@ class _CrossEntropy(torch.autograd.Function):
         for part in _chunks(student):
             target = _probabilities(targets, rows[part]).to(loss.dtype)
             mass = target.sum(-1, keepdim=True)
-            log_probabilities = torch.log_softmax(student[part].to(loss.dtype) / temperature, -1)
-            loss[part] = -torch.einsum("rk,rk->r", target, log_probabilities)
+            shifted = student[part].to(loss.dtype)
+            shifted = shifted - shifted.amax(-1, keepdim=True)
+            dot = torch.einsum("rk,rk->r", target, shifted) / temperature
+            exponential = shifted.div_(temperature).exp_()
+            total = exponential.sum(-1, keepdim=True)
+            loss[part] = (mass * total.log()).squeeze(-1) - dot
             if gradient is not None:
-                gradient[part] = log_probabilities.exp_().mul_(mass).sub_(target).div_(temperature)
+                softmax = exponential.mul_(mass / total / temperature)
+                gradient[part] = softmax.sub_(target, alpha=1 / temperature)
         ctx.save_for_backward(gradient)
         return loss
 

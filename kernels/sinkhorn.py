@@ -5,7 +5,8 @@ With E = exp(logits / T) `[B, K]` (B rows over all ranks, K prototypes) it alter
     u[k] = 1 / (K * sum_b E[b, k] v[b])        v[b] = 1 / (B * sum_k E[b, k] u[k])
 
 from v = 1 / B, and the targets are B * v[b] * E[b, k] * u[k]: rows sum to one, columns to about B / K. Only the vectors
-are kept, as logarithms; one read of the logits makes each half of an iteration. (Cuturi 2013; as used by SwAV and DINOv2.)
+are kept, as logarithms: one read of the logits makes each half of an iteration.
+Source: Cuturi 2013, as used by SwAV and DINOv2.
 """
 
 import math
@@ -33,7 +34,8 @@ def sinkhorn(
     """Log scalings that turn each entry's logits into balanced targets exp(logits / temperature + row + col).
 
     The entries (heads, cls or patch tokens) are independent problems; one all-reduce per iteration carries the column
-    sums of all of them and their row counts. A rank may hold no rows of an entry. Safe for |logits / temperature| up to 80.
+    sums of all of them and their row counts. A rank may hold no rows of an entry.
+    Safe for |logits / temperature| up to 80.
 
     Args:
         logits: entries `[M_i, K_i]` of this rank, any floating dtype, all on one device.
