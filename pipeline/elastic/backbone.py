@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pipeline.config import ModelConfig
-from pipeline.elastic.layers import leading
+from pipeline.elastic.layers import ElasticLayer, leading
 from pipeline.elastic.subnet import Grid, Subnet
 
 
@@ -63,7 +63,7 @@ class ElasticBlock(nn.Module):
 
 
 @cache
-def _compiled_body(block: type[ElasticBlock]) -> Callable[..., Tensor]:
+def _compiled_body(block: Any) -> Callable[..., Tensor]:
     return torch.compile(block._body, dynamic=False, fullgraph=True)
 
 
@@ -128,7 +128,7 @@ class Backbone(nn.Module):
         """Depth of a parameter: 0 embedding and tokens, 1.. blocks, `num_layers` final norm."""
         raise NotImplementedError
 
-    def elastic_blocks(self) -> list[ElasticBlock]:
+    def elastic_blocks(self) -> Sequence[ElasticBlock]:
         """Blocks of the largest network in order."""
         raise NotImplementedError
 
@@ -220,7 +220,7 @@ class Backbone(nn.Module):
 
 def _cut(source: nn.Module, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
     """The parameters of `source` that a module with parameters of these shapes takes over."""
-    if hasattr(source, "sliced"):
+    if isinstance(source, ElasticLayer):
         return source.sliced(*next(iter(shapes.values()))[:2])
     own = dict(source.named_parameters(recurse=False))
     return {name: leading(own[name], shape[-1]) for name, shape in shapes.items()}

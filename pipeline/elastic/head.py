@@ -1,5 +1,6 @@
 """Projection heads: an MLP on the unit sphere, compared with prototypes."""
 
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,14 +25,12 @@ class ProjectionHead(nn.Module):
     def __init__(self, in_dim: int, prototypes: int, config: "HeadsConfig"):
         super().__init__()
         widths = [config.hidden_dim] * (config.layers - 1) + [config.bottleneck_dim]
-        layers: list[nn.Module] = [ElasticLinear(in_dim, widths[0])]
-        for inputs, outputs in zip(widths, widths[1:], strict=False):
-            layers += [nn.GELU(), nn.Linear(inputs, outputs)]
-        self.mlp = nn.Sequential(*layers)
+        linears = [ElasticLinear(in_dim, widths[0]), *(nn.Linear(*sizes) for sizes in pairwise(widths))]
+        self.mlp = nn.Sequential(*[layer for linear in linears for layer in (linear, nn.GELU())][:-1])
         self.prototypes = nn.Parameter(torch.empty(prototypes, config.bottleneck_dim))
-        for layer in layers[::2]:
-            nn.init.trunc_normal_(layer.weight, std=0.02)
-            nn.init.zeros_(layer.bias)
+        for linear in linears:
+            nn.init.trunc_normal_(linear.weight, std=0.02)
+            nn.init.zeros_(linear.bias)
         nn.init.normal_(self.prototypes, std=config.bottleneck_dim**-0.5)
 
     def forward(self, x: Tensor) -> Tensor:

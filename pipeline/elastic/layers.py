@@ -5,7 +5,7 @@ its output width, and holds no state about either. `sliced` is the one slicing r
 with what it returns, and export writes the same tensors into a smaller timm model.
 """
 
-from typing import cast
+from typing import Protocol, cast, runtime_checkable
 
 import torch.nn.functional as F
 from timm.layers import LayerNorm, LayerScale, Mlp, PatchEmbed
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 def leading(parameter: Tensor, size: int, *, dim: int = -1, groups: int = 1) -> Tensor:
-    """The first `size / groups` entries of each of `groups` equal parts along `dim`; the tensor itself if that is all."""
+    """The first `size / groups` entries of each of `groups` equal parts along `dim`."""
     if parameter.shape[dim] == size:
         return parameter
     if groups == 1:
@@ -33,6 +33,13 @@ def leading_weight(weight: Tensor, out: int, inputs: int, out_groups: int = 1, i
     if inputs == full_inputs:
         return weight
     return leading(weight, inputs, dim=1, groups=in_groups) * (full_inputs / inputs)
+
+
+@runtime_checkable
+class ElasticLayer(Protocol):
+    """A layer whose parameters can be cut: to (out, inputs) channels of a weight, or to the channels of a vector."""
+
+    def sliced(self, *shape: int) -> dict[str, Tensor]: ...
 
 
 class ElasticLinear(nn.Linear):

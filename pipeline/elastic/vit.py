@@ -1,17 +1,17 @@
 """Elastic ViT: timm's VisionTransformer with a class token, LayerScale and learned positions."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
 from kernels.attention import attention
 from pipeline.config import ModelConfig
 from pipeline.elastic.backbone import Backbone, ElasticBlock, Features
-from pipeline.elastic.layers import ELASTIC, ElasticPatchEmbed, ElasticQKV, leading, make_elastic
+from pipeline.elastic.layers import ELASTIC, ElasticLinear, ElasticPatchEmbed, ElasticQKV, leading, make_elastic
 from pipeline.elastic.stochastic_depth import Kept, Layout, add_branch, kept_rows
 from pipeline.elastic.subnet import Subnet, kept_blocks
 
@@ -20,6 +20,8 @@ class ElasticAttention(Attention):
     """Self-attention over packed tokens: linear layers on all of them, attention per crop group."""
 
     kernels: str
+    qkv: ElasticQKV
+    proj: ElasticLinear
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         """`[T, C]` -> `[T, C]`, T the tokens of all crop groups of `layout`."""
@@ -35,6 +37,13 @@ class ElasticAttention(Attention):
 
 class ElasticViTBlock(ElasticBlock, Block):
     """Pre-norm transformer block over packed tokens."""
+
+    attn: ElasticAttention
+    norm1: nn.Module
+    norm2: nn.Module
+    ls1: nn.Module
+    ls2: nn.Module
+    mlp: nn.Module
 
     def _body(self, x: Tensor, layout: Layout, kept: tuple[Kept | None, Kept | None]) -> Tensor:
         def attend(tokens: Tensor, tokens_layout: Layout) -> Tensor:
@@ -52,9 +61,14 @@ class ElasticViT(Backbone, VisionTransformer):
 
     architecture = "vit_base_patch16_224"
     pool = "token"
+    blocks: nn.Sequential
+    patch_embed: ElasticPatchEmbed
+    pos_embed: nn.Parameter
+    cls_token: nn.Parameter
+    norm: nn.Module
 
-    def elastic_blocks(self) -> list[ElasticBlock]:
-        return list(self.blocks)
+    def elastic_blocks(self) -> Sequence[ElasticViTBlock]:
+        return [cast(ElasticViTBlock, block) for block in self.blocks]
 
     def forward_crops(
         self,
@@ -139,7 +153,7 @@ def build(
     subnet = Subnet(config.widths[-1], (config.depth_ranges[0][-1],))
     model = ElasticViT(**vit_args(config, subnet))
     make_elastic(model, {**ELASTIC, Attention: ElasticAttention, Block: ElasticViTBlock})
-    for block in model.blocks:
+    for block in model.elastic_blocks():
         block.attn.kernels = kernels
         block.attn.qkv.__class__ = ElasticQKV
     model.num_layers = len(model.blocks) + 1
