@@ -5,7 +5,6 @@ solarisation, flip, normalisation. (torchvision's ColorJitter draws the order of
 DINO, section 3.1 and appendix, is the source of the probabilities and ranges.)
 """
 
-import math
 from collections.abc import Callable
 from enum import IntEnum
 from typing import Any
@@ -140,9 +139,13 @@ def build_pipeline(
 def _decode(encoded: Any, device_id: int | None) -> Any:
     from nvidia.dali import fn, types
 
-    on_gpu = {} if device_id is None else {"jpeg_fancy_upsampling": True}
-    device = "cpu" if device_id is None else "mixed"
-    return fn.decoders.image(encoded, device=device, output_type=types.RGB, adjust_orientation=True, **on_gpu)
+    return fn.decoders.image(
+        encoded,
+        device="cpu" if device_id is None else "mixed",
+        output_type=types.RGB,
+        adjust_orientation=True,
+        jpeg_fancy_upsampling=True,  # as libjpeg does; the GPU decoder would otherwise repeat chroma
+    )
 
 
 def _crop(image: Any, p: Any, number: int, size: int, hue: str, half: bool) -> Any:
@@ -160,7 +163,7 @@ def _crop(image: Any, p: Any, number: int, size: int, hue: str, half: bool) -> A
     x = _jitter(x, p)
     if p[P.SIGMA] > 0.0:
         x = fn.gaussian_blur(x, window_size=_BLUR_WINDOW, sigma=p[P.SIGMA])
-    if number == 1:
+    if number == 1:  # noqa: SIM102  DALI branches on the data, Python on the crop
         if p[P.SOLARIZE] > 0.0:
             inverted = [v if v < _SOLARIZE_THRESHOLD else 255 - v for v in range(256)]
             x = fn.lookup_table(x, keys=list(range(256)), values=inverted, dtype=types.UINT8)
@@ -178,6 +181,6 @@ def _jitter(x: Any, p: Any) -> Any:
     from nvidia.dali import fn, types
 
     x = fn.hsv(x, hue=p[P.HUE], saturation=p[P.SATURATION])
-    luma = fn.constant(fdata=list(LUMA), shape=[3])
+    luma = types.Constant(np.array(LUMA, np.float32))
     centre = fn.reductions.sum(fn.reductions.mean(x, axes=(0, 1), dtype=types.FLOAT) * luma)
     return fn.brightness_contrast(x, brightness=p[P.BRIGHTNESS], contrast=p[P.CONTRAST], contrast_center=centre)

@@ -16,7 +16,7 @@ _JPEG_BARE = frozenset(range(0xD0, 0xD8)) | {0x01}  # markers without a length
 _ORIENTATION_TAG = 0x0112
 
 
-class BadImage(ValueError):
+class BadImage(ValueError):  # noqa: N818  named for what it is
     """An image that cannot be used. `reason` is one word, fit for a metric's label."""
 
     def __init__(self, reason: str) -> None:
@@ -77,7 +77,7 @@ def decode(data: bytes) -> "Image.Image":
     from PIL import Image, ImageOps
 
     try:
-        image = Image.open(io.BytesIO(data))
+        image: Image.Image = Image.open(io.BytesIO(data))
         image.load()
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I;16"):

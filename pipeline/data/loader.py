@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from pipeline.config import DataConfig
-from pipeline.data.augment import GLOBAL_CROPS, build_pipeline, parameters
+from pipeline.data.augment import build_pipeline, parameters
 from pipeline.data.images import undecodable
 from pipeline.data.reader import Dataset, SampleStream, Skip
 
@@ -100,7 +100,7 @@ class Loader:
     def close(self) -> None:
         """Stop the reading threads and free the pipeline; tensors handed out stay valid."""
         self._pool.shutdown(wait=True, cancel_futures=True)
-        self._pipeline = None
+        del self._pipeline
 
     @property
     def _stride(self) -> int:

@@ -25,12 +25,12 @@ def expand_shards(shards: str | Sequence[str]) -> list[Path]:
     Raises:
         UserError: a shard does not exist, or there is none.
     """
-    import braceexpand
+    from braceexpand import braceexpand
 
     patterns = [shards] if isinstance(shards, str) else list(shards)
     try:
-        paths = [Path(name) for pattern in patterns for name in braceexpand.braceexpand(str(pattern))]
-    except braceexpand.UnbalancedBracesError as error:
+        paths = [Path(name) for pattern in patterns for name in braceexpand(str(pattern))]
+    except ValueError as error:
         raise UserError("unbalanced braces in a shard pattern", str(error), "close every brace") from error
     if not paths:
         raise UserError("no shards", "data", "name at least one .tar file")
@@ -118,10 +118,12 @@ def _images_and_labels(shard: Path) -> np.ndarray:
         _log.warning("%s: %d samples have no image and are left out", shard, len(samples) - len(complete))
     if not complete:
         raise UserError("the shard holds no image", str(shard), "leave it out, or build it again")
-    pairs = [(sample.image, sample.label) for sample in complete]
-    return np.array(
-        [(i.offset, i.size, *((l.offset, l.size) if l else (-1, 0))) for i, l in pairs if i], dtype=np.int64
-    )
+    places = [(_place(sample.image), _place(sample.label)) for sample in complete]
+    return np.array(places, dtype=np.int64).reshape(-1, 4)
+
+
+def _place(member: tars.Member | None) -> tuple[int, int]:
+    return (member.offset, member.size) if member else (-1, 0)
 
 
 class SampleOrder:
@@ -195,7 +197,7 @@ class SampleStream:
         Raises:
             UserError: too many substitutes in a row are unusable.
         """
-        rejected = []
+        rejected: list[tuple[int, str]] = []
         for attempt in range(_MAX_SUBSTITUTES):
             record = self._candidate(position, attempt)
             if record not in self._rejected:

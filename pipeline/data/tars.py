@@ -57,7 +57,7 @@ def walk(shard: Path) -> list[Sample]:
                     break
                 if info.isreg():
                     _append(samples, info.name, info.offset_data, info.size)
-                tar.members = []  # type: ignore[misc]  # tarfile would keep them all
+                tar.members = []  # type: ignore[attr-defined]  # tarfile would keep them all
     except OSError as error:
         raise UserError(f"cannot read the shard: {error.strerror}", str(shard), "check its path and rights") from error
     except tarfile.TarError as error:
