@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +56,7 @@ class ElasticBlock(nn.Module):
         """The block, or a copy of `x` where the sub-network leaves it out."""
         if not active:
             return x.clone()  # a new tensor, so that the hooks of this module bracket it in the backward pass
-        body: Callable[..., Tensor] = _compiled_body(type(self)) if self.compiled else type(self)._body
+        body: Callable[..., Tensor] = _compiled_body(cast(Any, type(self))) if self.compiled else type(self)._body
         if self.checkpointed and torch.is_grad_enabled():
             return checkpoint(body, self, x, *args, use_reentrant=False)
         return body(self, x, *args)
