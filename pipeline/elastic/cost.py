@@ -1,0 +1,193 @@
+"""Parameters and FLOPs of sub-networks and training steps, in closed form from the shapes.
+
+Counted are matrix products and convolutions, a multiply-accumulate as 2 FLOPs; norms, activations and additions are
+not. Importing this module imports no torch.
+"""
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import NamedTuple
+
+from pipeline.config import ExperimentConfig, HeadsConfig, ModelConfig
+from pipeline.elastic.subnet import Subnet
+
+RESNET_PLANES = (64, 128, 256, 512)
+RESNET_EXPANSION = 4
+
+
+class Work(NamedTuple):
+    """FLOPs of a forward pass over one image.
+
+    Attributes:
+        stem: the layer that reads the image, and so needs no gradient of its input.
+        trunk: layers between blocks.
+        branches: residual branches, which stochastic depth leaves out for some images.
+    """
+
+    stem: float
+    trunk: float
+    branches: float
+
+    def training(self, kept: float) -> float:
+        """Forward and backward pass, with a fraction `kept` of the images in every branch."""
+        return 2 * self.stem + 3 * (self.trunk + kept * self.branches)
+
+
+class StepFlops(NamedTuple):
+    """FLOPs of one training step on one rank."""
+
+    teacher: float
+    intact: float
+    elastic: float
+
+    @property
+    def total(self) -> float:
+        return self.teacher + self.intact + self.elastic
+
+
+def params(config: ModelConfig, subnet: Subnet) -> int:
+    """Parameters of the extracted model."""
+    return _PARAMS[config.family](config, subnet)
+
+
+def flops(config: ModelConfig, subnet: Subnet, image_size: int | None = None) -> float:
+    """FLOPs of a forward pass over one square image, of the training size if `image_size` is None."""
+    return sum(_WORK[config.family](config, subnet, image_size or config.image_size))
+
+
+def feature_dim(config: ModelConfig, subnet: Subnet) -> int:
+    """Channels of the features."""
+    return {"vit": subnet.width, "swin": 8 * subnet.width, "resnet": RESNET_PLANES[-1] * RESNET_EXPANSION}[
+        config.family
+    ]
+
+
+def head_params(config: HeadsConfig, in_dim: int) -> int:
+    """Parameters of the projection heads."""
+    widths = [in_dim, *[config.hidden_dim] * (config.layers - 1), config.bottleneck_dim]
+    mlp = sum((a + 1) * b for a, b in pairwise(widths))
+    return sum(mlp + count * config.bottleneck_dim for count in config.prototypes)
+
+
+def head_flops(config: HeadsConfig, in_dim: int) -> float:
+    """FLOPs of the projection heads for one token in the forward pass."""
+    widths = [in_dim, *[config.hidden_dim] * (config.layers - 1), config.bottleneck_dim]
+    mlp = sum(a * b for a, b in pairwise(widths))
+    return 2.0 * sum(mlp + count * config.bottleneck_dim for count in config.prototypes)
+
+
+def masked_patches(config: ExperimentConfig) -> float:
+    """Expected masked patches of a global crop once iBOT is active."""
+    low, high = config.loss.mask_ratio
+    return config.loss.mask_probability * (low + high) / 2 * _patch_tokens(config.model)
+
+
+def step_flops(config: ExperimentConfig, subnet: Subnet) -> StepFlops:
+    """FLOPs of one step on one rank with iBOT active: both crop kinds, heads included.
+
+    The backward pass costs twice the forward pass, less the gradient of the images. Stochastic depth saves the branches
+    of dropped images.
+    """
+    images, model = config.data.batch_size, config.model
+    global_rows = 2 * images * (1 + masked_patches(config))
+    rows = global_rows + images * config.data.local_crops.count
+    largest = Subnet(model.widths[-1], tuple(choices[-1] for choices in model.depth_ranges))
+    work = _WORK[model.family]
+
+    def student(net: Subnet) -> float:
+        kept = 1 - model.drop_path
+        glob = work(model, net, config.data.global_crops.size).training(kept)
+        local = work(model, net, config.data.local_crops.size).training(kept) if config.data.local_crops.count else 0.0
+        heads = 3 * rows * head_flops(config.heads, feature_dim(model, net))
+        return images * (2 * glob + config.data.local_crops.count * local) + heads
+
+    teacher = 2 * images * sum(work(model, largest, config.data.global_crops.size))
+    teacher += global_rows * head_flops(config.heads, feature_dim(model, largest))
+    return StepFlops(teacher, student(largest), student(subnet))
+
+
+def _patch_tokens(config: ModelConfig) -> int:
+    """Cells of the mask of a global crop."""
+    return (config.image_size // config.patch_size) ** 2 if config.family == "vit" else (_last_side(config) * 2) ** 2
+
+
+def _last_side(config: ModelConfig) -> int:
+    return config.image_size // 32 if config.family == "resnet" else config.image_size // config.stride
+
+
+def _vit_params(config: ModelConfig, subnet: Subnet) -> int:
+    w, tokens = subnet.width, _patch_tokens(config) + 1
+    scale = 2 * w if config.layer_scale else 0
+    block = 12 * w * w + (3 + 1 + 4 + 1) * w + 4 * w + scale
+    return (config.patch_size**2 * config.in_chans + 1) * w + (tokens + 1) * w + subnet.depths[0] * block + 2 * w
+
+
+def _vit_work(config: ModelConfig, subnet: Subnet, image_size: int) -> Work:
+    w, patches = subnet.width, (image_size // config.patch_size) ** 2
+    tokens = patches + 1
+    block = 2.0 * tokens * 12 * w * w + 4.0 * tokens * tokens * w
+    return Work(2.0 * patches * config.patch_size**2 * config.in_chans * w, 0.0, subnet.depths[0] * block)
+
+
+def _swin_params(config: ModelConfig, subnet: Subnet) -> int:
+    total = (config.patch_size**2 * config.in_chans + 1) * subnet.width + 2 * subnet.width
+    for stage, depth in enumerate(subnet.depths):
+        c = subnet.width << stage
+        window = min(config.window_size, (config.image_size // config.patch_size) >> stage)
+        table = (2 * window - 1) ** 2 * (c // config.head_dim)
+        total += depth * (12 * c * c + (3 + 1 + 4 + 1) * c + 4 * c + table)
+        if stage:
+            total += 2 * c * c + 4 * c  # merging 2c -> c after a norm over 2c channels
+    return total + 2 * (subnet.width << 3)
+
+
+def _swin_work(config: ModelConfig, subnet: Subnet, image_size: int) -> Work:
+    side = image_size // config.patch_size
+    stem = 2.0 * side * side * config.patch_size**2 * config.in_chans * subnet.width
+    trunk = branches = 0.0
+    for stage, depth in enumerate(subnet.depths):
+        c = subnet.width << stage
+        if stage:
+            side //= 2
+            trunk += 2.0 * side * side * 2 * c * c
+        window = min(config.window_size, side)
+        padded = (-(-side // window) * window) ** 2
+        branches += depth * (2.0 * padded * 4 * c * c + 4.0 * padded * window**2 * c + 2.0 * side * side * 8 * c * c)
+    return Work(stem, trunk, branches)
+
+
+def _resnet_params(config: ModelConfig, subnet: Subnet) -> int:
+    total, inputs = 49 * config.in_chans * 64 + 2 * 64, 64
+    for planes, depth in zip(RESNET_PLANES, subnet.depths, strict=True):
+        mid, out = planes * subnet.width // 64, planes * RESNET_EXPANSION
+        total += inputs * out + 2 * out  # projection of the shortcut
+        for _ in range(depth):
+            total += inputs * mid + 9 * mid * mid + mid * out + 4 * mid + 2 * out
+            inputs = out
+    return total
+
+
+def _resnet_work(config: ModelConfig, subnet: Subnet, image_size: int) -> Work:
+    side, inputs = image_size // 4, 64
+    stem = 2.0 * (image_size // 2) ** 2 * 49 * config.in_chans * 64
+    trunk = branches = 0.0
+    for stage, (planes, depth) in enumerate(zip(RESNET_PLANES, subnet.depths, strict=True)):
+        mid, out, before = planes * subnet.width // 64, planes * RESNET_EXPANSION, side
+        side = side // 2 if stage else side
+        trunk += 2.0 * side * side * inputs * out
+        for _ in range(depth):
+            branches += 2.0 * before * before * inputs * mid + 2.0 * side * side * (9 * mid * mid + mid * out)
+            inputs, before = out, side
+    return Work(stem, trunk, branches)
+
+
+_PARAMS: dict[str, Callable[[ModelConfig, Subnet], int]] = {
+    "vit": _vit_params,
+    "swin": _swin_params,
+    "resnet": _resnet_params,
+}
+_WORK: dict[str, Callable[[ModelConfig, Subnet, int], Work]] = {
+    "vit": _vit_work,
+    "swin": _swin_work,
+    "resnet": _resnet_work,
+}
