@@ -1,8 +1,8 @@
 """Multi-crop augmentation: all random parameters from numpy, one DALI graph that executes them on CPU or GPU.
 
-The operations and their order are fixed: crop and resize, hue, saturation (0 for grey), contrast, brightness, blur,
-solarisation, flip, normalisation. (torchvision's ColorJitter draws the order of its four operations anew each time;
-DINO, section 3.1 and appendix, is the source of the probabilities and ranges.)
+The operations and their order are fixed: crop, flip and resize, hue, saturation (0 for grey), contrast, brightness,
+blur, solarisation, normalisation. (torchvision's ColorJitter draws the order of its four operations anew each time.)
+Probabilities and ranges are those of DINO and DINOv2.
 """
 
 from collections.abc import Callable
@@ -28,7 +28,11 @@ _DRAWS = 2 * _BOX_TRIES + 12  # uniforms per crop: a multiple of Philox's block 
 
 
 class P(IntEnum):
-    """Columns of the parameters of a crop: box in pixels, hue in degrees, factors, sigma in pixels (0: no blur)."""
+    """Columns of the parameters of a crop.
+
+    The box is in pixels of the upright image, with left > right where the crop is flipped; hue in degrees; saturation,
+    contrast and brightness are factors; sigma in pixels (0: no blur).
+    """
 
     TOP = 0
     LEFT = 1
@@ -40,7 +44,6 @@ class P(IntEnum):
     BRIGHTNESS = 7
     SIGMA = 8
     SOLARIZE = 9
-    FLIP = 10
 
 
 def parameters(data: DataConfig, position: int, sizes: np.ndarray) -> np.ndarray:
@@ -58,7 +61,9 @@ def parameters(data: DataConfig, position: int, sizes: np.ndarray) -> np.ndarray
     draws = generator.random((len(sizes), crops, _DRAWS))
     out = np.empty((len(sizes), crops, len(P)), np.float32)
     out[..., : P.RIGHT + 1] = _boxes(data, sizes, draws[..., : 2 * _BOX_TRIES + 2])
-    _fill_colours(out, draws[..., 2 * _BOX_TRIES + 2 :], data.blur)
+    flipped = draws[..., -1] < _FLIP_PROBABILITY
+    out[flipped, P.LEFT], out[flipped, P.RIGHT] = out[flipped, P.RIGHT], out[flipped, P.LEFT]
+    _fill_colours(out, draws[..., 2 * _BOX_TRIES + 2 : -1], data.blur)
     return out
 
 
@@ -100,7 +105,6 @@ def _fill_colours(out: np.ndarray, draws: np.ndarray, blur: tuple[float, float, 
     out[..., P.SIGMA] = np.where(draws[..., 6] < probability, sigma, 0)
     out[..., P.SOLARIZE] = False
     out[:, 1, P.SOLARIZE] = draws[:, 1, 8] < _SOLARIZE_PROBABILITY
-    out[..., P.FLIP] = draws[..., 9] < _FLIP_PROBABILITY
 
 
 def build_pipeline(
@@ -124,10 +128,13 @@ def build_pipeline(
             source=source, num_outputs=3, batch=True, dtype=[types.UINT8, types.FLOAT, types.INT64], ndim=[1, 2, 1]
         )
         image = _decode(encoded, device_id)
-        sizes = [data.global_crops.size] * GLOBAL_CROPS + [data.local_crops.size] * data.local_crops.count
-        crops = [_crop(image, drawn[i], i, size, data.hue, half) for i, size in enumerate(sizes)]
-        groups = [crops[:GLOBAL_CROPS], crops[GLOBAL_CROPS:]]
-        return positions, *(fn.stack(*group) for group in groups if group)
+        local = data.local_crops
+        crops = [_crop(image, drawn[i], data.global_crops.size, data.hue, i == 1) for i in range(GLOBAL_CROPS)]
+        outputs = [_normalize(crops, half)]
+        if local.count:
+            rows = (drawn[GLOBAL_CROPS + i] for i in range(local.count))
+            outputs.append(_normalize([_crop(image, row, local.size, data.hue, False) for row in rows], half))
+        return positions, *outputs
 
     pipeline = graph(
         batch_size=data.batch_size, num_threads=data.threads, device_id=device_id, seed=0, prefetch_queue_depth=2
@@ -148,39 +155,89 @@ def _decode(encoded: Any, device_id: int | None) -> Any:
     )
 
 
-def _crop(image: Any, p: Any, number: int, size: int, hue: str, half: bool) -> Any:
-    """One crop of the image, CHW and normalised; `p` is its row of parameters."""
+def _crop(image: Any, p: Any, size: int, hue: str, solarize: bool) -> Any:
+    """One augmented crop, uint8 HWC; `p` is its row of parameters."""
     from nvidia.dali import fn, types
 
     x = fn.resize(
         image,
         roi_start=p[P.TOP : P.LEFT + 1],
-        roi_end=p[P.BOTTOM : P.RIGHT + 1],
+        roi_end=p[P.BOTTOM : P.RIGHT + 1],  # an end before its start flips
         size=(size, size),
         interp_type=types.INTERP_CUBIC,
         antialias=True,
     )
-    x = _jitter(x, p)
+    x = _saturate(_turn_hue(x, p), p, hue="none") if hue == "hsv" else _saturate(x, p, hue="yiq")
+    x = _contrast_and_brightness(x, p)
     if p[P.SIGMA] > 0.0:
         x = fn.gaussian_blur(x, window_size=_BLUR_WINDOW, sigma=p[P.SIGMA])
-    if number == 1:  # noqa: SIM102  DALI branches on the data, Python on the crop
+    if solarize:  # noqa: SIM102  Python branches on the crop, DALI on the data
         if p[P.SOLARIZE] > 0.0:
             inverted = [v if v < _SOLARIZE_THRESHOLD else 255 - v for v in range(256)]
             x = fn.lookup_table(x, keys=list(range(256)), values=inverted, dtype=types.UINT8)
-    return fn.crop_mirror_normalize(
-        x,
-        mirror=fn.cast(p[P.FLIP], dtype=types.INT32),
-        mean=[255 * m for m in MEAN],
-        std=[255 * s for s in STD],
-        output_layout="CHW",
-        dtype=types.FLOAT16 if half else types.FLOAT,
-    )
+    return x
 
 
-def _jitter(x: Any, p: Any) -> Any:
+def _saturate(x: Any, p: Any, hue: str) -> Any:
+    """Saturation about the luma, 0 for grey; with `yiq` the hue turns along, at no extra cost (grey has none)."""
     from nvidia.dali import fn, types
 
-    x = fn.hsv(x, hue=p[P.HUE], saturation=p[P.SATURATION])
-    luma = types.Constant(np.array(LUMA, np.float32))
-    centre = fn.reductions.sum(fn.reductions.mean(x, axes=(0, 1), dtype=types.FLOAT) * luma)
+    if p[P.SATURATION] == 0.0:
+        grey = fn.color_space_conversion(x, image_type=types.RGB, output_type=types.GRAY)
+        x = fn.color_space_conversion(grey, image_type=types.GRAY, output_type=types.RGB)
+    elif p[P.SATURATION] != 1.0:
+        x = (
+            fn.hsv(x, hue=p[P.HUE], saturation=p[P.SATURATION])
+            if hue == "yiq"
+            else fn.hsv(x, saturation=p[P.SATURATION])
+        )
+    return x
+
+
+def _turn_hue(x: Any, p: Any) -> Any:
+    """Turn the hue in HSV space, as torchvision does; DALI's own operator turns it in YIQ."""
+    from nvidia.dali import fn, math, types
+
+    if p[P.HUE] != 0.0:
+        r, g, b = (fn.cast(x[:, :, i], dtype=types.FLOAT) for i in range(3))
+        value = math.max(math.max(r, g), b)
+        chroma = value - math.min(math.min(r, g), b)
+        per_chroma = 1.0 / math.max(chroma, 1.0)  # chroma is a whole number, and without it there is no hue
+        red, green = r == value, (g == value) & (r != value)
+        sector = (
+            red * (g - b) * per_chroma
+            + green * ((b - r) * per_chroma + 2.0)
+            + (1 - red - green) * ((r - g) * per_chroma + 4.0)
+        ) + (p[P.HUE] / 60.0 + 6.0)
+        x = fn.stack(*(_hsv_channel(value, chroma, sector + offset) for offset in (5.0, 3.0, 1.0)), axis=2)
+        x = fn.reinterpret(x, layout="HWC")
+    return x
+
+
+def _hsv_channel(value: Any, chroma: Any, sector: Any) -> Any:
+    from nvidia.dali import fn, math, types
+
+    k = sector - 6.0 * math.floor(sector / 6.0)
+    weight = math.clamp(math.min(k, 4.0 - k), 0.0, 1.0)
+    return fn.cast(value - chroma * weight + 0.5, dtype=types.UINT8)
+
+
+def _contrast_and_brightness(x: Any, p: Any) -> Any:
+    from nvidia.dali import fn, types
+
+    means = fn.reductions.mean(x, axes=(0, 1), dtype=types.FLOAT)
+    centre = fn.reductions.sum(means * types.Constant(np.array(LUMA, np.float32)))
     return fn.brightness_contrast(x, brightness=p[P.BRIGHTNESS], contrast=p[P.CONTRAST], contrast_center=centre)
+
+
+def _normalize(crops: list[Any], half: bool) -> Any:
+    """Stack uint8 HWC crops of an image and normalise them: `[crops, 3, size, size]`."""
+    from nvidia.dali import fn, types
+
+    return fn.crop_mirror_normalize(
+        fn.stack(*crops, axis_name="F"),
+        mean=[255 * m for m in MEAN],
+        std=[255 * s for s in STD],
+        output_layout="FCHW",
+        dtype=types.FLOAT16 if half else types.FLOAT,
+    )

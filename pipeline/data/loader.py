@@ -72,7 +72,7 @@ class Loader:
             raise ValueError(f"dtype {dtype}: expected one of {_DTYPES}")
         self.data, self.rank, self.world_size, self.on_skip = data, rank, world_size, on_skip
         self.device_id, self._half = _device_id(torch.device(device)), dtype == torch.float16
-        dataset = Dataset(data.train)
+        self.dataset = dataset = Dataset(data.train)
         self._stream = SampleStream(dataset, window=data.window, seed=data.seed, max_pixels=data.max_pixels)
         self.samples, self.next_sample = len(dataset), start_sample
         self.skipped: Counter[str] = Counter()

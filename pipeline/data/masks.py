@@ -1,4 +1,4 @@
-"""Block masks for iBOT (BEiT, section 2.3; spread over the batch as in DINOv2), a pure function of (seed, step, rank)."""
+"""iBOT block masks (BEiT, section 2.3; spread over the batch as in DINOv2): a pure function of (seed, step, rank)."""
 
 import numpy as np
 
