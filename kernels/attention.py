@@ -28,7 +28,7 @@ def attention(
         qkv: `[B, N, 3, h, d]`, the projection as it comes from the linear layer.
         bias: `[h, N, N]` relative-position bias.
         mask: `[W, N, N]` additive, without gradient; sequence b takes window b % W.
-        deterministic: the backward pass gives the same bits every time.
+        deterministic: the backward pass gives the same bits every time ("triton" always does).
         impl: "eager" or "triton".
 
     Returns:
@@ -40,7 +40,13 @@ def attention(
     triton = use_triton(impl, qkv)
     _check(qkv, bias, mask)
     if triton:
-        raise NotImplementedError
+        from kernels.fused.attention import HEAD_DIMS
+        from kernels.fused.attention import attention as fused
+
+        if qkv.shape[-1] not in HEAD_DIMS:
+            raise ValueError(f"impl='triton' has head_dim {HEAD_DIMS}, got {qkv.shape[-1]}: use impl='eager'")
+        out, _ = fused(qkv, None if bias is None else bias.contiguous(), None if mask is None else mask.contiguous())
+        return out
     return _eager(qkv, bias, mask, deterministic)
 
 

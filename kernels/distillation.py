@@ -41,6 +41,7 @@ def cross_entropy(
     student_temperature: float,
     *,
     impl: str,
+    inplace_backward: bool = False,
 ) -> Tensor:
     """Cross-entropy of every student row against its target rows, summed over these.
 
@@ -54,6 +55,8 @@ def cross_entropy(
         rows: `[R, P]` int32 or int64, the target rows of each student row.
         student_temperature: divisor of the student's logits.
         impl: "eager" or "triton".
+        inplace_backward: the backward pass of "triton" may write the gradient over `student`, whose values nobody reads
+            after the loss. ("eager" always keeps the gradient instead of the logits.)
 
     Returns:
         `[R]` fp32.
@@ -64,7 +67,21 @@ def cross_entropy(
     triton = use_triton(impl, student)
     _check(student, targets, rows)
     if triton:
-        raise NotImplementedError
+        from kernels.fused.distillation import cross_entropy as fused
+
+        row, col = targets.row.float().contiguous(), targets.col
+        col = None if col is None else col.float().contiguous()
+        loss, _, _ = fused(
+            student,
+            targets.logits,
+            row,
+            col,
+            rows.contiguous(),
+            student_temperature,
+            targets.temperature,
+            inplace_backward,
+        )
+        return loss
     return _CrossEntropy.apply(student, targets, rows, student_temperature)
 
 
@@ -82,7 +99,9 @@ def row_logsumexp(logits: Tensor, temperature: float, col: Tensor | None = None,
         `[M]` fp32, without gradient.
     """
     if use_triton(impl, logits):
-        raise NotImplementedError
+        from kernels.fused.reduce import row_logsumexp as fused
+
+        return fused(logits, temperature, col)
     out = logits.new_empty(logits.shape[0], dtype=torch.float32)
     for part in _chunks(logits):
         out[part] = _scaled(logits[part], temperature, col).logsumexp(-1)
@@ -93,7 +112,9 @@ def row_logsumexp(logits: Tensor, temperature: float, col: Tensor | None = None,
 def column_sum(logits: Tensor, *, impl: str) -> Tensor:
     """Sum over the rows of `[M, K]` logits, for the center's moving average: `[K]` fp32, without gradient."""
     if use_triton(impl, logits):
-        raise NotImplementedError
+        from kernels.fused.reduce import column_sum as fused
+
+        return fused(logits)
     return logits.sum(0, dtype=torch.float32)
 
 

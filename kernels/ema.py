@@ -29,13 +29,19 @@ def ema_update_(
     Raises:
         ValueError: lists of different lengths or shapes, or `impl` is unknown or cannot run here.
     """
-    for name, others in (("masters", masters), ("copies", copies)):
-        if others is not None and [t.shape for t in others] != [t.shape for t in ema]:
+    for name, others in (("ema", ema), ("masters", masters), ("copies", copies or ema)):
+        if [t.shape for t in others] != [t.shape for t in ema]:
             raise ValueError(f"{name}: expected the shapes of ema, {[list(t.shape) for t in ema]}")
+        if not all(t.is_contiguous() for t in others):
+            raise ValueError(f"{name}: expected contiguous tensors")
     if not ema:
         return
     if use_triton(impl, ema[0]):
-        raise NotImplementedError
+        from kernels.fused.ema import ema_update_ as fused
+
+        for i, (average, master) in enumerate(zip(ema, masters, strict=True)):
+            fused(average, master, 1 - momentum, None if copies is None else copies[i])
+        return
     torch._foreach_lerp_(list(ema), list(masters), 1 - momentum)
     if copies is not None:
         torch._foreach_copy_(list(copies), list(ema))

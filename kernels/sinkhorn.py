@@ -68,7 +68,9 @@ def sinkhorn(
 def column_logsumexp(logits: Tensor, temperature: float, row: Tensor, *, impl: str) -> Tensor:
     """logsumexp over the rows of logits `[M, K]` / temperature + row `[M]`: `[K]` fp32, -inf without rows."""
     if use_triton(impl, logits):
-        raise NotImplementedError
+        from kernels.fused.reduce import column_logsumexp as fused
+
+        return fused(logits, temperature, row)
     out = logits.new_empty(logits.shape[1], dtype=torch.float32)
     size = max(64, _CHUNK // max(logits.shape[0], 1))
     for start in range(0, logits.shape[1], size):
@@ -79,14 +81,14 @@ def column_logsumexp(logits: Tensor, temperature: float, row: Tensor, *, impl: s
 
 def _column_scalings(local: list[Tensor], counts: list[int], group: dist.ProcessGroup | None) -> list[Tensor]:
     """log u of every entry from the ranks' column logsumexp, in one all-reduce of fp64 sums (room for exp(+-700))."""
-    rows = torch.tensor(counts, dtype=torch.float64).to(local[0].device, non_blocking=True)
-    packed = torch.cat([*(part.double().exp_() for part in local), rows])
+    sizes = [len(part) for part in local]
+    device = local[0].device
+    packed = torch.cat([*local, torch.tensor(counts, dtype=torch.float32).log().to(device)]).double().exp_()
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(packed, group=group)
-    *sums, rows = packed.split([*(len(part) for part in local), len(local)])
     # an entry without rows on any rank has sums of zero: any finite scaling will do
-    tiny = torch.finfo(torch.float64).tiny
+    *logs, log_counts = packed.clamp_min_(torch.finfo(torch.float64).tiny).log_().split([*sizes, len(sizes)])
     return [
-        (count.clamp_min(1).log() - math.log(len(total)) - total.clamp_min(tiny).log()).float()
-        for total, count in zip(sums, rows, strict=True)
+        (log_count - math.log(size) - log_sum).float()
+        for log_count, size, log_sum in zip(log_counts, sizes, logs, strict=True)
     ]

@@ -1,0 +1,194 @@
+"""Compiles every kernel for GPUs that are not there: `python -m kernels.aot`.
+
+The operators run on CPU tensors with their launches turned into compilations, so that what is checked is exactly what a
+GPU would be asked to run. Registers, shared memory and spills come from the machine code.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from kernels.fused import attention, distillation, ema, reduce
+
+ARCHITECTURES = (80, 90, 100)
+# What one thread block may have on the smallest device of an architecture, in bytes.
+SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# tokens, head_dim, bias, mask: ViT with crops of 224 and 96 (and of 98 and 224 by patches of 14 and 12), Swin's windows
+ATTENTION_SHAPES = (
+    (37, 64, False, False),
+    (65, 64, False, False),
+    (197, 64, False, False),
+    (257, 64, False, False),
+    (49, 16, True, False),
+    (49, 16, True, True),
+    (49, 32, True, True),
+    (36, 16, True, False),
+    (9, 16, True, False),
+    (144, 32, True, True),
+)
+
+
+@dataclass(frozen=True)
+class Report:
+    """One compiled kernel; sizes in bytes, `spill_bytes` of local memory per thread."""
+
+    case: str
+    kernel: str
+    arch: int
+    warps: int
+    registers: int
+    shared_bytes: int
+    spill_bytes: int
+
+    @property
+    def fits(self) -> bool:
+        return self.spill_bytes == 0 and self.shared_bytes <= SHARED_LIMIT[self.arch]
+
+
+class _AbsentDevice:
+    """As much of a Triton driver as compiling asks for."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return self.arch
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@contextmanager
+def compile_only(arch: int) -> Iterator[list[tuple[str, Any]]]:
+    """Within it a kernel launch compiles for sm_`arch` and appends (kernel name, compiled kernel) to the list."""
+    compiled: list[tuple[str, Any]] = []
+    launch = JITFunction.run
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        compiled.append((self.fn.__name__, launch(self, *args, grid=grid, warmup=True, **kwargs)))
+
+    JITFunction.run = run
+    driver.set_active(_AbsentDevice(arch))
+    try:
+        yield compiled
+    finally:
+        JITFunction.run = launch
+        driver._active = None
+
+
+def cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Calls that launch every configuration which the training step uses with logits or tokens in `dtype`."""
+    for k in (65536, 1000):
+        # local crops meet both global crops; one to one are cls against cls and masked patches; no `col`: intact targets
+        for student_rows, p, centred in ((16, 2, True), (8, 1, True), (8, 1, False)):
+            name = f"cross_entropy K={k} P={p}{' col' if centred else ''}"
+            yield name, lambda r=student_rows, k=k, p=p, c=centred: _cross_entropy(dtype, r, k, p, c)
+        yield f"reductions K={k}", lambda k=k: _reductions(dtype, k)
+    for tokens, dim, with_bias, with_mask in ATTENTION_SHAPES:
+        name = f"attention N={tokens} D={dim}{' bias' if with_bias else ''}{' mask' if with_mask else ''}"
+        yield name, lambda n=tokens, d=dim, b=with_bias, m=with_mask: _attention(dtype, n, d, b, m)
+    yield "ema", lambda: _ema(dtype)
+
+
+def reports(dtype: torch.dtype, arch: int) -> Iterator[Report]:
+    """Compiles all cases and reads off what their kernels need."""
+    seen = set()
+    for name, run in cases(dtype):
+        with compile_only(arch) as compiled:
+            run()
+        for kernel, binary in compiled:
+            if binary.hash not in seen:
+                seen.add(binary.hash)
+                registers, spills = _resources(binary.asm["cubin"])
+                meta = binary.metadata
+                yield Report(name, kernel, arch, meta.num_warps, registers, meta.shared, spills)
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """Registers and bytes of local memory (stack, which only spills use here) per thread."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
+    assert found, f"cuobjdump has another format: {text}"
+    registers, stack, local = map(int, found.groups())
+    return registers, stack + local
+
+
+def _cross_entropy(dtype: torch.dtype, student_rows: int, k: int, p: int, centred: bool) -> None:
+    student = torch.zeros(student_rows, k, dtype=dtype, requires_grad=True)
+    rows = torch.zeros(student_rows, p, dtype=torch.int64)
+    col = torch.zeros(k) if centred else None
+    loss, _, _ = distillation.cross_entropy(
+        student, torch.zeros(8, k, dtype=dtype), torch.zeros(8), col, rows, 0.1, 0.04, False
+    )
+    loss.sum().backward()
+
+
+def _reductions(dtype: torch.dtype, k: int) -> None:
+    logits = torch.zeros(32, k, dtype=dtype)
+    reduce.row_logsumexp(logits, 0.04, None)
+    reduce.row_logsumexp(logits, 0.04, torch.zeros(k))
+    reduce.column_logsumexp(logits, 0.04, torch.zeros(32))
+    reduce.column_sum(logits)
+
+
+def _attention(dtype: torch.dtype, tokens: int, dim: int, with_bias: bool, with_mask: bool) -> None:
+    qkv = torch.zeros(4, tokens, 3, 6, dim, dtype=dtype, requires_grad=True)
+    bias = torch.zeros(6, tokens, tokens, dtype=dtype, requires_grad=True) if with_bias else None
+    mask = torch.zeros(4, tokens, tokens, dtype=dtype) if with_mask else None
+    out, _ = attention.attention(qkv, bias, mask)
+    out.sum().backward()
+
+
+def _ema(dtype: torch.dtype) -> None:
+    shard = torch.zeros(4096)
+    ema.ema_update_(shard, shard.clone(), 0.01, None if dtype == torch.float32 else shard.to(dtype))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m kernels.aot", description=__doc__)
+    parser.add_argument("--arch", type=int, nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--json", type=Path, help="also write the table here")
+    options = parser.parse_args(arguments)
+    table = []
+    print(f"{'case':44} {'kernel':18} {'dtype':5} {'arch':>6} {'warps':>5} {'regs':>5} {'shared':>7} {'spills':>6}")
+    for dtype in options.dtype:
+        for arch in options.arch:
+            for r in reports(DTYPES[dtype], arch):
+                print(
+                    f"{r.case:44} {r.kernel:18} {dtype:5} {'sm_' + str(arch):>6} {r.warps:5} {r.registers:5} "
+                    f"{r.shared_bytes:7} {r.spill_bytes:6}",
+                    flush=True,
+                )
+                table.append({"dtype": dtype, **asdict(r), "fits": r.fits})
+    if options.json:
+        options.json.write_text(json.dumps(table, indent=1) + "\n")
+    unfit = sum(not row["fits"] for row in table)
+    print(f"{len(table)} kernels compiled, {unfit} spill or exceed shared memory")
+    return 1 if unfit else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
