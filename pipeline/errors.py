@@ -8,8 +8,16 @@ class UserError(Exception):
         what: what is wrong.
         where: the key, file or argument at fault.
         fix: what to do about it.
+
+    Attributes:
+        shared: every rank raises this error, so one of them may speak for all.
     """
 
+    shared = False
+
     def __init__(self, what: str, where: str, fix: str):
-        super().__init__(f"{what} ({where}): {fix}")
+        super().__init__(what, where, fix)
         self.what, self.where, self.fix = what, where, fix
+
+    def __str__(self) -> str:
+        return f"{self.what} ({self.where}): {self.fix}"

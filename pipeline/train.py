@@ -1,0 +1,188 @@
+"""The training run: claim the directory, resume, step, log, save, stop well."""
+
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pipeline import distributed
+from pipeline.checkpoint import Checkpoints, Progress
+from pipeline.config import ExperimentConfig
+from pipeline.data.loader import Loader
+from pipeline.distributed import Ranks
+from pipeline.errors import UserError
+from pipeline.progress import ProgressLine
+from pipeline.run import RunDirectory, fingerprint
+from pipeline.trainer import StepReport, Trainer
+from pipeline.watchdog import Watchdog
+
+EXIT_DONE, EXIT_FAILED, EXIT_STOPPED = 0, 1, 75
+
+
+def train(config: ExperimentConfig, quiet: bool = False) -> int:
+    """Train until `run.max_steps` or the end of the schedule, resuming if the run directory holds a checkpoint.
+
+    Returns:
+        0 when the run is complete, 75 when it stopped on SIGTERM or SIGUSR1 after saving, 1 after too many bad steps.
+
+    Raises:
+        UserError: the directory, the data or the launch is not usable.
+    """
+    ranks = distributed.initialize(config.run.hang_timeout_seconds)
+    run = RunDirectory(Path(config.run.dir))
+    watchdog = Watchdog(ranks.rank, config.run.hang_timeout_seconds)
+    trainer = None
+    try:
+        ranks.agree(lambda: run.claim(config))
+        trainer = Trainer(config, ranks)
+        checkpoints = Checkpoints(run.checkpoints, config.run.keep, ranks)
+        progress = checkpoints.resume(trainer.engine, trainer.tri_branch.centering) or Progress(0, 0, {}, 0, {})
+        trainer.start_data(progress.samples)
+        ranks.agree(lambda: _open_records(run, config, progress, trainer.loader, trainer.global_batch, ranks))
+        with stop_signals() as stop_requested, ProgressLine(last_step(config), progress.step, quiet) as line:
+            return _loop(config, run, trainer, checkpoints, progress, stop_requested, line, watchdog)
+    finally:
+        watchdog.stop()
+        if trainer is not None:
+            trainer.close()
+        run.release()
+        distributed.shut_down()
+
+
+def last_step(config: ExperimentConfig) -> int:
+    return min(config.optim.total_steps, config.run.max_steps or config.optim.total_steps)
+
+
+def _loop(
+    config: ExperimentConfig,
+    run: RunDirectory,
+    trainer: Trainer,
+    checkpoints: Checkpoints,
+    progress: Progress,
+    stop_requested: list[int],
+    line: ProgressLine,
+    watchdog: Watchdog,
+) -> int:
+    """Step after step; every branch below is taken by all ranks alike, since it follows from what they agreed on."""
+    main = trainer.ranks.is_main
+    saved_step = progress.step
+    end = last_step(config)
+    while progress.step < end:
+        watchdog.beat(f"step {progress.step + 1}")
+        report = trainer.step(progress.step, bool(stop_requested))
+        _count(progress, report, trainer.loader)
+        _collect_skipped(run, trainer, progress, report)
+        due = progress.step % config.run.log_every_steps == 0 or progress.step == end
+        if main and (due or report.bad):
+            record = _record(progress, report, trainer.global_batch)
+            run.log(record)
+            line.update(record)
+        exhausted = progress.bad_in_a_row >= config.optim.max_bad_steps
+        if progress.step % config.run.checkpoint_every_steps == 0 or progress.step == end or report.stop or exhausted:
+            watchdog.beat(f"checkpoint at step {progress.step}")
+            checkpoints.save(trainer.engine, trainer.tri_branch.centering, progress)
+            saved_step = progress.step
+        if exhausted:
+            if main:
+                terms = ", ".join(report.bad)
+                print(
+                    f"error: {progress.bad_in_a_row} steps in a row were not finite ({terms}): the last good state is "
+                    f"saved in {run.checkpoints}; lower optim.base_lr or use engine.precision=fp32",
+                    file=sys.stderr,
+                )
+            return EXIT_FAILED
+        if report.stop and progress.step < end:
+            if main:
+                print(f"stopped on a signal after saving step {saved_step} in {run.checkpoints}", file=sys.stderr)
+            return EXIT_STOPPED
+    return EXIT_DONE
+
+
+def _count(progress: Progress, report: StepReport, loader: Loader) -> None:
+    progress.step += 1
+    progress.samples = loader.next_sample
+    progress.bad_in_a_row = progress.bad_in_a_row + 1 if report.bad else 0
+    for term in report.bad:
+        progress.bad_steps[term] = progress.bad_steps.get(term, 0) + 1
+
+
+def _collect_skipped(run: RunDirectory, trainer: Trainer, progress: Progress, report: StepReport) -> None:
+    """Bring the samples that ranks left out to rank 0; they communicate only if there are any."""
+    if not report.skipped:
+        return
+    skips = [skip for part in trainer.ranks.gather([s._asdict() for s in trainer.skips]) for skip in part]
+    trainer.skips.clear()
+    for skip in skips:
+        progress.skipped_samples[skip["reason"]] = progress.skipped_samples.get(skip["reason"], 0) + 1
+    if trainer.ranks.is_main and skips:
+        run.log_skipped(skips)
+        first, total = skips[0], sum(progress.skipped_samples.values())
+        print(
+            f"warning: left out {first['key']} of {first['shard']} ({first['reason']}); "
+            f"{total} samples so far, listed in {run.skipped}",
+            file=sys.stderr,
+        )
+
+
+def _record(progress: Progress, report: StepReport, global_batch: int) -> dict[str, Any]:
+    """One line of `metrics.jsonl`: values of this step, mean over ranks; times and `subnet` of rank 0."""
+    record: dict[str, Any] = {
+        "step": progress.step,
+        "epoch": round(report.values.epoch, 4),
+        "images": progress.samples,
+        "loss": report.losses["total"],
+        **{name.replace("/", "_"): value for name, value in report.losses.items() if name != "total"},
+        "lr": report.values.lr,
+        "weight_decay": report.values.weight_decay,
+        "momentum": report.values.momentum,
+        "teacher_temp": report.values.teacher_temp,
+        "grad_norm": sum(g * g for g in report.gradient_norms.values()) ** 0.5,
+        **{f"grad_norm_{module}": norm for module, norm in report.gradient_norms.items()},
+        "subnet": report.subnet.name,
+        "images_per_second": global_batch / report.step_seconds,
+        "data_wait_seconds": report.data_wait_seconds,
+        "step_seconds": report.step_seconds,
+        "bad_steps": sum(progress.bad_steps.values()),
+        "skipped_samples": sum(progress.skipped_samples.values()),
+        "time": time.time(),
+    }
+    if report.bad:
+        record["bad"] = report.bad
+    return record
+
+
+def _open_records(
+    run: RunDirectory, config: ExperimentConfig, progress: Progress, loader: Loader, global_batch: int, ranks: Ranks
+) -> None:
+    dataset = loader.dataset
+    if len(dataset) < global_batch:
+        raise UserError(
+            f"{len(dataset)} images are fewer than a global batch of {global_batch}",
+            "data.train",
+            "lower data.batch_size or use fewer ranks",
+        )
+    shards = [(p.name, p.stat().st_size, int(n)) for p, n in zip(dataset.paths, dataset.shard_sizes, strict=True)]
+    run.record_start(config, progress.step, ranks.world_size, fingerprint(shards))
+    run.rewind(progress.step, progress.samples)
+    if progress.step:
+        print(f"resuming {run.path} at step {progress.step}", file=sys.stderr)
+    if config.engine.precision == "bf16" and config.engine.zero_stage == 0:
+        print("note: bf16 shards its fp32 masters even at ZeRO stage 0: running stage 1", file=sys.stderr)
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Collect SIGTERM and SIGUSR1 instead of dying of them; the list is empty until one arrives."""
+    received: list[int] = []
+    previous = {
+        number: signal.signal(number, lambda n, _frame: received.append(n))
+        for number in (signal.SIGTERM, signal.SIGUSR1)
+    }
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

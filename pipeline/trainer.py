@@ -1,0 +1,208 @@
+"""What a training step needs, built once; and the step itself, over all ranks."""
+
+import math
+import time
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pipeline.config import ExperimentConfig
+from pipeline.data.loader import Loader
+from pipeline.data.masks import block_masks
+from pipeline.data.reader import Skip
+from pipeline.distributed import Ranks
+from pipeline.elastic import Subnet, build, cost
+from pipeline.elastic.head import ProjectionHeads
+from pipeline.elastic.sampling import SubnetSampler
+from pipeline.elastic.subnet import Grid
+from pipeline.engine import MODULES, Engine
+from pipeline.schedules import Schedules, StepValues
+from pipeline.tri_branch import Branch, Crops, StepLosses, TriBranch
+
+TERMS = (
+    ("dino", "intact"),
+    ("dino", "elastic"),
+    ("ibot", "intact"),
+    ("ibot", "elastic"),
+    ("koleo", "intact"),
+    ("koleo", "elastic"),
+    ("distill_global", "elastic"),
+    ("distill_local", "elastic"),
+)
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What all ranks know after a step.
+
+    Attributes:
+        losses: mean over ranks by "term/branch", and "total".
+        gradient_norms: before clipping, by module.
+        bad: values that were not finite on some rank; the update was skipped if there is any.
+        stop: some rank was asked to stop.
+        skipped: samples left out on any rank since the last step.
+        values: the schedules of this step.
+        subnet: the elastic student of this rank.
+        data_wait_seconds, step_seconds: of this rank.
+    """
+
+    losses: dict[str, float]
+    gradient_norms: dict[str, float]
+    bad: list[str]
+    stop: bool
+    skipped: int
+    values: StepValues
+    subnet: Subnet
+    data_wait_seconds: float
+    step_seconds: float
+
+
+class Trainer:
+    """Model, engine, data and schedules of a run on one rank.
+
+    Args:
+        config: the experiment.
+        ranks: this process and its peers.
+
+    Raises:
+        UserError: the data is missing or smaller than a global batch.
+    """
+
+    def __init__(self, config: ExperimentConfig, ranks: Ranks):
+        self.config, self.ranks = config, ranks
+        self.global_batch = config.data.batch_size * ranks.world_size
+        self.schedules = Schedules(config, self.global_batch)
+        self.grid = Grid(config.model, config.sampling.small_bias)
+        self.sampler = SubnetSampler(
+            self.grid,
+            partial(cost.flops, config.model),
+            ranks.world_size,
+            config.sampling.assignment,
+            config.data.seed,
+        )
+        student = build_student(config)
+        if config.engine.compile:
+            student.backbone.compile_blocks()
+        self.engine = Engine(student, config, ranks.device)
+        backbone = student.backbone
+        self.patch_grid = backbone.patch_grid(config.data.global_crops.size)
+        self.tri_branch = TriBranch(config, self.grid.largest, backbone.num_draws, ranks.device)
+        self.dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
+        self.loader: Loader
+        self.skips: list[Skip] = []
+
+    def start_data(self, sample: int) -> None:
+        """Open the data stream at a global sample count."""
+        self.loader = Loader(
+            self.config.data,
+            rank=self.ranks.rank,
+            world_size=self.ranks.world_size,
+            start_sample=sample,
+            device=self.ranks.device,
+            on_skip=self.skips.append,
+        )
+
+    def step(self, step: int, stop_requested: bool = False) -> StepReport:
+        """Train on the next batch; the update is skipped on every rank if any value is not finite on one.
+
+        Args:
+            step: steps completed before this one.
+            stop_requested: this rank was asked to stop; all learn of it.
+        """
+        began = time.perf_counter()
+        values = self.schedules.at(step)
+        skipped_before = self.loader.skipped.total()
+        batch = next(self.loader)
+        data_wait = time.perf_counter() - began
+        crops = Crops.of(batch.global_crops.to(self.dtype), batch.local_crops.to(self.dtype), self._masks(step, values))
+        subnet = self.sampler.draw(step, self.ranks.rank)
+
+        targets = self.tri_branch.teacher_targets(self.engine.teacher, crops, values)
+        with self.engine.backward_window():
+            losses = self.tri_branch.run(
+                self.engine.student, self.engine.backward, crops, targets, subnet, step, self.ranks.rank
+            )
+        skipped = self.loader.skipped.total() - skipped_before
+        agreed = self._agree(losses, self.engine.gradient_squares(), stop_requested, skipped)
+        if agreed["bad"]:
+            self.engine.discard()
+        else:
+            self.engine.apply(values, agreed.pop("norms_tensor"))
+            self.tri_branch.centering.commit()
+        return StepReport(
+            losses=agreed["losses"],
+            gradient_norms=agreed["norms"],
+            bad=agreed["bad"],
+            stop=agreed["stop"],
+            skipped=agreed["skipped"],
+            values=values,
+            subnet=subnet,
+            data_wait_seconds=data_wait,
+            step_seconds=time.perf_counter() - began,
+        )
+
+    def close(self) -> None:
+        if hasattr(self, "loader"):
+            self.loader.close()
+        self.engine.destroy()
+
+    def _masks(self, step: int, values: StepValues) -> np.ndarray:
+        crops = 2 * self.config.data.batch_size
+        rows, columns = self.patch_grid
+        if not values.ibot:
+            return np.zeros((crops, rows * columns), dtype=bool)
+        loss = self.config.loss
+        return block_masks(
+            self.config.data.seed, step, self.ranks.rank, crops, (rows, columns), loss.mask_probability, loss.mask_ratio
+        )
+
+    def _agree(self, losses: StepLosses, squares: Tensor, stop: bool, skipped: int) -> dict[str, Any]:
+        """One all-reduce: mean losses, what is not finite anywhere, gradient norms, requests to stop."""
+        device, world = self.ranks.device, self.ranks.world_size
+        zero = torch.zeros((), device=device)
+        local = torch.stack([*(losses.terms.get(term, zero).double() for term in TERMS), losses.total.double()])
+        finite = local.isfinite()
+        counts = torch.tensor([float(stop), float(skipped)], dtype=torch.float64, device=device)
+        packed = torch.cat([local.where(finite, zero.double()), (~finite).double(), squares.double(), counts])
+        dist.all_reduce(packed)
+        norms = packed[2 * len(local) : 2 * len(local) + len(MODULES)].sqrt()
+        host = packed.tolist()  # the step's one wait for the device
+        means, flags, gradients, (stops, skips) = _split(host, [len(local), len(local), len(MODULES), 2])
+        names = ["/".join(term) for term in TERMS] + ["total"]
+        bad = [name for name, flag in zip(names[:-1], flags[:-1], strict=True) if flag] or (
+            ["total"] if flags[-1] else []
+        )
+        bad += [f"gradient/{m}" for m, g in zip(MODULES, gradients, strict=True) if not math.isfinite(g) and not bad]
+        return {
+            "losses": {name: math.nan if flag else mean / world for name, mean, flag in zip(names, means, flags, strict=True)},
+            "norms": {m: math.sqrt(g) if g >= 0 else math.nan for m, g in zip(MODULES, gradients, strict=True)},
+            "norms_tensor": norms.float(),
+            "bad": bad,
+            "stop": stops > 0,
+            "skipped": round(skips),
+        }
+
+
+def build_student(config: ExperimentConfig) -> Branch:
+    """The student, initialised from the seed of the experiment, on the CPU in fp32."""
+    torch.manual_seed(config.data.seed)
+    backbone = build(
+        config.model,
+        kernels=config.engine.kernels,
+        activation_checkpointing=config.engine.activation_checkpointing,
+    )
+    heads = ProjectionHeads(backbone.feature_dim(backbone.grid.largest), config.heads)
+    return Branch(backbone, heads)
+
+
+def _split(values: list[float], sizes: list[int]) -> list[list[float]]:
+    parts, start = [], 0
+    for size in sizes:
+        parts.append(values[start : start + size])
+        start += size
+    return parts
