@@ -5,13 +5,14 @@ blur, solarisation, normalisation. (torchvision's ColorJitter draws the order of
 Probabilities and ranges are those of DINO and DINOv2.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import IntEnum
 from typing import Any
 
 import numpy as np
 
 from pipeline.config import DataConfig
+from pipeline.data.images import Header
 from pipeline.data.philox import Purpose, philox
 
 MEAN = (0.485, 0.456, 0.406)  # ImageNet's, for pixels in 0..1
@@ -24,14 +25,19 @@ _RATIO = (3 / 4, 4 / 3)
 _JITTER, _JITTER_PROBABILITY = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1}, 0.8
 _GREY_PROBABILITY, _SOLARIZE_PROBABILITY, _FLIP_PROBABILITY = 0.2, 0.2, 0.5
 _SIGMA, _BLUR_WINDOW, _SOLARIZE_THRESHOLD = (0.1, 2.0), 9, 128
+# EXIF orientations 1..8 as: transpose, then mirror left-right, then top-bottom
+_TURNS = np.array(
+    [[0, 0, 0], [0, 1, 0], [0, 1, 1], [0, 0, 1], [1, 0, 0], [1, 1, 0], [1, 1, 1], [1, 0, 1]],
+    dtype=bool,
+)
 _DRAWS = 2 * _BOX_TRIES + 12  # uniforms per crop: a multiple of Philox's block of 4
 
 
 class P(IntEnum):
     """Columns of the parameters of a crop.
 
-    The box is in pixels of the upright image, with left > right where the crop is flipped; hue in degrees; saturation,
-    contrast and brightness are factors; sigma in pixels (0: no blur).
+    The box is in pixels of the image as stored; the crop is then transposed and mirrored, which puts it upright and
+    flips it at random. Hue in degrees; saturation, contrast and brightness are factors; sigma in pixels (0: no blur).
     """
 
     TOP = 0
@@ -44,25 +50,27 @@ class P(IntEnum):
     BRIGHTNESS = 7
     SIGMA = 8
     SOLARIZE = 9
+    TRANSPOSE = 10
+    MIRROR_X = 11
+    MIRROR_Y = 12
 
 
-def parameters(data: DataConfig, position: int, sizes: np.ndarray) -> np.ndarray:
+def parameters(data: DataConfig, position: int, headers: Sequence[Header]) -> np.ndarray:
     """Augmentation parameters of consecutive samples.
 
     Args:
-        position: global position of the first; its draws and those of its neighbours depend on nothing else.
-        sizes: int `[B, 2]`, upright height and width of each image.
+        position: global position of the first; every sample's draws depend on the seed and its own position alone.
+        headers: of the B images.
 
     Returns:
         float32 `[B, 2 + L, len(P)]`; global crops first.
     """
     crops = GLOBAL_CROPS + data.local_crops.count
     generator = philox(data.seed, Purpose.AUGMENT, crops, block=position * crops * _DRAWS // 4)
-    draws = generator.random((len(sizes), crops, _DRAWS))
-    out = np.empty((len(sizes), crops, len(P)), np.float32)
-    out[..., : P.RIGHT + 1] = _boxes(data, sizes, draws[..., : 2 * _BOX_TRIES + 2])
-    flipped = draws[..., -1] < _FLIP_PROBABILITY
-    out[flipped, P.LEFT], out[flipped, P.RIGHT] = out[flipped, P.RIGHT], out[flipped, P.LEFT]
+    draws = generator.random((len(headers), crops, _DRAWS))
+    out = np.zeros((len(headers), crops, len(P)), np.float32)
+    boxes = _boxes(data, np.array([header.size for header in headers]), draws[..., : 2 * _BOX_TRIES + 2])
+    _fill_geometry(out, boxes, draws[..., -1] < _FLIP_PROBABILITY, headers)
     _fill_colours(out, draws[..., 2 * _BOX_TRIES + 2 : -1], data.blur)
     return out
 
@@ -89,6 +97,19 @@ def _boxes(data: DataConfig, sizes: np.ndarray, draws: np.ndarray) -> np.ndarray
     return np.stack([top, left, top + h, left + w], -1)
 
 
+def _fill_geometry(out: np.ndarray, boxes: np.ndarray, flip: np.ndarray, headers: Sequence[Header]) -> None:
+    """Express boxes of upright images, and the flip of the upright crop, in the frames the images are stored in."""
+    height, width = np.array([header.size for header in headers])[:, None].transpose(2, 0, 1)
+    orientation = np.array([header.orientation for header in headers])
+    transpose, mirror_x, mirror_y = _TURNS[orientation - 1].T[..., None]
+    top, left, bottom, right = np.moveaxis(boxes, -1, 0)
+    left, right = np.where(mirror_x, width - right, left), np.where(mirror_x, width - left, right)
+    top, bottom = np.where(mirror_y, height - bottom, top), np.where(mirror_y, height - top, bottom)
+    upright = np.stack([top, left, bottom, right], -1)
+    out[..., : P.RIGHT + 1] = np.where(transpose[..., None], upright[..., [1, 0, 3, 2]], upright)
+    out[..., P.TRANSPOSE], out[..., P.MIRROR_X], out[..., P.MIRROR_Y] = transpose, mirror_x ^ flip, mirror_y
+
+
 def _fill_colours(out: np.ndarray, draws: np.ndarray, blur: tuple[float, float, float]) -> None:
     jitter = draws[..., 0] < _JITTER_PROBABILITY
     grey = draws[..., 1] < _GREY_PROBABILITY
@@ -103,7 +124,6 @@ def _fill_colours(out: np.ndarray, draws: np.ndarray, blur: tuple[float, float, 
     probability = np.array([*blur[:2], *[blur[2]] * (out.shape[1] - GLOBAL_CROPS)])
     sigma = _SIGMA[0] + (_SIGMA[1] - _SIGMA[0]) * draws[..., 7]
     out[..., P.SIGMA] = np.where(draws[..., 6] < probability, sigma, 0)
-    out[..., P.SOLARIZE] = False
     out[:, 1, P.SOLARIZE] = draws[:, 1, 8] < _SOLARIZE_PROBABILITY
 
 
@@ -117,8 +137,8 @@ def build_pipeline(
         device_id: CUDA device, None for the CPU.
         half: float16 instead of float32 output.
 
-    Outputs per batch: positions int64 `[B, 1]` on the CPU, global crops `[B, 2, 3, S, S]` and, if there are any,
-    local crops `[B, L, 3, s, s]`.
+    Outputs per batch, the first two on the CPU: positions int64 `[B, 1]`, shapes int64 `[B, 3]` of the decoded images,
+    global crops `[B, 2, 3, S, S]` and, if there are any, local crops `[B, L, 3, s, s]`.
     """
     from nvidia.dali import fn, pipeline_def, types
 
@@ -134,13 +154,33 @@ def build_pipeline(
         if local.count:
             rows = (drawn[GLOBAL_CROPS + i] for i in range(local.count))
             outputs.append(_normalize([_crop(image, row, local.size, data.hue, False) for row in rows], half))
-        return positions, *outputs
+        return positions, image.shape(), *outputs
 
     pipeline = graph(
         batch_size=data.batch_size, num_threads=data.threads, device_id=device_id, seed=0, prefetch_queue_depth=2
     )
     pipeline.build()
     return pipeline
+
+
+def undecodable(encoded: Sequence[np.ndarray], headers: Sequence[Header], device_id: int | None) -> list[int]:
+    """Which of these files the pipeline's decoder gives up on, or finds of another size than their headers say."""
+    from nvidia.dali import fn, pipeline_def, types
+
+    @pipeline_def(batch_size=1, num_threads=1, device_id=device_id, prefetch_queue_depth=1)
+    def decoder(data: np.ndarray) -> Any:
+        source = fn.external_source(source=lambda: [data], batch=True, dtype=types.UINT8, ndim=1)
+        return _decode(source, device_id).shape()
+
+    def size(data: np.ndarray) -> tuple[int, ...] | None:
+        pipeline = decoder(data)
+        pipeline.build()
+        try:
+            return tuple(pipeline.run()[0].at(0))[:2]
+        except RuntimeError:
+            return None
+
+    return [i for i, data in enumerate(encoded) if size(data) != (headers[i].rows, headers[i].cols)]
 
 
 def _decode(encoded: Any, device_id: int | None) -> Any:
@@ -150,7 +190,7 @@ def _decode(encoded: Any, device_id: int | None) -> Any:
         encoded,
         device="cpu" if device_id is None else "mixed",
         output_type=types.RGB,
-        adjust_orientation=True,
+        adjust_orientation=False,
         jpeg_fancy_upsampling=True,  # as libjpeg does; the GPU decoder would otherwise repeat chroma
     )
 
@@ -159,13 +199,14 @@ def _crop(image: Any, p: Any, size: int, hue: str, solarize: bool) -> Any:
     """One augmented crop, uint8 HWC; `p` is its row of parameters."""
     from nvidia.dali import fn, types
 
-    x = fn.resize(
-        image,
-        roi_start=p[P.TOP : P.LEFT + 1],
-        roi_end=p[P.BOTTOM : P.RIGHT + 1],  # an end before its start flips
-        size=(size, size),
-        interp_type=types.INTERP_CUBIC,
-        antialias=True,
+    # `roi_start` of `resize` would save this copy, but lets the kernel reach beyond the box: up to 50 levels at borders
+    box = fn.cast(p[P.TOP : P.RIGHT + 1], dtype=types.INT32)
+    x = fn.slice(image, start=box[:2], end=box[2:], axes=(0, 1))
+    x = fn.resize(x, size=(size, size), interp_type=types.INTERP_CUBIC, antialias=True)
+    if p[P.TRANSPOSE] > 0.0:
+        x = fn.transpose(x, perm=[1, 0, 2], transpose_layout=False)
+    x = fn.flip(
+        x, horizontal=fn.cast(p[P.MIRROR_X], dtype=types.INT32), vertical=fn.cast(p[P.MIRROR_Y], dtype=types.INT32)
     )
     x = _saturate(_turn_hue(x, p), p, hue="none") if hue == "hsv" else _saturate(x, p, hue="yiq")
     x = _contrast_and_brightness(x, p)
@@ -219,7 +260,7 @@ def _hsv_channel(value: Any, chroma: Any, sector: Any) -> Any:
 
     k = sector - 6.0 * math.floor(sector / 6.0)
     weight = math.clamp(math.min(k, 4.0 - k), 0.0, 1.0)
-    return fn.cast(value - chroma * weight + 0.5, dtype=types.UINT8)
+    return fn.cast(value - chroma * weight, dtype=types.UINT8)
 
 
 def _contrast_and_brightness(x: Any, p: Any) -> Any:

@@ -1,8 +1,12 @@
-"""What can be told of an encoded image without decoding it, and the one rule of decoding: RGB, 8 bit, upright."""
+"""What can be told of an encoded image without decoding it, and the one rule of decoding: RGB, 8 bit, upright.
+
+The EXIF orientation is read here, for training and evaluation alike, and hidden from DALI's decoder: that one reads it
+in another way where it is malformed, and has been seen to crash on offsets that point outside the block.
+"""
 
 import io
 import struct
-from collections.abc import Sequence
+import zlib
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -10,10 +14,12 @@ import numpy as np
 if TYPE_CHECKING:
     from PIL import Image
 
-EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp")
+EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 _JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _JPEG_BARE = frozenset(range(0xD0, 0xD8)) | {0x01}  # markers without a length
 _ORIENTATION_TAG = 0x0112
+_UPRIGHT = 1
+_WEBP_HAS_EXIF = 0x08
 
 
 class BadImage(ValueError):  # noqa: N818  named for what it is
@@ -25,48 +31,67 @@ class BadImage(ValueError):  # noqa: N818  named for what it is
 
 
 class Header(NamedTuple):
-    """Format and size in pixels, after the EXIF orientation is applied."""
+    """What the header of an image says.
+
+    Attributes:
+        format: `jpeg`, `png` or `webp`.
+        rows, cols: size in pixels as stored.
+        orientation: EXIF, 1..8; from 5 on rows and columns are swapped when the image is put upright.
+        complete: the end of the image is there.
+        exif_at: offset of each EXIF block's name.
+    """
 
     format: str
-    height: int
-    width: int
-
-
-class _Parsed(NamedTuple):
-    format: str
-    height: int
-    width: int
+    rows: int
+    cols: int
     orientation: int
     complete: bool
+    exif_at: tuple[int, ...]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Upright height and width."""
+        return (self.cols, self.rows) if self.orientation >= 5 else (self.rows, self.cols)
 
 
-def inspect(data: bytes, max_pixels: int) -> Header:
-    """Read the header of a JPEG, PNG, WebP or BMP and look for its end; a few microseconds.
+def inspect(data: bytes | bytearray, max_pixels: int) -> Header:
+    """Read the header of a JPEG, PNG or WebP and look for its end; a few microseconds.
 
     Damage inside the pixel data passes: only decoding finds that.
 
     Raises:
-        BadImage: reason `empty`, `format` (none of the four), `header` (unreadable), `precision` (not 8-bit JPEG),
+        BadImage: reason `empty`, `format` (none of the three), `header` (unreadable), `precision` (not 8-bit JPEG),
             `huge` (more than `max_pixels`) or `truncated`.
     """
     if not data:
         raise BadImage("empty")
     try:
-        parsed = _parser(data)(data)
+        header = _parser(data)(data)
     except (struct.error, IndexError) as error:
         raise BadImage("header") from error
-    if parsed.height < 1 or parsed.width < 1:
+    if header.rows < 1 or header.cols < 1:
         raise BadImage("header")
-    if parsed.height * parsed.width > max_pixels:
+    if header.rows * header.cols > max_pixels:
         raise BadImage("huge")
-    if not parsed.complete:
+    if not header.complete:
         raise BadImage("truncated")
-    turned = parsed.orientation >= 5  # 5..8 swap the axes
-    height, width = (parsed.width, parsed.height) if turned else (parsed.height, parsed.width)
-    return Header(parsed.format, height, width)
+    return header
 
 
-def decode(data: bytes) -> "Image.Image":
+def hide_exif(data: bytearray, header: Header) -> None:
+    """Rename the EXIF blocks, in place, so that a decoder passes over them."""
+    for at in header.exif_at:
+        if header.format != "png":
+            data[at : at + 4] = b"none"
+            if header.format == "webp":
+                data[20] &= ~_WEBP_HAS_EXIF
+            continue
+        (length,) = struct.unpack_from(">I", data, at - 4)
+        data[at : at + 4] = b"noNe"  # ancillary, private, safe to copy
+        struct.pack_into(">I", data, at + 4 + length, zlib.crc32(data[at : at + 4 + length]))
+
+
+def decode(data: bytes | bytearray) -> "Image.Image":
     """Decode fully with Pillow to upright 8-bit RGB: what training sees, for evaluation and checks.
 
     Transparency is dropped, 16-bit samples keep their high byte and of an animation the first frame is taken.
@@ -74,12 +99,12 @@ def decode(data: bytes) -> "Image.Image":
     Raises:
         BadImage: reason `decode`.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     try:
         image: Image.Image = Image.open(io.BytesIO(data))
         image.load()
-        image = ImageOps.exif_transpose(image)
+        image = _upright(image, data)
         if image.mode.startswith("I;16"):
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         return image.convert("RGB")
@@ -87,117 +112,115 @@ def decode(data: bytes) -> "Image.Image":
         raise BadImage("decode") from error
 
 
-def undecodable(encoded: Sequence[np.ndarray | bytes]) -> list[int]:
-    """Which of these encoded images the decoder behind the data pipeline gives up on (its CPU back ends)."""
-    from nvidia import nvimgcodec
+def _upright(image: "Image.Image", data: bytes | bytearray) -> "Image.Image":
+    from PIL import Image, ImageOps
 
-    decoder = nvimgcodec.Decoder(
-        device_id=nvimgcodec.NVIMGCODEC_DEVICE_CPU_ONLY,
-        max_num_cpu_threads=1,
-        backends=[nvimgcodec.Backend(nvimgcodec.CPU_ONLY)],
-    )
-    return [i for i, data in enumerate(encoded) if _decoded(decoder, data) is None]
-
-
-def _decoded(decoder: Any, data: np.ndarray | bytes) -> Any:
     try:
-        return decoder.decode(data)
-    except RuntimeError:  # not even the header was understood
-        return None
+        orientation = _parser(data)(data).orientation
+    except BadImage:  # a format that training does not read
+        return ImageOps.exif_transpose(image)
+    turns = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_270,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_90,
+    }
+    return image.transpose(turns[orientation]) if orientation in turns else image
 
 
-def _parser(data: bytes) -> Any:
+def _parser(data: bytes | bytearray) -> Any:
     if data[:2] == b"\xff\xd8":
         return _parse_jpeg
     if data[:8] == b"\x89PNG\r\n\x1a\n":
         return _parse_png
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return _parse_webp
-    if data[:2] == b"BM":
-        return _parse_bmp
     raise BadImage("format")
 
 
-def _parse_jpeg(data: bytes) -> _Parsed:
-    height = width = 0
-    orientation, position = 1, 2
+def _parse_jpeg(data: bytes | bytearray) -> Header:
+    rows = cols = 0
+    orientation, exif_at, position = _UPRIGHT, (), 2
     while data[position] == 0xFF:
         marker = data[position + 1]
         if marker == 0xFF or marker in _JPEG_BARE:
             position += 1 if marker == 0xFF else 2
             continue
         if marker == 0xDA:  # start of scan; trailing junk behind the end marker is harmless
-            return _Parsed("jpeg", height, width, orientation, data.find(b"\xff\xd9", position) >= 0)
+            return Header("jpeg", rows, cols, orientation, data.find(b"\xff\xd9", position) >= 0, exif_at)
         (length,) = struct.unpack_from(">H", data, position + 2)
         if marker in _JPEG_FRAMES:
-            precision, height, width = struct.unpack_from(">BHH", data, position + 4)
+            precision, rows, cols = struct.unpack_from(">BHH", data, position + 4)
             if precision != 8:
                 raise BadImage("precision")
         elif marker == 0xE1 and data[position + 4 : position + 10] == b"Exif\0\0":
-            orientation = _exif_orientation(data[position + 10 : position + 2 + length])
+            if not exif_at:
+                orientation = _exif_orientation(data[position + 10 : position + 2 + length])
+            exif_at = (*exif_at, position + 4)
         position += 2 + length
     raise BadImage("header")
 
 
-def _parse_png(data: bytes) -> _Parsed:
-    width, height = struct.unpack_from(">II", data, 16)
+def _parse_png(data: bytes | bytearray) -> Header:
+    cols, rows = struct.unpack_from(">II", data, 16)
     if data[12:16] != b"IHDR":
         raise BadImage("header")
-    orientation, position = 1, 8
-    while position + 12 <= len(data):
+    orientation, exif_at, position, complete = _UPRIGHT, (), 8, False
+    while position + 12 <= len(data) and not complete:
         length, kind = struct.unpack_from(">I4s", data, position)
-        if kind == b"IEND":
-            return _Parsed("png", height, width, orientation, True)
-        if kind == b"eXIf":
-            orientation = _exif_orientation(data[position + 8 : position + 8 + length])
+        complete = kind == b"IEND"
+        if kind == b"eXIf" and position + 12 + length <= len(data):
+            if not exif_at:
+                orientation = _exif_orientation(data[position + 8 : position + 8 + length])
+            exif_at = (*exif_at, position + 4)
         position += 12 + length
-    return _Parsed("png", height, width, orientation, False)
+    return Header("png", rows, cols, orientation, complete, exif_at)
 
 
-def _parse_webp(data: bytes) -> _Parsed:
+def _parse_webp(data: bytes | bytearray) -> Header:
     kind = data[12:16]
     if kind == b"VP8 ":
-        width, height = (side & 0x3FFF for side in struct.unpack_from("<HH", data, 26))
+        cols, rows = (side & 0x3FFF for side in struct.unpack_from("<HH", data, 26))
     elif kind == b"VP8L":
         (bits,) = struct.unpack_from("<I", data, 21)
-        width, height = (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+        cols, rows = (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
     elif kind == b"VP8X":
-        width, height = (int.from_bytes(data[i : i + 3], "little") + 1 for i in (24, 27))
+        cols, rows = (int.from_bytes(data[i : i + 3], "little") + 1 for i in (24, 27))
     else:
         raise BadImage("header")
     (riff_size,) = struct.unpack_from("<I", data, 4)
-    orientation = _webp_orientation(data) if kind == b"VP8X" else 1
-    return _Parsed("webp", height, width, orientation, riff_size + 8 <= len(data))
+    orientation, exif_at = _webp_exif(data)
+    return Header("webp", rows, cols, orientation, riff_size + 8 <= len(data), exif_at)
 
 
-def _webp_orientation(data: bytes) -> int:
-    position = 12
+def _webp_exif(data: bytes | bytearray) -> tuple[int, tuple[int, ...]]:
+    orientation, exif_at, position = _UPRIGHT, (), 12
     while position + 8 <= len(data):
         kind, length = struct.unpack_from("<4sI", data, position)
         if kind == b"EXIF":
-            return _exif_orientation(data[position + 8 : position + 8 + length].removeprefix(b"Exif\0\0"))
+            if not exif_at:
+                block = data[position + 8 : position + 8 + length]
+                orientation = _exif_orientation(block.removeprefix(b"Exif\0\0"))
+            exif_at = (*exif_at, position)
         position += 8 + length + length % 2
-    return 1
+    return orientation, exif_at
 
 
-def _parse_bmp(data: bytes) -> _Parsed:
-    pixels_at, header_size = struct.unpack_from("<II", data, 10)
-    width, height = struct.unpack_from("<HH" if header_size == 12 else "<ii", data, 18)
-    return _Parsed("bmp", abs(height), width, 1, len(data) > pixels_at)
-
-
-def _exif_orientation(tiff: bytes) -> int:
-    """The orientation tag of the first directory, 1 (upright) if there is none or it makes no sense."""
-    order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
+def _exif_orientation(tiff: bytes | bytearray) -> int:
+    """The orientation in the first directory; upright if there is none or it makes no sense."""
+    order = {b"II": "<", b"MM": ">"}.get(bytes(tiff[:2]))
     if order is None:
-        return 1
+        return _UPRIGHT
     try:
         (directory,) = struct.unpack_from(order + "I", tiff, 4)
         (entries,) = struct.unpack_from(order + "H", tiff, directory)
         for i in range(entries):
             tag, _type, _count, value = struct.unpack_from(order + "HHIH", tiff, directory + 2 + 12 * i)
             if tag == _ORIENTATION_TAG:
-                return value if 1 <= value <= 8 else 1
+                return value if 1 <= value <= 8 else _UPRIGHT
     except struct.error:  # offsets that point outside
         pass
-    return 1
+    return _UPRIGHT

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from pipeline.config import DataConfig
-from pipeline.data.augment import build_pipeline, parameters
-from pipeline.data.images import undecodable
+from pipeline.data.augment import build_pipeline, parameters, undecodable
+from pipeline.data.images import Header
 from pipeline.data.reader import Dataset, SampleStream, Skip
 
 _READ_AHEAD = 4  # batches whose bytes and parameters are prepared before the pipeline asks for them
@@ -30,6 +30,7 @@ class _Prepared(NamedTuple):
     encoded: list[np.ndarray]
     parameters: np.ndarray
     records: list[int]
+    headers: list[Header]
     rejected: list[tuple[int, int, str]]
 
 
@@ -91,7 +92,7 @@ class Loader:
         assert (positions == position + np.arange(self.data.batch_size)).all(), "the pipeline lost a batch"
         self._report(prepared)
         self.next_sample += self._stride
-        crops = [torch.from_dlpack(output.as_tensor()).flatten(0, 1) for output in outputs[1:]]
+        crops = [torch.from_dlpack(output.as_tensor()).flatten(0, 1) for output in outputs[2:]]
         if len(crops) == 1:
             size = self.data.local_crops.size
             crops.append(crops[0].new_empty(0, 3, size, size))
@@ -126,27 +127,32 @@ class Loader:
     def _prepare(self, sample: int) -> _Prepared:
         position = sample + self.rank * self.data.batch_size
         picked = [self._stream.pick(position + i) for i in range(self.data.batch_size)]
-        sizes = np.array([(p.header.height, p.header.width) for p in picked])
+        headers = [p.header for p in picked]
         return _Prepared(
             [np.frombuffer(p.data, np.uint8) for p in picked],
-            parameters(self.data, position, sizes),
+            parameters(self.data, position, headers),
             [p.record for p in picked],
+            headers,
             [(position + i, record, reason) for i, p in enumerate(picked) for record, reason in p.rejected],
         )
 
     def _run(self) -> Any:
         """Run the pipeline; where an image turns out undecodable, repeat the same batch with a substitute."""
         while True:
+            failure = None
             try:
-                return self._pipeline.run()
-            except RuntimeError:
-                prepared = self._prepared[self.next_sample].result()
-                culprits = undecodable(prepared.encoded)
-                if not culprits:
-                    raise
-                for i in culprits:
-                    self._stream.reject(prepared.records[i], "decode")
-                self._start_pipeline()
+                outputs = self._pipeline.run()
+            except RuntimeError as error:
+                failure = error
+            prepared = self._prepared[self.next_sample].result()
+            if not failure and _shapes_as_announced(outputs[1], prepared.headers):
+                return outputs
+            culprits = undecodable(prepared.encoded, prepared.headers, self.device_id)
+            if failure and not culprits:
+                raise failure
+            for i in culprits:
+                self._stream.reject(prepared.records[i], "decode")
+            self._start_pipeline()
 
     def _report(self, prepared: _Prepared) -> None:
         for position, record, reason in prepared.rejected:
@@ -155,6 +161,11 @@ class Loader:
                 dataset = self._stream.dataset
                 self.on_skip(Skip(dataset.key(record), str(dataset.shard(record)), reason, position))
             self._reported.add(record)
+
+
+def _shapes_as_announced(shapes: Any, headers: list[Header]) -> bool:
+    announced = [(header.rows, header.cols) for header in headers]
+    return bool((np.asarray(shapes.as_tensor())[:, :2] == announced).all())
 
 
 def _device_id(device: torch.device) -> int | None:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pipeline.data import tars
-from pipeline.data.images import BadImage, Header, inspect
+from pipeline.data.images import BadImage, Header, hide_exif, inspect
 from pipeline.data.philox import Purpose, philox
 from pipeline.errors import UserError
 
@@ -80,7 +80,7 @@ class Dataset:
         place = record - int(self._starts[self._shard_number(record)])
         return _with_image(_samples(self.shard(record)))[place].key
 
-    def image(self, record: int) -> bytes:
+    def image(self, record: int) -> bytearray:
         """The encoded image. Raises OSError if the shard cannot be read."""
         offset, size = self._rows[record, :2]
         return self._read(record, int(offset), int(size))
@@ -93,11 +93,11 @@ class Dataset:
     def _shard_number(self, record: int) -> int:
         return int(np.searchsorted(self._starts, record, side="right")) - 1
 
-    def _read(self, record: int, offset: int, size: int) -> bytes:
+    def _read(self, record: int, offset: int, size: int) -> bytearray:
         file = self._open(self.shard(record))
-        data = os.pread(file.descriptor, size, offset)
-        if len(data) != size:
-            raise OSError(f"{self.shard(record)} ends at a sample")
+        data = bytearray(size)
+        if os.preadv(file.descriptor, [data], offset) != size:
+            raise OSError(f"{self.shard(record)} ends within a sample")
         return data
 
 
@@ -168,10 +168,10 @@ class Skip(NamedTuple):
 
 
 class Picked(NamedTuple):
-    """What a position is given: a usable image, and the records rejected on the way to it."""
+    """What a position is given: a usable image (EXIF hidden), and the records rejected on the way to it."""
 
     record: int
-    data: bytes
+    data: bytearray
     header: Header
     rejected: tuple[tuple[int, str], ...]
 
@@ -203,7 +203,9 @@ class SampleStream:
             if record not in self._rejected:
                 try:
                     data = self.dataset.image(record)
-                    return Picked(record, data, inspect(data, self.max_pixels), tuple(rejected))
+                    header = inspect(data, self.max_pixels)
+                    hide_exif(data, header)
+                    return Picked(record, data, header, tuple(rejected))
                 except BadImage as error:
                     self.reject(record, error.reason)
                 except OSError:
