@@ -47,7 +47,7 @@ class ElasticBlock(nn.Module):
     """
 
     checkpointed = False
-    compiled = False
+    compiled: str | None = None  # backend of torch.compile
 
     def _body(self, x: Tensor, *args: Any) -> Tensor:
         raise NotImplementedError
@@ -56,15 +56,17 @@ class ElasticBlock(nn.Module):
         """The block, or a copy of `x` where the sub-network leaves it out."""
         if not active:
             return x.clone()  # a new tensor, so that the hooks of this module bracket it in the backward pass
-        body: Callable[..., Tensor] = _compiled_body(cast(Any, type(self))) if self.compiled else type(self)._body
+        body: Callable[..., Tensor] = type(self)._body
+        if self.compiled:
+            body = _compiled_body(cast(Any, type(self)), self.compiled)
         if self.checkpointed and torch.is_grad_enabled():
             return checkpoint(body, self, x, *args, use_reentrant=False)
         return body(self, x, *args)
 
 
 @cache
-def _compiled_body(block: Any) -> Callable[..., Tensor]:
-    return torch.compile(block._body, dynamic=False, fullgraph=True)
+def _compiled_body(block: Any, backend: str) -> Callable[..., Tensor]:
+    return torch.compile(block._body, dynamic=False, fullgraph=True, backend=backend)
 
 
 class Backbone(nn.Module):
@@ -157,7 +159,7 @@ class Backbone(nn.Module):
         """
         return self.get_parameter(name).ndim <= 1 or name.endswith("relative_position_bias_table")
 
-    def compile_blocks(self) -> None:
+    def compile_blocks(self, backend: str = "inductor") -> None:
         """Compile the body of every block with `torch.compile`, once per shape; never fall back to eager in silence.
 
         A width is a shape, so the default limit of recompilations is far below what a grid needs.
@@ -168,7 +170,7 @@ class Backbone(nn.Module):
         config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, 8 * limit)
         config.fail_on_recompile_limit_hit = True
         for block in self.elastic_blocks():
-            block.compiled = True
+            block.compiled = backend
 
     def timm_state_dict(self) -> dict[str, Tensor]:
         """The state dict of the largest network as timm names it: without the mask token."""

@@ -1,0 +1,41 @@
+"""Start a run from the weights of a timm model of the largest architecture (`model.init_from`)."""
+
+from pathlib import Path
+
+from pipeline.elastic.backbone import Backbone
+from pipeline.errors import UserError
+
+
+def load_pretrained(backbone: Backbone, source: str) -> None:
+    """Load the weights of a timm model into the full network; classifier left out, mask token left as it is.
+
+    Position embeddings and relative-position biases are resized by timm if the source was made for another image size.
+
+    Args:
+        backbone: freshly built.
+        source: a directory that timm's `local-dir:` reads, or the name of a timm model with pretrained weights.
+
+    Raises:
+        UserError: the source cannot be loaded, or its weights are not those of the largest network.
+    """
+    import timm
+
+    where = f"model.init_from={source}"
+    name = f"local-dir:{source}" if Path(source).is_dir() else source
+    size = {} if backbone.config.family == "resnet" else {"img_size": backbone.config.image_size}
+    try:
+        model = timm.create_model(name, pretrained=True, in_chans=backbone.config.in_chans, **size)
+    except Exception as error:  # timm, its hub client and safetensors each raise their own
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"timm cannot load it: {reason}", where, "name a timm model or a directory made by timm"
+        ) from error
+    model.reset_classifier(0)  # only now: timm reads weights leniently for another number of classes
+    try:
+        backbone.load_timm_state_dict(model.state_dict())
+    except ValueError as error:
+        fix = f"choose a model with the sizes of {backbone.grid.largest}, or change model.* to the sizes of this one"
+        theirs, ours = ({n for n in names if ".ls1." in n} for names in (model.state_dict(), backbone.state_dict()))
+        if bool(theirs) != bool(ours):
+            fix = f"set model.layer_scale to {'a number' if theirs else 'null'}, as in the source"
+        raise UserError(f"not the weights of the largest network: {error}", where, fix) from error

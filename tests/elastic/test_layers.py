@@ -1,0 +1,116 @@
+"""Slicing rules against hand-written index lists."""
+
+import pytest
+import torch
+from torch import nn
+
+from pipeline.elastic.layers import (
+    ElasticConv2d,
+    ElasticGroupNorm,
+    ElasticLayerNorm,
+    ElasticLinear,
+    ElasticMergedNorm,
+    ElasticMlp,
+    ElasticQKV,
+    ElasticReduction,
+    leading,
+    make_elastic,
+)
+
+
+def double(module: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    module = module.double()
+    for p in module.parameters():
+        nn.init.normal_(p)
+    return module
+
+
+def test_linear_cuts_both_sides_and_scales_by_the_missing_inputs():
+    layer = double(ElasticLinear(6, 4))
+    x = torch.randn(5, 3, dtype=torch.double)
+    expected = x @ layer.weight[:2, :3].T * 2 + layer.bias[:2]
+    torch.testing.assert_close(layer(x, 2), expected)
+
+
+def test_full_layers_use_their_parameters_as_they_are():
+    layer = ElasticLinear(6, 4)
+    cut = layer.sliced(4, 6)
+    assert cut["weight"] is layer.weight
+    assert cut["bias"] is layer.bias
+
+
+def test_outputs_alone_are_cut_without_a_factor():
+    layer = double(ElasticLinear(6, 4))
+    torch.testing.assert_close(layer.sliced(2, 6)["weight"], layer.weight[:2])
+
+
+def test_queries_keys_and_values_are_cut_alike():
+    layer = double(ElasticQKV(4, 12))
+    rows = [0, 1, 4, 5, 8, 9]
+    cut = layer.sliced(6, 2)
+    torch.testing.assert_close(cut["weight"], layer.weight[rows][:, :2] * 2)
+    torch.testing.assert_close(cut["bias"], layer.bias[rows])
+
+
+def test_patch_merging_cuts_the_channels_of_each_of_four_neighbours():
+    layer, norm = double(ElasticReduction(12, 6, bias=False)), double(ElasticMergedNorm(12))
+    columns = [0, 1, 3, 4, 6, 7, 9, 10]
+    torch.testing.assert_close(layer.sliced(4, 8)["weight"], layer.weight[:4, columns] * 12 / 8)
+    torch.testing.assert_close(norm.sliced(8)["weight"], norm.weight[columns])
+
+
+def test_convolution_scales_where_its_input_is_cut():
+    layer = double(ElasticConv2d(6, 4, 3, stride=2, padding=1))
+    x = torch.randn(2, 2, 5, 5, dtype=torch.double)
+    expected = nn.functional.conv2d(x, layer.weight[:3, :2] * 3, layer.bias[:3], stride=2, padding=1)
+    torch.testing.assert_close(layer(x, 3), expected)
+
+
+def test_layer_norm_runs_over_the_active_channels():
+    layer = double(ElasticLayerNorm(6, eps=1e-6))
+    x = torch.randn(5, 4, dtype=torch.double)
+    centred = x - x.mean(-1, keepdim=True)
+    expected = centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt() * layer.weight[:4] + layer.bias[:4]
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_group_norm_spreads_its_groups_over_the_active_channels():
+    layer = double(ElasticGroupNorm(2, 8))
+    x = torch.randn(3, 4, 5, 5, dtype=torch.double)
+    groups = x.view(3, 2, 2, 5, 5)
+    centred = groups - groups.mean((2, 3, 4), keepdim=True)
+    normal = (centred / (centred.square().mean((2, 3, 4), keepdim=True) + layer.eps).sqrt()).view_as(x)
+    expected = normal * layer.weight[:4, None, None] + layer.bias[:4, None, None]
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_hidden_units_of_an_mlp_keep_their_ratio():
+    from timm.layers import Mlp
+
+    mlp = double(Mlp(8, 32))
+    make_elastic(mlp, {Mlp: ElasticMlp, nn.Linear: ElasticLinear})
+    x = torch.randn(5, 2, dtype=torch.double)
+    hidden = nn.functional.gelu(x @ mlp.fc1.weight[:8, :2].T * 4 + mlp.fc1.bias[:8])
+    torch.testing.assert_close(mlp(x), hidden @ mlp.fc2.weight[:2, :8].T * 4 + mlp.fc2.bias[:2])
+
+
+def test_pre_activations_keep_their_scale():
+    """With the factor I / i, halving the inputs leaves the expected size of a pre-activation of equal inputs alone."""
+    layer = ElasticLinear(64, 4, bias=False)
+    nn.init.ones_(layer.weight)
+    for width in (16, 32, 64):
+        torch.testing.assert_close(layer(torch.ones(1, width)), torch.full((1, 4), 64.0))
+
+
+@pytest.mark.parametrize(("groups", "expected"), [(1, [0, 1, 2, 3]), (2, [0, 1, 4, 5]), (4, [0, 2, 4, 6])])
+def test_leading_takes_the_first_part_of_each_group(groups, expected):
+    assert leading(torch.arange(8), 4, groups=groups).tolist() == expected
+
+
+def test_making_a_layer_elastic_keeps_its_parameters():
+    model = nn.Sequential(nn.Linear(2, 3), nn.Sequential(nn.Linear(3, 4)))
+    before = dict(model.named_parameters())
+    make_elastic(model, {nn.Linear: ElasticLinear})
+    assert isinstance(model[1][0], ElasticLinear)
+    assert all(p is before[name] for name, p in model.named_parameters())

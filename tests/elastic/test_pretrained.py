@@ -1,0 +1,96 @@
+"""`model.init_from`: a run starts from weights that timm can read."""
+
+import json
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from pipeline.elastic import build
+from pipeline.elastic.pretrained import load_pretrained
+from pipeline.errors import UserError
+
+
+@pytest.fixture
+def save(tmp_path):
+    """Writes a timm model as a directory that `local-dir:` reads."""
+
+    def write(model, architecture, args):
+        save_file(model.state_dict(), tmp_path / "model.safetensors")
+        pretrained = {"input_size": [3, 64, 64], "num_classes": args.get("num_classes", 0), "fixed_input_size": False}
+        classifier = {"vit": "head", "swin": "head.fc", "resnet": "fc"}[architecture.split("_")[0].rstrip("0123456789")]
+        config = {
+            "architecture": architecture,
+            "num_classes": args.get("num_classes", 0),
+            "model_args": args,
+            "pretrained_cfg": {**pretrained, "classifier": classifier},
+        }
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        return str(tmp_path)
+
+    return write
+
+
+def other_weights(backbone, **changes):
+    torch.manual_seed(1)
+    args = {**backbone.model_args(backbone.grid.largest), **changes}
+    return timm.create_model(backbone.architecture, **args).eval(), args
+
+
+def test_features_at_the_start_equal_those_of_the_timm_model(family, tiny_config, save):
+    backbone = build(tiny_config(family))
+    model, args = other_weights(backbone, num_classes=7)
+    load_pretrained(backbone, save(model, backbone.architecture, args))
+    images = torch.randn(2, 3, backbone.config.image_size, backbone.config.image_size)
+    with torch.inference_mode():
+        expected = model.forward_head(model.forward_features(images), pre_logits=True)
+        got = backbone(images).cls
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5 if family == "swin" else 0)
+    assert backbone.mask_token.abs().max() == 0
+
+
+def test_positions_of_another_image_size_are_resized_by_timm(tiny_config, save):
+    backbone = build(tiny_config("vit"))
+    model, args = other_weights(backbone, img_size=64)
+    load_pretrained(backbone, save(model, backbone.architecture, args))
+    assert torch.equal(backbone.blocks[0].mlp.fc1.weight, model.blocks[0].mlp.fc1.weight)
+    model.set_input_size(32)
+    assert torch.equal(backbone.pos_embed, model.pos_embed)
+
+
+def test_another_size_is_a_user_error(family, tiny_config, save):
+    backbone = build(tiny_config(family))
+    changes = {
+        "vit": {"depth": 4},
+        "swin": {"depths": [2, 2, 4, 2]},
+        "resnet": {"layers": [1, 2, 2, 1]},
+    }[family]
+    model, args = other_weights(backbone, **changes)
+    with pytest.raises(UserError, match=r"is missing.*choose a model with the sizes of"):
+        load_pretrained(backbone, save(model, backbone.architecture, args))
+
+
+@pytest.mark.parametrize(("ours", "advice"), [(None, "a number"), (0.1, "null")])
+def test_layer_scale_on_one_side_only_is_explained(ours, advice, tiny_config, save):
+    backbone = build(tiny_config("vit", layer_scale=ours))
+    model, args = other_weights(backbone, init_values=None if ours else 0.1)
+    with pytest.raises(UserError, match=f"set model.layer_scale to {advice}"):
+        load_pretrained(backbone, save(model, backbone.architecture, args))
+
+
+def test_a_checkpoint_with_a_missing_weight_is_refused(tiny_config, save):
+    backbone = build(tiny_config("vit"))
+    model, args = other_weights(backbone)
+    folder = save(model, backbone.architecture, args)
+    state = model.state_dict()
+    del state["blocks.0.mlp.fc1.weight"]
+    save_file(state, f"{folder}/model.safetensors")
+    with pytest.raises(UserError, match="timm cannot load it"):
+        load_pretrained(backbone, folder)
+
+
+@pytest.mark.parametrize("source", ["no_such_model", "no/such/folder", "."])
+def test_a_source_that_timm_cannot_read_is_a_user_error(source, tiny_config):
+    with pytest.raises(UserError, match=f"init_from={source}"):
+        load_pretrained(build(tiny_config("vit")), source)

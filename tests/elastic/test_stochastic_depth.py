@@ -1,0 +1,131 @@
+import numpy as np
+import pytest
+import torch
+
+from pipeline.elastic import build
+from pipeline.elastic.stochastic_depth import add_branch, keep_indices, kept_count, kept_rows
+
+
+def keep(**changes):
+    arguments = {
+        "seed": 0,
+        "step": 5,
+        "rank": 1,
+        "branch": 0,
+        "rate": 0.2,
+        "batch_sizes": [10, 40],
+        "draws": 48,
+        "device": "cpu",
+    }
+    return keep_indices(**{**arguments, **changes})
+
+
+@pytest.mark.parametrize(("batch", "rate", "kept"), [(10, 0.2, 8), (3, 0.2, 2), (1, 0.2, 1), (4, 0.9, 1), (5, 0, 5)])
+def test_kept_images_are_those_of_the_design(batch, rate, kept):
+    assert kept_count(batch, rate) == kept
+
+
+def test_every_draw_keeps_distinct_images():
+    for indices, batch, kept in zip(keep(), (10, 40), (8, 32), strict=True):
+        assert indices.shape == (48, kept)
+        assert indices.dtype == torch.int64
+        assert ((indices[:, 1:] - indices[:, :-1]) > 0).all()
+        assert indices.min() >= 0
+        assert indices.max() < batch
+
+
+@pytest.mark.parametrize("changed", ["seed", "step", "rank", "branch"])
+def test_draws_are_a_function_of_seed_step_rank_and_branch(changed):
+    assert all(torch.equal(a, b) for a, b in zip(keep(), keep(), strict=True))
+    assert not torch.equal(keep()[1], keep(**{changed: 7})[1])
+
+
+def test_every_image_is_dropped_equally_often():
+    counts = np.bincount(keep(draws=4000, batch_sizes=[5], rate=0.4)[0].flatten(), minlength=5)
+    assert np.abs(counts / 4000 - 0.6).max() < 5 * (0.6 * 0.4 / 4000) ** 0.5
+
+
+def test_draws_differ_between_branches_of_a_network():
+    rows = keep()[1]
+    assert len({tuple(row.tolist()) for row in rows}) == 48
+
+
+def test_nothing_is_drawn_at_rate_zero():
+    assert keep(rate=0) is None
+
+
+@pytest.mark.parametrize("batches", [(4, 8), (3, 8)], ids=["same ratio", "ratios differ"])
+def test_branch_runs_on_kept_images_scaled_by_the_kept_fraction(batches):
+    """Against the definition: zero the branch of dropped images, multiply the others by B / kept."""
+    sides = ((3,), (2, 2))
+    layout = tuple((b, *side) for b, side in zip(batches, sides, strict=True))
+    indices = keep(batch_sizes=list(batches), draws=2, rate=0.25)
+    tokens = [3, 4]
+    x = torch.randn(sum(b * n for b, n in zip(batches, tokens, strict=True)), 5, dtype=torch.double)
+    factors = []
+    for b, n, kept in zip(batches, tokens, indices, strict=True):
+        factor = torch.zeros(b, dtype=torch.double)
+        factor[kept[1]] = b / kept.shape[1]
+        factors.append(factor.repeat_interleave(n))
+    expected = x + x.sin() * torch.cat(factors)[:, None]
+    seen = []
+
+    def branch(rows, rows_layout):
+        seen.append((rows.shape[0], rows_layout))
+        return rows.sin()
+
+    torch.testing.assert_close(add_branch(x, layout, branch, kept_rows(indices, layout)[1]), expected)
+    kept_layout = tuple((i.shape[1], *side) for i, side in zip(indices, sides, strict=True))
+    assert seen == [(sum(i.shape[1] * n for i, n in zip(indices, tokens, strict=True)), kept_layout)]
+
+
+def test_vit_blocks_drop_what_timm_drop_path_would(tiny_config, scramble):
+    """timm's own blocks, their DropPath replaced by the same choice of images, give the same features."""
+    from timm.models import create_model
+
+    model = build(tiny_config("vit"))
+    scramble(model)
+    theirs = create_model(model.architecture, **model.model_args(model.grid.largest)).eval()
+    theirs.load_state_dict(model.timm_state_dict())
+    images = torch.randn(5, 3, 32, 32)
+    (indices,) = keep(batch_sizes=[5], draws=model.num_draws, rate=0.4)
+
+    class Chosen(torch.nn.Module):
+        def __init__(self, kept):
+            super().__init__()
+            self.factor = torch.zeros(5, 1, 1)
+            self.factor[kept] = 5 / len(kept)
+
+        def forward(self, x):
+            return x * self.factor
+
+    for i, block in enumerate(theirs.blocks):
+        block.drop_path1, block.drop_path2 = Chosen(indices[2 * i]), Chosen(indices[2 * i + 1])
+    ours = model.forward_crops([images], model.grid.largest, keep=[indices])[0].cls
+    torch.testing.assert_close(ours, theirs(images))
+
+
+def test_resnet_blocks_drop_what_timm_drop_path_would(tiny_config, scramble):
+    from timm.models import create_model
+
+    model = build(tiny_config("resnet"))
+    scramble(model)
+    theirs = create_model(model.architecture, **model.model_args(model.grid.largest)).eval()
+    theirs.load_state_dict(model.timm_state_dict())
+    images = torch.randn(4, 3, 64, 64)
+    (indices,) = keep(batch_sizes=[4], draws=model.num_draws, rate=0.5)
+
+    class Chosen(torch.nn.Module):
+        def __init__(self, kept):
+            super().__init__()
+            self.factor = torch.zeros(4, 1, 1, 1)
+            self.factor[kept] = 4 / len(kept)
+
+        def forward(self, x):
+            return x * self.factor
+
+    blocks = [block for name in ("layer1", "layer2", "layer3", "layer4") for block in getattr(theirs, name)]
+    for kept, block in zip(indices, blocks, strict=True):
+        block.drop_path = Chosen(kept)
+    ours = model.forward_crops([images], model.grid.largest, keep=[indices])[0].cls
+    torch.testing.assert_close(ours, theirs(images))
