@@ -1,0 +1,73 @@
+"""Images of shards as a model wants them in evaluation: timm's own transform, samples by record number."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.data.images import BadImage, decode, inspect
+from pipeline.data.reader import Dataset
+
+MAX_PIXELS = (
+    178956970  # the limit beyond which Pillow speaks of a decompression bomb; also the default of data.max_pixels
+)
+
+
+class EvalImages:
+    """The samples of some shards, resized and cropped but not yet normalised, so that they are small to keep.
+
+    Args:
+        shards: pattern or patterns.
+        preprocessing: what `timm.data.resolve_data_config` says of a model.
+        max_pixels: larger images count as bad.
+
+    Raises:
+        UserError: a shard is missing or damaged.
+    """
+
+    def __init__(self, shards: str | Sequence[str], preprocessing: Mapping[str, Any], max_pixels: int = MAX_PIXELS):
+        from timm.data import create_transform
+
+        self.dataset = Dataset(shards)
+        self.max_pixels = max_pixels
+        self.transform = create_transform(**preprocessing, is_training=False, normalize=False)
+        self._mean = torch.tensor(preprocessing["mean"]).view(-1, 1, 1)
+        self._std = torch.tensor(preprocessing["std"]).view(-1, 1, 1)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def load(self, record: int) -> Tensor:
+        """The image as uint8 `[3, H, W]`.
+
+        Raises:
+            BadImage: it cannot be used, for the reason given.
+        """
+        try:
+            data = self.dataset.image(record)
+        except OSError as error:
+            raise BadImage("read") from error
+        inspect(data, self.max_pixels)
+        return self.transform(decode(data))
+
+    def label(self, record: int) -> int:
+        """The class index.
+
+        Raises:
+            BadImage: reason `unlabelled` or `label` (its file does not hold an integer).
+        """
+        try:
+            label = self.dataset.label(record)
+        except ValueError as error:
+            raise BadImage("label") from error
+        except OSError as error:
+            raise BadImage("read") from error
+        if label is None:
+            raise BadImage("unlabelled")
+        return label
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """uint8 `[B, 3, H, W]` -> fp32 of mean 0 and deviation 1, on the same device."""
+        mean, std = self._mean.to(images.device), self._std.to(images.device)
+        return images.float().div(255).sub(mean).div(std)

@@ -1,0 +1,184 @@
+"""The sub-networks of a trained run as plain timm modules."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from pipeline.checkpoint import BRANCHES, load_weights
+from pipeline.config import ExperimentConfig, ModelConfig, load_config
+from pipeline.data.augment import MEAN, STD
+from pipeline.elastic import Export, Grid, Subnet, build, cost
+from pipeline.errors import UserError
+
+CROP_FRACTION = 0.875  # centre crop of the resized image in evaluation, as DINO's k-NN protocol has it
+
+
+class RunModels:
+    """The weights of one branch, from which any sub-network is cut.
+
+    Attributes:
+        config: of the run.
+        grid: its sub-networks.
+        backbone: all of them in place, fp32 on the CPU.
+        step: completed training steps; 0 for the untrained network.
+        fingerprint: identifies the checkpoint; empty for the untrained network.
+    """
+
+    def __init__(self, config: ExperimentConfig, weights: dict[str, Tensor] | None, step: int, fingerprint: str):
+        self.config, self.step, self.fingerprint = config, step, fingerprint
+        self.grid = Grid(config.model)
+        torch.manual_seed(config.data.seed)  # as the run began
+        self.backbone = build(config.model).eval().requires_grad_(False)
+        if weights is not None:
+            self.backbone.load_state_dict(weights)
+
+    @classmethod
+    def open(cls, run_dir: str | Path, branch: str = "teacher") -> "RunModels":
+        """Load the newest intact checkpoint of a run.
+
+        Args:
+            run_dir: a run directory.
+            branch: "teacher" or "student".
+
+        Raises:
+            UserError: it is no run directory, or holds no usable checkpoint.
+        """
+        path = Path(run_dir)
+        config = run_config(path)
+        if branch not in BRANCHES:
+            raise UserError(f"no branch {branch!r}", "branch", f"choose from {', '.join(BRANCHES)}")
+        weights, manifest = load_weights(path / "checkpoints", branch)
+        digest = hashlib.sha256(json.dumps(manifest["files"], sort_keys=True).encode()).hexdigest()
+        own = {n.removeprefix("backbone."): w for n, w in weights.items() if n.startswith("backbone.")}
+        try:
+            return cls(config, own, manifest["step"], digest)
+        except RuntimeError as error:
+            raise UserError(
+                "the checkpoint is of another model than config.yaml", str(path), "restore the run's own config.yaml"
+            ) from error
+
+    @classmethod
+    def untrained(cls, config: ExperimentConfig) -> "RunModels":
+        """The network as it was initialised from the run's seed."""
+        return cls(config, None, 0, "")
+
+    def module(self, subnet: Subnet) -> nn.Module:
+        """A sub-network alone, in eval mode."""
+        export = self.backbone.export(subnet)
+        entry = hub_config(self.config.model, export)
+        model = timm.create_model(
+            export.architecture, pretrained_cfg=dict(entry["pretrained_cfg"]), **entry["model_args"]
+        )
+        model.load_state_dict(export.state_dict)
+        return model.eval()
+
+    def params(self, subnet: Subnet) -> int:
+        return cost.params(self.config.model, subnet)
+
+    def gflops(self, subnet: Subnet) -> float:
+        """Of a forward pass over one image of the training size, a multiply-accumulate as 2."""
+        return cost.flops(self.config.model, subnet) / 1e9
+
+
+def run_config(run_dir: Path) -> ExperimentConfig:
+    """The config of a run.
+
+    Raises:
+        UserError: `run_dir` is no run directory.
+    """
+    if not (run_dir / "config.yaml").is_file():
+        what = "the directory holds no run" if run_dir.is_dir() else "no such run directory"
+        raise UserError(what, str(run_dir), "name a directory that `poa train` wrote")
+    return load_config(run_dir / "config.yaml")
+
+
+def choose(grid: Grid, names: Iterable[str | Subnet] | str) -> list[Subnet]:
+    """Sub-networks by name, each once; "all" or ["all"] is the whole grid.
+
+    Raises:
+        UserError: a name is not in the grid, or there is none.
+    """
+    names = [names] if isinstance(names, str) else list(names)
+    if names == ["all"]:
+        return list(grid.subnets)
+    chosen = list(dict.fromkeys(grid.parse(name.name if isinstance(name, Subnet) else name) for name in names))
+    if not chosen:
+        raise UserError("no sub-network is named", "subnet", f"name some, e.g. {grid.smallest} {grid.largest}, or all")
+    return chosen
+
+
+def hub_config(config: ModelConfig, export: Export) -> dict[str, Any]:
+    """The `config.json` with which timm rebuilds an extracted model and prepares images for it."""
+    template = timm.get_pretrained_cfg(export.architecture, allow_unregistered=False)
+    assert template is not None
+    args = dict(export.model_args)
+    if config.family == "swin":
+        args["strict_img_size"] = False  # timm then takes any size that the patches divide
+    return {
+        "architecture": export.architecture,
+        "num_classes": 0,
+        "num_features": export.feature_dim,
+        "global_pool": export.pool,
+        "model_args": args,
+        "pretrained_cfg": {
+            "tag": "poa",
+            "custom_load": False,
+            **preprocessing(config),
+            "fixed_input_size": False,
+            "num_classes": 0,
+            "pool_size": None if config.family == "vit" else [config.image_size // config.stride] * 2,
+            "first_conv": template.first_conv,
+            "classifier": template.classifier,
+        },
+    }
+
+
+def preprocessing(config: ModelConfig) -> dict[str, Any]:
+    """How images are prepared for evaluation, in timm's terms."""
+    return {
+        "input_size": [config.in_chans, config.image_size, config.image_size],
+        "interpolation": "bicubic",
+        "crop_pct": CROP_FRACTION,
+        "crop_mode": "center",
+        "mean": list(MEAN),
+        "std": list(STD),
+    }
+
+
+def load_subnet(path: str | Path, subnet: str | Subnet | None = None, branch: str = "teacher") -> nn.Module:
+    """A sub-network as a plain timm module in eval mode, fp32 on the CPU.
+
+    Args:
+        path: a directory that `poa extract` wrote, or a run directory.
+        subnet: which one to cut from a run, the largest if None; an extracted directory holds one already.
+        branch: "teacher" or "student" of a run.
+
+    Raises:
+        UserError: `path` is neither, or has no such sub-network.
+    """
+    path = Path(path)
+    if (path / "config.json").is_file():
+        if subnet is not None and str(subnet) != path.name:
+            raise UserError(f"asked for {subnet}, but this is one extracted model", str(path), "leave the name out")
+        return load_directory(path)
+    models = RunModels.open(path, branch)
+    return models.module(models.grid.largest if subnet is None else choose(models.grid, [subnet])[0])
+
+
+def load_directory(path: Path) -> nn.Module:
+    """A model directory in timm's format, in eval mode.
+
+    Raises:
+        UserError: timm cannot load it.
+    """
+    try:
+        return timm.create_model(f"local-dir:{path}", pretrained=True).eval()
+    except Exception as error:  # timm, safetensors and JSON each have their own
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise UserError(f"timm cannot load the model: {reason}", str(path), "extract or copy it again") from error
