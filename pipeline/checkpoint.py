@@ -129,7 +129,8 @@ class Checkpoints:
                 tensors[f"{index}.{key}"] = vector.detach()[part].cpu().contiguous()
         if self.ranks.is_main:
             tensors |= {
-                f"center.{kind}.{h}": center.cpu() for kind, heads in centering.center.items()
+                f"center.{kind}.{h}": center.cpu()
+                for kind, heads in centering.center.items()
                 for h, center in enumerate(heads)
             }
         try:

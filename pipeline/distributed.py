@@ -39,9 +39,9 @@ class Ranks:
             except Exception as error:
                 box = [(None, error)]
         dist.broadcast_object_list(box, src=0, group=self.control)
-        value, error = box[0]
-        if error is not None:
-            raise _shared(error)
+        value, failure = box[0]
+        if failure is not None:
+            raise _shared(failure)
         return value
 
     def gather(self, value: T) -> list[T]:
@@ -57,9 +57,9 @@ class Ranks:
         except Exception as error:
             outcome = (None, error)
         outcomes = self.gather(outcome)
-        for _, error in outcomes:
-            if error is not None:
-                raise _shared(error)
+        for _, failure in outcomes:
+            if failure is not None:
+                raise _shared(failure)
         return [value for value, _ in outcomes]
 
 
@@ -86,7 +86,7 @@ def initialize(timeout_seconds: float = 1800) -> Ranks:
     try:
         rank, world_size, local_rank = (int(environ[name]) for name in prefix) if prefix else (0, 1, 0)
         if prefix:
-            environ["MASTER_ADDR"], environ["MASTER_PORT"]  # noqa: B018 - their absence is the error
+            environ["MASTER_ADDR"], environ["MASTER_PORT"]
     except (KeyError, ValueError) as error:
         raise UserError(f"{error} is missing or no number", "environment", "launch with torchrun or srun") from error
     # DeepSpeed reads these even when the process group exists already
@@ -101,8 +101,8 @@ def initialize(timeout_seconds: float = 1800) -> Ranks:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
             environ.setdefault("MASTER_ADDR", "127.0.0.1")
             environ.setdefault("MASTER_PORT", str(_free_port()))
-    control = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo", timeout=timeout)
-    assert control is not None
+    control = dist.new_group(backend="gloo", timeout=timeout)
+    assert isinstance(control, dist.ProcessGroup)
     return Ranks(rank, world_size, local_rank, device, control)
 
 

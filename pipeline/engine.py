@@ -7,6 +7,7 @@ under ZeRO-1/2 DeepSpeed lays it out so, under ZeRO-0 we do and the shard is the
 import copy
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from kernels.ema import ema_update_
 from pipeline.config import ExperimentConfig
 from pipeline.schedules import StepValues
+from pipeline.tri_branch import Branch
 
 # torch 2.14 renamed it
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -46,13 +48,13 @@ class GroupSpec:
     names: tuple[str, ...]
 
 
-def parameter_groups(student: nn.Module, config: ExperimentConfig) -> list[GroupSpec]:
+def parameter_groups(student: Branch, config: ExperimentConfig) -> list[GroupSpec]:
     """Group the student's parameters by learning-rate multiplier, weight decay and module.
 
     The multiplier is `layer_decay ** (layers - layer)`, times `patch_embed_lr_scale` for the patch embedding.
     """
     backbone, optim = student.backbone, config.optim
-    groups: dict[tuple, list[str]] = {}
+    groups: dict[tuple[str, float, bool, bool], list[str]] = {}
     for name, parameter in student.named_parameters():
         module, _, inner = name.partition(".")
         if module == "backbone":
@@ -63,7 +65,7 @@ def parameter_groups(student: nn.Module, config: ExperimentConfig) -> list[Group
         else:
             scale, decayed, prototypes = 1.0, parameter.ndim > 1, "prototypes" in inner
         groups.setdefault((module, scale, decayed, prototypes), []).append(name)
-    return [GroupSpec(*key, tuple(names)) for key, names in groups.items()]
+    return [GroupSpec(*key, names=tuple(names)) for key, names in groups.items()]
 
 
 @dataclass
@@ -111,7 +113,7 @@ class Engine:
         device: where it trains.
     """
 
-    def __init__(self, student: nn.Module, config: ExperimentConfig, device: torch.device):
+    def __init__(self, student: Branch, config: ExperimentConfig, device: torch.device):
         self.config, self.device = config, device
         self.stage = effective_stage(config)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
@@ -119,7 +121,7 @@ class Engine:
         dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
         student.to(device)
         specs = parameter_groups(student, config)
-        self.teacher = copy.deepcopy(student).to(dtype).eval().requires_grad_(False)
+        self.teacher: Branch = copy.deepcopy(student).to(dtype).eval().requires_grad_(False)
         named = dict(student.named_parameters())
         if self.stage == 0:
             flats = [_flatten(student, spec.names) for spec in specs]
@@ -151,6 +153,13 @@ class Engine:
         assert self._passes_left == 0, "a step has a fixed number of backward passes"
 
     def backward(self, loss: Tensor) -> None:
+        """One of the window's backward passes.
+
+        Raises:
+            RuntimeError: there is no window, or it had all its passes.
+        """
+        if not self._passes_left:
+            raise RuntimeError("backward outside of a backward_window: its gradients would be lost or counted twice")
         self._passes_left -= 1
         if self.stage == 0:
             self.engine.set_gradient_accumulation_boundary(self._passes_left == 0)
@@ -262,23 +271,26 @@ class Engine:
     def _adam(self) -> torch.optim.Optimizer:
         return self.optimizer.optimizer if self.stage else self.optimizer
 
-    def _replicated(self, spec: GroupSpec, named: dict[str, Tensor], flat: Tensor) -> FlatGroup:
+    def _replicated(self, spec: GroupSpec, named: dict[str, nn.Parameter], flat: Tensor) -> FlatGroup:
         params = [named[n] for n in spec.names]
-        offsets = [p.storage_offset() for p in params]
-        places = [(p, slice(o, o + p.numel())) for p, o in zip(params, offsets, strict=True)]
+        offsets = [int(p.storage_offset()) for p in params]
+        places: list[tuple[Tensor, slice]] = [
+            (p, slice(o, o + p.numel())) for p, o in zip(params, offsets, strict=True)
+        ]
         teacher = flat.clone()
         return FlatGroup(spec, [tuple(p.shape) for p in params], offsets, flat, flat.clone(), teacher, 0, places)
 
-    def _sharded(self, index: int, spec: GroupSpec, named: dict[str, Tensor]) -> FlatGroup:
+    def _sharded(self, index: int, spec: GroupSpec, named: dict[str, nn.Parameter]) -> FlatGroup:
         params = [named[n] for n in spec.names]
         flat = self.optimizer.bit16_groups_flat[index]
         master = self.optimizer.param_groups[index]["params"][0]
         assert all(p.data.untyped_storage().data_ptr() == flat.untyped_storage().data_ptr() for p in params)
-        assert master.dtype == torch.float32 and len(master) * self.world_size == len(flat)
+        assert master.dtype == torch.float32
+        assert len(master) * self.world_size == len(flat)
         return FlatGroup(
             spec,
             [tuple(p.shape) for p in params],
-            [p.storage_offset() - flat.storage_offset() for p in params],
+            [int(p.storage_offset() - flat.storage_offset()) for p in params],
             master,
             master.detach().clone(),
             flat.detach().clone(),
@@ -318,6 +330,7 @@ def _initialize(student: nn.Module, optimizer: torch.optim.Optimizer, config: Ex
     from deepspeed.utils import logger
 
     logger.setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor", category=FutureWarning)  # DeepSpeed's own
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else compiled at first use, and not needed
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": config.data.batch_size,

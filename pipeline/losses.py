@@ -130,7 +130,7 @@ class Centering:
 def dino(student: Logits, teacher: list[Targets], pairing: Pairing, temperature: float, impl: str) -> Tensor:
     """DINO loss of one student, mean over images and heads.
 
-        [ sum_j sum_g CE(t_g, local_j) + CE(t_2, global_1) + CE(t_1, global_2) ] / (2L + 2)
+    [ sum_j sum_g CE(t_g, local_j) + CE(t_2, global_1) + CE(t_1, global_2) ] / (2L + 2)
     """
     total = student.cls[0].new_zeros((), dtype=torch.float32)
     for local, cls, target in zip(student.local, student.cls, teacher, strict=True):
@@ -165,7 +165,9 @@ def softmax_rows(logits: PerHead, temperature: float, impl: str) -> list[Tensor]
     return [-row_logsumexp(x, temperature, impl=impl) for x in logits]
 
 
-def ibot(student: PerHead, teacher: list[Targets], weights: Tensor, crops: int, temperature: float, impl: str) -> Tensor:
+def ibot(
+    student: PerHead, teacher: list[Targets], weights: Tensor, crops: int, temperature: float, impl: str
+) -> Tensor:
     """iBOT loss of one student: sum_m w_m CE(t_m, s_m) / crops, mean over heads.
 
     Args:

@@ -4,7 +4,7 @@ import math
 import time
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -60,6 +60,17 @@ class StepReport:
     subnet: Subnet
     data_wait_seconds: float
     step_seconds: float
+
+
+class _Agreement(NamedTuple):
+    """What the ranks agree on before anything is updated; `norms` are the gradient norms on the device."""
+
+    losses: dict[str, float]
+    norms: Tensor
+    gradient_norms: dict[str, float]
+    bad: list[str]
+    stop: bool
+    skipped: int
 
 
 class Trainer:
@@ -129,17 +140,17 @@ class Trainer:
             )
         skipped = self.loader.skipped.total() - skipped_before
         agreed = self._agree(losses, self.engine.gradient_squares(), stop_requested, skipped)
-        if agreed["bad"]:
+        if agreed.bad:
             self.engine.discard()
         else:
-            self.engine.apply(values, agreed.pop("norms_tensor"))
+            self.engine.apply(values, agreed.norms)
             self.tri_branch.centering.commit()
         return StepReport(
-            losses=agreed["losses"],
-            gradient_norms=agreed["norms"],
-            bad=agreed["bad"],
-            stop=agreed["stop"],
-            skipped=agreed["skipped"],
+            losses=agreed.losses,
+            gradient_norms=agreed.gradient_norms,
+            bad=agreed.bad,
+            stop=agreed.stop,
+            skipped=agreed.skipped,
             values=values,
             subnet=subnet,
             data_wait_seconds=data_wait,
@@ -161,31 +172,34 @@ class Trainer:
             self.config.data.seed, step, self.ranks.rank, crops, (rows, columns), loss.mask_probability, loss.mask_ratio
         )
 
-    def _agree(self, losses: StepLosses, squares: Tensor, stop: bool, skipped: int) -> dict[str, Any]:
+    def _agree(self, losses: StepLosses, squares: Tensor, stop: bool, skipped: int) -> _Agreement:
         """One all-reduce: mean losses, what is not finite anywhere, gradient norms, requests to stop."""
-        device, world = self.ranks.device, self.ranks.world_size
-        zero = torch.zeros((), device=device)
-        local = torch.stack([*(losses.terms.get(term, zero).double() for term in TERMS), losses.total.double()])
-        finite = local.isfinite()
-        counts = torch.tensor([float(stop), float(skipped)], dtype=torch.float64, device=device)
-        packed = torch.cat([local.where(finite, zero.double()), (~finite).double(), squares.double(), counts])
+        zero = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
+        values = torch.stack([*(losses.terms.get(term, zero).double() for term in TERMS), losses.total.double()])
+        finite = values.isfinite()
+        counts = torch.tensor([float(stop), float(skipped)], dtype=torch.float64, device=self.ranks.device)
+        packed = torch.cat([values.where(finite, zero), (~finite).double(), squares.double(), counts])
         dist.all_reduce(packed)
-        norms = packed[2 * len(local) : 2 * len(local) + len(MODULES)].sqrt()
+        names = [*("/".join(term) for term in TERMS), "total"]
+        norms = packed[2 * len(names) : -2].sqrt()
         host = packed.tolist()  # the step's one wait for the device
-        means, flags, gradients, (stops, skips) = _split(host, [len(local), len(local), len(MODULES), 2])
-        names = ["/".join(term) for term in TERMS] + ["total"]
-        bad = [name for name, flag in zip(names[:-1], flags[:-1], strict=True) if flag] or (
-            ["total"] if flags[-1] else []
+        means, flags, gradients = host[: len(names)], host[len(names) : 2 * len(names)], host[2 * len(names) : -2]
+        infinite = {name for name, flag in zip(names, flags, strict=True) if flag}
+        # the total is not finite whenever a term is not, and gradients follow: name the cause alone
+        bad = sorted(infinite - {"total"}) or sorted(infinite)
+        if not bad:
+            bad = [f"gradient/{m}" for m, g in zip(MODULES, gradients, strict=True) if not math.isfinite(g)]
+        return _Agreement(
+            losses={
+                name: math.nan if name in infinite else mean / self.ranks.world_size
+                for name, mean in zip(names, means, strict=True)
+            },
+            norms=norms.float(),
+            gradient_norms={m: math.sqrt(g) if g >= 0 else math.nan for m, g in zip(MODULES, gradients, strict=True)},
+            bad=bad,
+            stop=host[-2] > 0,
+            skipped=round(host[-1]),
         )
-        bad += [f"gradient/{m}" for m, g in zip(MODULES, gradients, strict=True) if not math.isfinite(g) and not bad]
-        return {
-            "losses": {name: math.nan if flag else mean / world for name, mean, flag in zip(names, means, flags, strict=True)},
-            "norms": {m: math.sqrt(g) if g >= 0 else math.nan for m, g in zip(MODULES, gradients, strict=True)},
-            "norms_tensor": norms.float(),
-            "bad": bad,
-            "stop": stops > 0,
-            "skipped": round(skips),
-        }
 
 
 def build_student(config: ExperimentConfig) -> Branch:
@@ -198,11 +212,3 @@ def build_student(config: ExperimentConfig) -> Branch:
     )
     heads = ProjectionHeads(backbone.feature_dim(backbone.grid.largest), config.heads)
     return Branch(backbone, heads)
-
-
-def _split(values: list[float], sizes: list[int]) -> list[list[float]]:
-    parts, start = [], 0
-    for size in sizes:
-        parts.append(values[start : start + size])
-        start += size
-    return parts

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from pipeline import losses
 from pipeline.config import ExperimentConfig
-from pipeline.elastic import Subnet
+from pipeline.elastic.backbone import Backbone
 from pipeline.elastic.head import ProjectionHeads
 from pipeline.elastic.stochastic_depth import keep_indices
+from pipeline.elastic.subnet import Subnet
 from pipeline.losses import Centering, Logits, Pairing, TeacherTargets
 from pipeline.schedules import StepValues
 
@@ -60,7 +61,10 @@ class Crops:
 class Branch(nn.Module):
     """A backbone with its projection heads: the student (intact and elastic) or the teacher."""
 
-    def __init__(self, backbone: nn.Module, heads: ProjectionHeads):
+    backbone: Backbone
+    heads: ProjectionHeads
+
+    def __init__(self, backbone: Backbone, heads: ProjectionHeads):
         super().__init__()
         self.backbone, self.heads = backbone, heads
 

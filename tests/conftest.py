@@ -1,0 +1,116 @@
+"""What tests of several areas share."""
+
+import copy
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SHARED_DATA = ROOT.parent / "shared" / "data"
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+TINY = {
+    "model": {"image_size": 32, "drop_path": 0.0},
+    "heads": {"prototypes": [48, 64], "hidden_dim": 64, "bottleneck_dim": 32},
+    "loss": {"ibot_start_epoch": 1, "teacher_temp": {"warmup_epochs": 2}},
+    "data": {
+        "batch_size": 4,
+        "global_crops": {"size": 32},
+        "local_crops": {"count": 2, "size": 16},
+        "threads": 1,
+    },
+    "optim": {"epochs": 10, "steps_per_epoch": 2, "warmup_epochs": 1, "base_lr": 0.05},
+    "engine": {"zero_stage": 1, "precision": "fp32", "kernels": "eager", "compile": False},
+    "run": {"checkpoint_every_steps": 4, "log_every_steps": 1},
+}
+FAMILIES = {
+    "vit": {
+        "patch_size": 8,
+        "head_dim": 16,
+        "width": {"min": 32, "max": 64, "step": 16},
+        "depth": {"min": 2, "max": 4, "step": 1},
+        "layer_scale": 0.1,
+    },
+}
+
+
+@pytest.fixture(scope="session")
+def photos() -> Path:
+    """Directory with the labelled photographs `train-*.tar` and `val-*.tar`."""
+    path = SHARED_DATA / "clothing"
+    if not path.is_dir():
+        pytest.skip(f"{path} is not here: this test wants photographs")
+    return path
+
+
+@pytest.fixture(scope="session")
+def odd() -> Path:
+    """Directory with the shard of awkward images and `odd.json`."""
+    path = SHARED_DATA / "odd"
+    if not path.is_dir():
+        pytest.skip(f"{path} is not here: this test wants awkward images")
+    return path
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory with shards of the embedded digits, `train-*.tar` and `val-*.tar`."""
+    from pipeline.data.shards import build
+
+    directory = tmp_path_factory.mktemp("digits")
+    build("sklearn:digits", directory / "shards", per_shard=500, progress=False)
+    return directory / "shards"
+
+
+@pytest.fixture(scope="session")
+def experiment(digits: Path) -> Callable[..., dict[str, Any]]:
+    """Make the tree of a tiny experiment on the digits; keyword arguments update its sections."""
+
+    def make(family: str = "vit", **sections: dict[str, Any]) -> dict[str, Any]:
+        tree = copy.deepcopy(TINY)
+        tree["model"] |= FAMILIES[family]
+        tree["data"]["train"] = f"{digits}/train-{{000000..000002}}.tar"
+        for section, values in sections.items():
+            tree.setdefault(section, {}).update(values)
+        return tree
+
+    return make
+
+
+@pytest.fixture
+def launch(tmp_path: Path) -> Callable[..., list[str]]:
+    """Run a Python script as several ranks; returns what each printed, fails if one failed."""
+
+    def run(script: Path, ranks: int, *args: object, timeout: float = 240) -> list[str]:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        shared = {"WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
+        processes = [
+            subprocess.Popen(
+                [sys.executable, str(script), *map(str, args)],
+                env={**os.environ, "PYTHONPATH": str(ROOT)}
+                | {name: str(value) for name, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()},
+                cwd=tmp_path,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+            )
+            for rank in range(ranks)
+        ]
+        try:
+            outputs = [process.communicate(timeout=timeout)[0] for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+        failed = [output for process, output in zip(processes, outputs, strict=True) if process.returncode]
+        assert not failed, failed[0][-4000:]
+        return outputs
+
+    return run
