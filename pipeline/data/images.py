@@ -143,7 +143,8 @@ def _parser(data: bytes | bytearray) -> Any:
 
 def _parse_jpeg(data: bytes | bytearray) -> Header:
     rows = cols = 0
-    orientation, exif_at, position = _UPRIGHT, (), 2
+    exif_at: tuple[int, ...] = ()
+    orientation, position = _UPRIGHT, 2
     while data[position] == 0xFF:
         marker = data[position + 1]
         if marker == 0xFF or marker in _JPEG_BARE:
@@ -168,7 +169,8 @@ def _parse_png(data: bytes | bytearray) -> Header:
     cols, rows = struct.unpack_from(">II", data, 16)
     if data[12:16] != b"IHDR":
         raise BadImage("header")
-    orientation, exif_at, position, complete = _UPRIGHT, (), 8, False
+    exif_at: tuple[int, ...] = ()
+    orientation, position, complete = _UPRIGHT, 8, False
     while position + 12 <= len(data) and not complete:
         length, kind = struct.unpack_from(">I4s", data, position)
         complete = kind == b"IEND"
@@ -197,7 +199,8 @@ def _parse_webp(data: bytes | bytearray) -> Header:
 
 
 def _webp_exif(data: bytes | bytearray) -> tuple[int, tuple[int, ...]]:
-    orientation, exif_at, position = _UPRIGHT, (), 12
+    exif_at: tuple[int, ...] = ()
+    orientation, position = _UPRIGHT, 12
     while position + 8 <= len(data):
         kind, length = struct.unpack_from("<4sI", data, position)
         if kind == b"EXIF":

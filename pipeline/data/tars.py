@@ -156,12 +156,12 @@ def _mismatch(shard: Path, descriptor: int, samples: Sequence[Sample]) -> str | 
         cut = len(member.name) > 100 or not member.name.isascii()  # such names stand elsewhere in the tar
         if header.size != member.size or (member.name and not cut and header.name != member.name):
             return f"another member lies at byte {member.offset}"
-    if os.pread(descriptor, BLOCK, end).strip(b"\0") and complete(walk(shard)) != complete(samples):
+    if os.pread(descriptor, BLOCK, end).strip(b"\0") and image_places(walk(shard)) != image_places(samples):
         return "the shard holds more"
     return None
 
 
-def complete(samples: Iterable[Sample]) -> list[tuple[int, int]]:
+def image_places(samples: Iterable[Sample]) -> list[tuple[int, int]]:
     """(offset, size) of the image of every sample that has one."""
     return [(s.image.offset, s.image.size) for s in samples if s.image]
 
