@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
@@ -81,6 +82,34 @@ def experiment(digits: Path) -> Callable[..., dict[str, Any]]:
         return tree
 
     return make
+
+
+@pytest.fixture(scope="session")
+def labelled(request: pytest.FixtureRequest) -> dict[str, list[str]]:
+    """Some labelled shards, `train` and `val`: photographs where they are, else the embedded digits."""
+    photographs = SHARED_DATA / "clothing"
+    directory = photographs if photographs.is_dir() else request.getfixturevalue("digits")
+    train, val = (sorted(map(str, directory.glob(f"{split}-*.tar"))) for split in ("train", "val"))
+    return {"train": train[:2], "val": val[-1:]}
+
+
+@pytest.fixture(scope="session")
+def trained_run(
+    experiment: Callable[..., dict[str, Any]], labelled: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Run directory of a tiny ViT after eight real training steps; leave it as it is, or copy it."""
+    directory = tmp_path_factory.mktemp("trained")
+    tree = experiment(data=labelled, run={"dir": str(directory / "run"), "max_steps": 8})
+    (directory / "config.yaml").write_text(yaml.safe_dump(tree))
+    code = "import sys, pipeline.config as c, pipeline.train as t; sys.exit(t.train(c.load_config(sys.argv[1])))"
+    process = subprocess.run(
+        [sys.executable, "-c", code, str(directory / "config.yaml")],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stderr[-4000:]
+    return directory / "run"
 
 
 @pytest.fixture
