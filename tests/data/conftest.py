@@ -1,0 +1,65 @@
+"""Pictures and small shards for the tests of the data pipeline."""
+
+import io
+import tarfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+CLOTHING = Path(__file__).parents[3] / "shared" / "data" / "clothing" / "train-000000.tar"
+
+
+@pytest.fixture(scope="session")
+def encoded() -> Callable[..., bytes]:
+    """Encode a Pillow image: `encoded(image, "PNG", **options)`."""
+
+    def encode(image: Image.Image, format_: str = "PNG", **options: object) -> bytes:
+        file = io.BytesIO()
+        image.save(file, format_, **options)
+        return file.getvalue()
+
+    return encode
+
+
+@pytest.fixture(scope="session")
+def pictures(encoded: Callable[..., bytes]) -> list[bytes]:
+    """32 JPEG files: photographs where they are, else enlarged digits, which prove less (and the log says so)."""
+    if CLOTHING.exists():
+        with tarfile.open(CLOTHING) as tar:
+            members = [member for member in tar if member.name.endswith(".jpg")][:32]
+            return [tar.extractfile(member).read() for member in members]  # type: ignore[union-attr]
+    from sklearn.datasets import load_digits
+
+    print(f"{CLOTHING} is not here: using digits instead of photographs")
+    digits = [Image.fromarray((digit * 15).astype(np.uint8)) for digit in load_digits().images[:32]]
+    return [encoded(digit.resize((160, 200), Image.Resampling.BICUBIC).convert("RGB"), "JPEG") for digit in digits]
+
+
+@pytest.fixture
+def make_shard(tmp_path: Path) -> Callable[..., Path]:
+    """Write a tar without an index: `make_shard({"a.jpg": data, "a.cls": b"3"}, "train-000000.tar")`."""
+
+    def make(files: Mapping[str, bytes], name: str = "train-000000.tar") -> Path:
+        path = tmp_path / name
+        with tarfile.open(path, "w") as tar:
+            for member, data in files.items():
+                info = tarfile.TarInfo(member)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+        return path
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def spoil() -> Callable[[bytes], bytes]:
+    """Break the Huffman tables of a JPEG: its header reads well and its end is there, but nothing decodes it."""
+
+    def break_tables(jpeg: bytes) -> bytes:
+        table = jpeg.find(b"\xff\xc4")
+        return jpeg[: table + 5] + b"\xff" * 16 + jpeg[table + 21 :]
+
+    return break_tables

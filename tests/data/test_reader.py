@@ -1,0 +1,137 @@
+import itertools
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.data import tars
+from pipeline.data.reader import Dataset, SampleOrder, SampleStream, expand_shards
+from pipeline.errors import UserError
+
+SIZES = np.array([5, 1, 7, 3, 4])
+LIMIT = 178956970
+
+
+def stream(dataset: Dataset, seed: int = 0, max_pixels: int = LIMIT) -> SampleStream:
+    return SampleStream(dataset, window=2, seed=seed, max_pixels=max_pixels)
+
+
+@pytest.mark.parametrize("window", [1, 2, 5, 100])
+def test_every_epoch_holds_every_sample_once_in_its_own_order(window: int) -> None:
+    order = SampleOrder(SIZES, window, seed=3)
+    epochs = [[order(20 * epoch + place) for place in range(20)] for epoch in range(4)]
+    assert all(sorted(epoch) == list(range(20)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+
+
+def test_samples_stay_within_their_window_of_shards() -> None:
+    order = SampleOrder(np.full(6, 10), window=2, seed=0)
+    shards = [order(place) // 10 for place in range(60)]
+    windows = [set(shards[i : i + 20]) for i in range(0, 60, 20)]
+    assert [len(window) for window in windows] == [2, 2, 2]
+    assert set.union(*windows) == set(range(6))
+    assert sum(one != two for one, two in itertools.pairwise(shards[:20])) > 3, "the shards of a window are mixed"
+
+
+def test_order_is_a_pure_function_of_seed_and_position() -> None:
+    forwards, backwards = SampleOrder(SIZES, 2, seed=5), SampleOrder(SIZES, 2, seed=5)
+    expected = [forwards(place) for place in range(200)]
+    assert [backwards(place) for place in reversed(range(200))] == expected[::-1]
+    other = SampleOrder(SIZES, 2, seed=6)
+    assert [other(place) for place in range(200)] != expected
+
+
+def test_dataset_agrees_with_webdataset(make_shard: Callable[..., Path], pictures: list[bytes]) -> None:
+    import webdataset
+
+    def content(record: int, extension: str) -> bytes:
+        return pictures[record] if extension == "jpg" else b"%d" % record
+
+    orders = (("jpg", "cls"), ("cls", "jpg"))
+    paths = [
+        make_shard({f"k{r}.{e}": content(r, e) for r in range(4 * s, 4 * s + 4) for e in order}, f"{s}.tar")
+        for s, order in enumerate(orders)
+    ]
+    tars.write_index(paths[0], tars.walk(paths[0]))
+    dataset = Dataset([str(path) for path in paths])
+    samples = [s for path in paths for s in webdataset.WebDataset(str(path), shardshuffle=False)]
+    theirs = [(s["__key__"], s["jpg"], int(s["cls"])) for s in samples]
+    ours = [(dataset.key(r), bytes(dataset.image(r)), dataset.label(r)) for r in range(len(dataset))]
+    assert ours == theirs
+    assert [dataset.shard(r).name for r in range(8)] == ["0.tar"] * 4 + ["1.tar"] * 4
+
+
+def test_missing_label_is_none_and_missing_image_is_said(
+    make_shard: Callable[..., Path], pictures: list[bytes], caplog: pytest.LogCaptureFixture
+) -> None:
+    path = make_shard({"a.jpg": pictures[0], "b.cls": b"1", "c.jpg": pictures[1], "c.cls": b"2"})
+    with caplog.at_level(logging.WARNING):
+        dataset = Dataset(str(path))
+    assert [dataset.label(r) for r in range(len(dataset))] == [None, 2]
+    assert "no index" in caplog.text
+    assert "1 samples have no image" in caplog.text
+
+
+def test_hole_in_a_pattern_is_named(make_shard: Callable[..., Path], pictures: list[bytes]) -> None:
+    path = make_shard({"a.jpg": pictures[0]}, "train-000000.tar")
+    make_shard({"a.jpg": pictures[0]}, "train-000002.tar")
+    with pytest.raises(UserError, match=r"missing shard \(.*train-000001\.tar\)"):
+        expand_shards(str(path.parent / "train-{000000..000002}.tar"))
+    with pytest.raises(UserError, match="2 of 4 shards missing"):
+        expand_shards([str(path.parent / "train-{000000..000003}.tar")])
+    assert len(expand_shards(str(path.parent / "train-00000{0,2}.tar"))) == 2
+
+
+def test_shards_without_images_are_refused(make_shard: Callable[..., Path]) -> None:
+    with pytest.raises(UserError, match="holds no image"):
+        Dataset(str(make_shard({"a.cls": b"1"})))
+    with pytest.raises(UserError, match="holds no image"):
+        Dataset(str(make_shard({})))
+    with pytest.raises(UserError, match="no shards"):
+        Dataset([])
+
+
+def test_rejected_sample_is_replaced_alike_whatever_was_seen_before(
+    make_shard: Callable[..., Path], pictures: list[bytes]
+) -> None:
+    files = {f"k{i:02d}.jpg": data for i, data in enumerate(pictures[:10])}
+    files |= {"k03.jpg": b"", "k04.jpg": pictures[4][:-300], "k05.jpg": b"<html>"}
+    dataset = Dataset(str(make_shard(files)))
+    fresh = stream(dataset)
+    forwards = [fresh.pick(position) for position in range(40)]
+    backwards = stream(dataset)
+    assert [backwards.pick(position) for position in reversed(range(40))] == forwards[::-1]
+    reasons = {record: reason for picked in forwards for record, reason in picked.rejected}
+    assert reasons == {3: "empty", 4: "truncated", 5: "format"}
+    for position, picked in enumerate(forwards):
+        assert picked.record not in reasons
+        assert bool(picked.rejected) == (fresh.order(position) in reasons)
+
+
+def test_verdict_reached_later_gives_the_same_replacement(
+    make_shard: Callable[..., Path], pictures: list[bytes]
+) -> None:
+    dataset = Dataset(str(make_shard({f"k{i}.jpg": data for i, data in enumerate(pictures[:10])})))
+    known, learning = stream(dataset), stream(dataset)
+    known.reject(7, "decode")
+    for position in range(30):
+        if learning.pick(position).record == 7:
+            learning.reject(7, "decode")
+        assert learning.pick(position) == known.pick(position)
+
+
+def test_only_bad_images_end_in_one_clear_error(make_shard: Callable[..., Path], pictures: list[bytes]) -> None:
+    dataset = Dataset(str(make_shard({"a.jpg": b"", "b.jpg": pictures[0]})))
+    with pytest.raises(UserError, match=r"64 unusable images in a row.*poa shards verify"):
+        stream(dataset, max_pixels=1).pick(0)
+
+
+def test_shard_that_vanishes_is_a_rejected_read(make_shard: Callable[..., Path], pictures: list[bytes]) -> None:
+    gone, kept = make_shard({"a.jpg": pictures[0]}, "1.tar"), make_shard({"b.jpg": pictures[1]}, "2.tar")
+    dataset = Dataset([str(gone), str(kept)])
+    gone.unlink()
+    picked = [stream(dataset).pick(position) for position in range(2)]
+    assert [p.record for p in picked] == [1, 1]
+    assert {reason for p in picked for _, reason in p.rejected} == {"read"}
