@@ -208,7 +208,7 @@ def _crop(image: Any, p: Any, size: int, hue: str, solarize: bool) -> Any:
     x = fn.flip(
         x, horizontal=fn.cast(p[P.MIRROR_X], dtype=types.INT32), vertical=fn.cast(p[P.MIRROR_Y], dtype=types.INT32)
     )
-    x = _saturate(_turn_hue(x, p), p, hue="none") if hue == "hsv" else _saturate(x, p, hue="yiq")
+    x = _saturate(_turn_hue(x, p), p) if hue == "hsv" else _saturate_and_turn_hue(x, p)
     x = _contrast_and_brightness(x, p)
     if p[P.SIGMA] > 0.0:
         x = fn.gaussian_blur(x, window_size=_BLUR_WINDOW, sigma=p[P.SIGMA])
@@ -219,20 +219,32 @@ def _crop(image: Any, p: Any, size: int, hue: str, solarize: bool) -> Any:
     return x
 
 
-def _saturate(x: Any, p: Any, hue: str) -> Any:
-    """Saturation about the luma, 0 for grey; with `yiq` the hue turns along, at no extra cost (grey has none)."""
-    from nvidia.dali import fn, types
+def _saturate_and_turn_hue(x: Any, p: Any) -> Any:
+    """Saturation about the luma and hue in YIQ, where both are one matrix; grey has no hue."""
+    from nvidia.dali import fn
 
     if p[P.SATURATION] == 0.0:
-        grey = fn.color_space_conversion(x, image_type=types.RGB, output_type=types.GRAY)
-        x = fn.color_space_conversion(grey, image_type=types.GRAY, output_type=types.RGB)
-    elif p[P.SATURATION] != 1.0:
-        x = (
-            fn.hsv(x, hue=p[P.HUE], saturation=p[P.SATURATION])
-            if hue == "yiq"
-            else fn.hsv(x, saturation=p[P.SATURATION])
-        )
+        x = _grey(x)
+    elif p[P.SATURATION] != 1.0 or p[P.HUE] != 0.0:
+        x = fn.hsv(x, hue=p[P.HUE], saturation=p[P.SATURATION])
     return x
+
+
+def _saturate(x: Any, p: Any) -> Any:
+    from nvidia.dali import fn
+
+    if p[P.SATURATION] == 0.0:
+        x = _grey(x)
+    elif p[P.SATURATION] != 1.0:
+        x = fn.saturation(x, saturation=p[P.SATURATION])
+    return x
+
+
+def _grey(x: Any) -> Any:
+    from nvidia.dali import fn, types
+
+    luma = fn.color_space_conversion(x, image_type=types.RGB, output_type=types.GRAY)
+    return fn.color_space_conversion(luma, image_type=types.GRAY, output_type=types.RGB)
 
 
 def _turn_hue(x: Any, p: Any) -> Any:
@@ -268,7 +280,8 @@ def _contrast_and_brightness(x: Any, p: Any) -> Any:
 
     means = fn.reductions.mean(x, axes=(0, 1), dtype=types.FLOAT)
     centre = fn.reductions.sum(means * types.Constant(np.array(LUMA, np.float32)))
-    return fn.brightness_contrast(x, brightness=p[P.BRIGHTNESS], contrast=p[P.CONTRAST], contrast_center=centre)
+    x = fn.contrast(x, contrast=p[P.CONTRAST], contrast_center=centre)
+    return fn.brightness(x, brightness=p[P.BRIGHTNESS])  # on its own: white after the one is not brighter for the other
 
 
 def _normalize(crops: list[Any], half: bool) -> Any:
