@@ -1,0 +1,116 @@
+"""`poa eval`: results of a run and of directories, on screen and on disk."""
+
+import json
+import shutil
+from argparse import ArgumentParser
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.errors import UserError
+from pipeline.evaluate.cli import add_arguments, table
+from pipeline.evaluate.job import evaluate
+from pipeline.extract import extract
+from pipeline.run_models import RunModels, run_config
+from pipeline.trainer import build_student
+
+
+def command(*words: object) -> int:
+    parser = ArgumentParser()
+    add_arguments(parser)
+    args = parser.parse_args([str(word) for word in words])
+    return args.run(args)
+
+
+@pytest.fixture
+def run(trained_run, tmp_path) -> Path:
+    return shutil.copytree(trained_run, tmp_path / "run")
+
+
+def test_results_of_a_run_are_printed_and_kept_in_it(run, labelled, capsys):
+    assert command("knn", run, "--subnets", "32x2,64x4", "--json") == 0
+    results = json.loads(capsys.readouterr().out)
+    assert results == json.loads((run / "eval" / "knn.json").read_text())
+    assert list(results) == ["32x2", "64x4"]
+    for name, entry in results.items():
+        assert 0 < entry["accuracy"] <= entry["top5"] <= 1
+        assert entry["skipped"] == {"train": {}, "val": {}}
+        assert (entry["step"], entry["branch"], entry["train"]) == (8, "teacher", labelled["train"])
+        assert entry["params"] == RunModels.open(run).params(RunModels.open(run).grid.parse(name))
+
+
+def test_trained_and_untrained_and_pixels_stand_side_by_side(run, labelled, capsys):
+    assert command("knn", run, "--subnets", "48x3", "--untrained", "--pixels") == 0
+    shown = capsys.readouterr().out
+    entry = json.loads((run / "eval" / "knn.json").read_text())["48x3"]
+    for key in ("accuracy", "top5", "untrained_accuracy", "pixels_accuracy"):
+        assert f" {100 * entry[key]:.1f}" in shown
+    assert "untrained %" in shown
+    assert "pixels" in shown
+    assert f"{entry['train_images']} training and {entry['val_images']} validation images" in shown
+    assert list(json.loads((run / "eval" / "knn.json").read_text())) == ["48x3"]
+
+
+def test_untrained_is_the_network_that_the_run_began_with(run):
+    config = run_config(run)
+    expected = build_student(config).backbone.state_dict()
+    found = RunModels.untrained(config).backbone.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_earlier_results_stay_while_checkpoint_and_data_are_the_same(run, labelled):
+    evaluate(run, subnets=["32x2"])
+    evaluate(run, subnets=["64x4"])
+    path = run / "eval" / "knn.json"
+    assert list(json.loads(path.read_text())) == ["32x2", "64x4"]
+    evaluate(run, subnets=["48x3"], branch="student")
+    assert list(json.loads(path.read_text())) == ["48x3"]
+    evaluate(run, subnets=["48x2"], branch="student", train=labelled["val"])
+    assert list(json.loads(path.read_text())) == ["48x2"]
+
+
+def test_accuracy_reaches_the_model_card_of_the_same_branch_only(run, tmp_path):
+    accuracy = evaluate(run, subnets=["32x2"])["32x2"]["accuracy"]
+    card = (extract(run, ["32x2"], tmp_path / "teacher")[0].path / "README.md").read_text()
+    assert f"{100 * accuracy:.1f}%" in card
+    card = (extract(run, ["32x2"], tmp_path / "student", branch="student")[0].path / "README.md").read_text()
+    assert "not measured" in card
+
+
+def test_an_extracted_directory_gives_what_the_run_gives(run, labelled, tmp_path, capsys):
+    expected = evaluate(run, subnets=["48x3"])["48x3"]
+    path = extract(run, ["48x3"], tmp_path / "models")[0].path
+    shards = ("--train", *labelled["train"], "--val", *labelled["val"])
+    assert command("knn", path, *shards, "--json") == 0
+    found = json.loads(capsys.readouterr().out)["48x3"]
+    assert (found["accuracy"], found["top5"]) == (expected["accuracy"], expected["top5"])
+    assert not (path / "eval").exists()
+    assert command("linear", path, *shards) == 0
+    assert "linear %" in capsys.readouterr().out
+
+
+def test_mistakes_are_user_errors(run, labelled, tmp_path):
+    with pytest.raises(UserError, match="no such run directory and no model"):
+        evaluate(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="holds no run and no model"):
+        evaluate(tmp_path)
+    with pytest.raises(UserError, match="no sub-network '40x2'"):
+        evaluate(run, subnets=["40x2"])
+    with pytest.raises(UserError, match="no sub-network is named"):
+        evaluate(run, subnets=[])
+    with pytest.raises(UserError, match="missing shard"):
+        evaluate(run, val="nowhere.tar")
+    path = extract(run, ["32x2"], tmp_path / "models")[0].path
+    with pytest.raises(UserError, match="no train shards are named"):
+        evaluate(path)
+    with pytest.raises(UserError, match="one model, not a run"):
+        evaluate(path, subnets=["32x2"], train=labelled["train"], val=labelled["val"])
+
+
+def test_table_names_what_was_left_out():
+    entry = {"accuracy": 0.5, "train_images": 7, "val_images": 3, "params": 2e6, "gflops": 1.25}
+    shown = table({"32x2": {**entry, "skipped": {"train": {"truncated": 2}, "val": {}}}}, "linear")
+    assert shown.splitlines()[1].split() == ["32x2", "2.00", "1.25", "50.0"]
+    assert "left out: 2 truncated in train" in shown

@@ -1,0 +1,160 @@
+"""Features of shards: timm's own, whatever the batch, the company and the number of ranks; nothing lost in silence."""
+
+import io
+import json
+import shutil
+import tarfile
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from timm.data import create_transform, resolve_data_config
+from timm.models import save_for_hf
+
+from pipeline import load_subnet
+from pipeline.eval_images import EvalImages
+from pipeline.evaluate.features import extract_features
+from pipeline.evaluate.job import Job, evaluate
+from pipeline.evaluate.targets import Candidate, Target, directory_target, run_target
+from pipeline.extract import extract
+from pipeline.run_models import RunModels
+
+WORKER = Path(__file__).parent.parent / "workers" / "evaluate.py"
+
+
+def png(seed: int, side: int = 40) -> bytes:
+    pixels = torch.randint(256, (side, side, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.numpy()).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def write_shard(path: Path, samples: dict[str, tuple[bytes, bytes | None]]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for key, (image, label) in samples.items():
+            for extension, data in (("png", image), ("cls", label)):
+                if data is not None:
+                    info = tarfile.TarInfo(f"{key}.{extension}")
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def plain_images(shards: list[str]) -> tuple[list[Image.Image], list[int]]:
+    """Images and labels by tarfile and Pillow alone."""
+    images, labels = [], []
+    for shard in shards:
+        with tarfile.open(shard) as tar:
+            for member in tar:
+                data = tar.extractfile(member).read()
+                if member.name.endswith(".cls"):
+                    labels.append(int(data))
+                else:
+                    images.append(Image.open(io.BytesIO(data)).convert("RGB"))
+    return images, labels
+
+
+@pytest.fixture(scope="module")
+def models(trained_run) -> dict[str, torch.nn.Module]:
+    return {name: load_subnet(trained_run, name) for name in ("32x2", "64x4")}
+
+
+@pytest.fixture(scope="module")
+def val_images(trained_run, labelled) -> EvalImages:
+    return EvalImages(labelled["val"], run_target(RunModels.open(trained_run), None, "teacher").preprocessing)
+
+
+def test_features_are_those_of_timms_own_pipeline(models, val_images, labelled):
+    found = extract_features(models, val_images, threads=3, batch_size=50)
+    images, labels = plain_images(labelled["val"])
+    assert found.labels.tolist() == labels
+    for name, model in models.items():
+        transform = create_transform(**resolve_data_config({}, model=model), is_training=False)
+        with torch.inference_mode():
+            expected = torch.cat([model(transform(image)[None]) for image in images[:60]])
+        assert torch.allclose(found.features[name][:60], expected, atol=1e-5)
+        assert found.features[name].shape == (len(labels), model.num_features)
+
+
+def test_company_and_batch_size_change_nothing(models, val_images):
+    together = extract_features(models, val_images, batch_size=64)
+    alone = extract_features({"64x4": models["64x4"]}, val_images, threads=1, batch_size=17)
+    assert torch.allclose(together.features["64x4"], alone.features["64x4"], atol=1e-5)
+    assert torch.equal(together.labels, alone.labels)
+
+
+def test_a_classifier_is_left_out(tmp_path):
+    model = timm.create_model("resnet10t", num_classes=9).eval()
+    save_for_hf(model, tmp_path / "classifier", safe_serialization=True)
+    candidate = directory_target(tmp_path / "classifier").candidates[0]
+    assert (candidate.name, candidate.feature_dim) == ("classifier", model.num_features)
+    assert candidate.params == sum(p.numel() for p in model.parameters())
+
+
+def test_cost_counted_from_a_directory_equals_the_formula(trained_run, tmp_path):
+    path = extract(trained_run, ["48x3"], tmp_path, proof_images=1)[0].path
+    from_run = run_target(RunModels.open(trained_run), ["48x3"], "teacher").candidates[0]
+    from_directory = directory_target(path).candidates[0]
+    for field in ("params", "feature_dim", "name"):
+        assert getattr(from_directory, field) == getattr(from_run, field)
+    assert from_directory.gflops == pytest.approx(from_run.gflops, rel=1e-9)
+
+
+def test_left_out_samples_are_counted_by_reason_and_named(tmp_path, models, val_images, capsys):
+    samples: dict[str, tuple[bytes, bytes | None]] = {f"good{i}": (png(i), b"3\n") for i in range(5)}
+    samples["cut"] = (png(9)[:-40], b"3")
+    samples["page"] = (b"<html>", b"3")
+    samples["alone"] = (png(10), None)
+    samples["named"] = (png(11), b"boot")
+    samples |= {f"more{i}": (png(20 + i), b"4") for i in range(3)}
+    shard = write_shard(tmp_path / "mixed.tar", samples)
+    images = EvalImages(str(shard), {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.2,) * 3})
+    found = extract_features(models, images, batch_size=3)
+    assert found.labels.tolist() == [3] * 5 + [4] * 3
+    assert found.skipped == {"truncated": 1, "format": 1, "unlabelled": 1, "label": 1}
+    assert len(found.features["32x2"]) == 8
+    messages = capsys.readouterr().err
+    assert all(f"left out {key} of {shard}" in messages for key in ("cut", "page", "alone", "named"))
+
+
+def test_awkward_images_are_read_or_left_out_as_they_should(odd):
+    preprocessing = {"input_size": (3, 32, 32), "mean": (0.0,) * 3, "std": (1.0,) * 3}
+    images = EvalImages(str(odd / "images-000000.tar"), preprocessing)
+    found = extract_features({"pixels": torch.nn.Flatten()}, images)
+    entries = json.loads((odd / "odd.json").read_text())["images"]
+    must = [entry["label"] for entry in entries if entry["strict"] and entry["should"] == "decode"]
+    may = [entry["label"] for entry in entries if not entry["strict"]]
+    assert len(must) <= len(found.labels) <= len(must) + len(may)
+    assert len(found.labels) + found.skipped.total() == len(entries)
+    never = sum(1 for entry in entries if entry["strict"] and entry["should"] == "skip")
+    assert found.skipped.total() >= never
+
+
+def test_two_ranks_get_what_one_process_gets(trained_run, labelled, val_images, models, launch, tmp_path):
+    run = shutil.copytree(trained_run, tmp_path / "run")
+    launch(WORKER, 2, run, *labelled["val"])
+    alone = extract_features({"64x4": models["64x4"]}, val_images)
+    shards = {"train": labelled["val"], "val": labelled["val"]}
+    results = {method: evaluate(run, method, **shards, subnets=["64x4"]) for method in ("knn", "linear")}
+    for rank in (0, 1):
+        found = torch.load(tmp_path / f"rank{rank}.pt")
+        assert torch.equal(found["labels"], alone.labels)
+        assert torch.allclose(found["features"], alone.features["64x4"], atol=1e-5)
+        assert {method: found[method] for method in results} == results
+
+
+def test_groups_fit_the_memory_they_are_given():
+    sizes = {"a": 100, "b": 100, "huge": 10**6, "c": 100}
+    candidates = [Candidate(name, torch.nn.Flatten, 10, size, 0.0, {}) for name, size in sizes.items()]
+    groups = Target(candidates, {}).groups(samples=5, budget=4 * (100 + 50) * 2)
+    assert [[candidate.name for candidate in group] for group in groups] == [["a", "b"], ["huge"], ["c"]]
+
+
+def test_small_groups_give_the_results_of_one(trained_run, labelled, monkeypatch):
+    target = run_target(RunModels.open(trained_run), ["32x2", "48x3", "64x4"], "teacher")
+    job = Job("knn", labelled["val"], labelled["val"])
+    expected = job.run(target)
+    monkeypatch.setattr("pipeline.evaluate.job._GROUP_BYTES", 1)
+    assert job.run(target) == expected
