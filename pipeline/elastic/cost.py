@@ -82,14 +82,19 @@ def masked_patches(config: ExperimentConfig) -> float:
     return config.loss.mask_probability * (low + high) / 2 * _patch_tokens(config.model)
 
 
-def step_flops(config: ExperimentConfig, subnet: Subnet) -> StepFlops:
-    """FLOPs of one step on one rank with iBOT active: both crop kinds, heads included.
+def step_flops(config: ExperimentConfig, subnet: Subnet, masked: float | None = None) -> StepFlops:
+    """FLOPs of one step on one rank: both crop kinds, heads included.
 
     The backward pass costs twice the forward pass, less the gradient of the images. Stochastic depth saves the branches
     of dropped images.
+
+    Args:
+        config: the experiment.
+        subnet: the elastic student.
+        masked: patches per global crop that take part in iBOT; `masked_patches(config)` if None.
     """
     images, model = config.data.batch_size, config.model
-    global_rows = 2 * images * (1 + masked_patches(config))
+    global_rows = 2 * images * (1 + (masked_patches(config) if masked is None else masked))
     rows = global_rows + images * config.data.local_crops.count
     largest = Subnet(model.widths[-1], tuple(choices[-1] for choices in model.depth_ranges))
     work = _WORK[model.family]

@@ -92,8 +92,7 @@ def kept_rows(keep: Sequence[Tensor] | None, layout: Layout) -> list[Kept] | Non
     ratios = [batch / count for (batch, *_), count in zip(layout, counts, strict=True)]
     scale: float | Tensor = ratios[0]
     if len(set(ratios)) > 1:
-        parts = [torch.full((r.shape[1], 1), ratio) for r, ratio in zip(rows, ratios, strict=True)]
-        scale = torch.cat(parts).to(rows[0].device)
+        scale = torch.cat([torch.full((r.shape[1], 1), x, device=r.device) for r, x in zip(rows, ratios, strict=True)])
     kept_layout = tuple((count, *sides) for count, (_, *sides) in zip(counts, layout, strict=True))
     return [Kept(draw, kept_layout, scale) for draw in torch.cat(rows, dim=1)]
 

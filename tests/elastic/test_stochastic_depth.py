@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 import torch
+from timm.models import create_model
 
-from pipeline.elastic import build
 from pipeline.elastic.stochastic_depth import add_branch, keep_indices, kept_count, kept_rows
 
 
@@ -79,53 +79,61 @@ def test_branch_runs_on_kept_images_scaled_by_the_kept_fraction(batches):
     assert seen == [(sum(i.shape[1] * n for i, n in zip(indices, tokens, strict=True)), kept_layout)]
 
 
-def test_vit_blocks_drop_what_timm_drop_path_would(tiny_config, scramble):
-    """timm's own blocks, their DropPath replaced by the same choice of images, give the same features."""
-    from timm.models import create_model
+class Chosen(torch.nn.Module):
+    """In the place of timm's DropPath: keeps the given images, scaled by B / kept."""
 
-    model = build(tiny_config("vit"))
-    scramble(model)
-    theirs = create_model(model.architecture, **model.model_args(model.grid.largest)).eval()
-    theirs.load_state_dict(model.timm_state_dict())
-    images = torch.randn(5, 3, 32, 32)
-    (indices,) = keep(batch_sizes=[5], draws=model.num_draws, rate=0.4)
+    def __init__(self, batch, kept):
+        super().__init__()
+        self.factor = torch.zeros(batch)
+        self.factor[kept] = batch / len(kept)
 
-    class Chosen(torch.nn.Module):
-        def __init__(self, kept):
-            super().__init__()
-            self.factor = torch.zeros(5, 1, 1)
-            self.factor[kept] = 5 / len(kept)
-
-        def forward(self, x):
-            return x * self.factor
-
-    for i, block in enumerate(theirs.blocks):
-        block.drop_path1, block.drop_path2 = Chosen(indices[2 * i]), Chosen(indices[2 * i + 1])
-    ours = model.forward_crops([images], model.grid.largest, keep=[indices])[0].cls
-    torch.testing.assert_close(ours, theirs(images))
+    def forward(self, x):
+        return x * self.factor.view(-1, *[1] * (x.ndim - 1))
 
 
-def test_resnet_blocks_drop_what_timm_drop_path_would(tiny_config, scramble):
-    from timm.models import create_model
+def residual_branches(model, family):
+    """(block, attribute) of every DropPath of a timm model in the order of the draws."""
+    if family == "resnet":
+        return [(block, "drop_path") for stage in range(1, 5) for block in getattr(model, f"layer{stage}")]
+    blocks = model.blocks if family == "vit" else [block for stage in model.layers for block in stage.blocks]
+    return [(block, name) for block in blocks for name in ("drop_path1", "drop_path2")]
 
-    model = build(tiny_config("resnet"))
-    scramble(model)
-    theirs = create_model(model.architecture, **model.model_args(model.grid.largest)).eval()
-    theirs.load_state_dict(model.timm_state_dict())
-    images = torch.randn(4, 3, 64, 64)
-    (indices,) = keep(batch_sizes=[4], draws=model.num_draws, rate=0.5)
 
-    class Chosen(torch.nn.Module):
-        def __init__(self, kept):
-            super().__init__()
-            self.factor = torch.zeros(4, 1, 1, 1)
-            self.factor[kept] = 4 / len(kept)
+def test_blocks_drop_what_timm_drop_path_would(family, backbone):
+    """timm's own model, its DropPath replaced by the same choice of images, gives the same features."""
+    theirs = create_model(backbone.architecture, **backbone.model_args(backbone.grid.largest)).eval()
+    theirs.load_state_dict(backbone.timm_state_dict())
+    images = torch.randn(5, 3, backbone.config.image_size, backbone.config.image_size)
+    (indices,) = keep(batch_sizes=[5], draws=backbone.num_draws, rate=0.4)
+    for kept, (block, name) in zip(indices, residual_branches(theirs, family), strict=True):
+        setattr(block, name, Chosen(5, kept))
+    with torch.inference_mode():
+        ours = backbone.forward_crops([images], backbone.grid.largest, keep=[indices])[0].cls
+        torch.testing.assert_close(ours, theirs(images), rtol=1e-5, atol=1e-5)
 
-        def forward(self, x):
-            return x * self.factor
 
-    blocks = [block for name in ("layer1", "layer2", "layer3", "layer4") for block in getattr(theirs, name)]
-    for kept, block in zip(indices, blocks, strict=True):
-        block.drop_path = Chosen(kept)
-    ours = model.forward_crops([images], model.grid.largest, keep=[indices])[0].cls
-    torch.testing.assert_close(ours, theirs(images))
+def test_a_subnet_takes_the_draws_of_the_blocks_it_keeps(backbone):
+    """So the same images are dropped in a block whatever sub-network runs: draws of other blocks change nothing."""
+    subnet = backbone.grid.smallest
+    images = torch.randn(5, 3, backbone.config.image_size, backbone.config.image_size)
+    (indices,) = keep(batch_sizes=[5], draws=backbone.num_draws, rate=0.4)
+    used = [block for block in backbone.elastic_blocks() if _runs(backbone, block, images, subnet)]
+    per_block = backbone.num_draws // len(backbone.elastic_blocks())
+    other = keep(batch_sizes=[5], draws=backbone.num_draws, rate=0.4, seed=1)[0]
+    for i, block in enumerate(backbone.elastic_blocks()):
+        if any(block is kept for kept in used):
+            draws = slice(i * per_block, (i + 1) * per_block)
+            other[draws] = indices[draws]
+    assert 0 < len(used) < len(backbone.elastic_blocks())
+    with torch.inference_mode():
+        a, b = (backbone.forward_crops([images], subnet, keep=[k])[0].cls for k in (indices, other))
+    assert torch.equal(a, b)
+
+
+def _runs(backbone, block, images, subnet) -> bool:
+    calls = []
+    hook = block.register_forward_hook(lambda *_: calls.append(1))
+    with torch.inference_mode():
+        backbone(images[:1], subnet)
+    hook.remove()
+    return bool(calls)
