@@ -167,20 +167,26 @@ def undecodable(encoded: Sequence[np.ndarray], headers: Sequence[Header], device
     """Which of these files the pipeline's decoder gives up on, or finds of another size than their headers say."""
     from nvidia.dali import fn, pipeline_def, types
 
+    current: list[np.ndarray] = []
+
     @pipeline_def(batch_size=1, num_threads=1, device_id=device_id, prefetch_queue_depth=1)
-    def decoder(data: np.ndarray) -> Any:
-        source = fn.external_source(source=lambda: [data], batch=True, dtype=types.UINT8, ndim=1)
-        return _decode(source, device_id).shape()
+    def decoder() -> Any:
+        data = fn.external_source(source=lambda: current, batch=True, dtype=types.UINT8, ndim=1)
+        return _decode(data, device_id).shape()
 
-    def size(data: np.ndarray) -> tuple[int, ...] | None:
-        pipeline = decoder(data)
-        pipeline.build()
+    culprits, pipeline = [], None
+    for i, (data, header) in enumerate(zip(encoded, headers, strict=True)):
+        current[:] = [data]
+        if pipeline is None:
+            pipeline = decoder()
+            pipeline.build()
         try:
-            return tuple(pipeline.run()[0].at(0))[:2]
-        except RuntimeError:
-            return None
-
-    return [i for i, data in enumerate(encoded) if size(data) != (headers[i].rows, headers[i].cols)]
+            size = tuple(pipeline.run()[0].at(0))[:2]
+        except RuntimeError:  # DALI promises nothing of a pipeline that has failed
+            size, pipeline = None, None
+        if size != (header.rows, header.cols):
+            culprits.append(i)
+    return culprits
 
 
 def _decode(encoded: Any, device_id: int | None) -> Any:

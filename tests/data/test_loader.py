@@ -1,0 +1,239 @@
+import gc
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.config import DataConfig
+from pipeline.data.loader import Batch, Loader
+from pipeline.data.reader import Skip
+from pipeline.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+
+
+def data_config(shard: Path | list[Path], **keys: Any) -> DataConfig:
+    train = [str(path) for path in shard] if isinstance(shard, list) else str(shard)
+    small = {"global_crops": {"size": 32}, "local_crops": {"count": 2, "size": 16}, "threads": 1, "batch_size": 4}
+    return DataConfig.model_validate({**small, "train": train, "window": 2, **keys})
+
+
+def take(count: int, data: DataConfig, **options: Any) -> list[Batch]:
+    loader = Loader(data, **options)
+    batches = [next(loader) for _ in range(count)]
+    loader.close()
+    return batches
+
+
+def equal(ones: list[Batch], others: list[Batch]) -> bool:
+    return len(ones) == len(others) and all(
+        torch.equal(x, y) for one, other in zip(ones, others, strict=True) for x, y in zip(one, other, strict=True)
+    )
+
+
+@pytest.fixture
+def shards(make_shard: Callable[..., Path], pictures: list[bytes]) -> list[Path]:
+    """30 samples in 3 shards; the number of a batch's samples does not divide it."""
+    return [
+        make_shard({f"k{s}{i}.jpg": pictures[10 * s + i] for i in range(10)}, f"train-{s:06d}.tar") for s in range(3)
+    ]
+
+
+def test_batches_have_the_announced_shapes(shards: list[Path]) -> None:
+    batch = take(1, data_config(shards))[0]
+    assert batch.global_crops.shape == (8, 3, 32, 32)
+    assert batch.local_crops.shape == (8, 3, 16, 16)
+    assert batch.global_crops.dtype == batch.local_crops.dtype == torch.float32
+    assert 0.5 < batch.global_crops.std() < 2
+
+
+def test_no_local_crops_is_an_empty_batch_of_them(shards: list[Path]) -> None:
+    data = data_config(shards, local_crops={"count": 0, "size": 16})
+    batch = take(1, data)[0]
+    assert batch.global_crops.shape == (8, 3, 32, 32)
+    assert batch.local_crops.shape == (0, 3, 16, 16)
+
+
+def test_resuming_anywhere_continues_bit_for_bit_with_other_threads(shards: list[Path]) -> None:
+    whole = take(20, data_config(shards))  # 80 samples: more than two epochs
+    loader = Loader(data_config(shards))
+    for i in (1, 7, 8, 19):
+        while loader.next_sample < 4 * i:
+            next(loader)
+        resumed = take(20 - i, data_config(shards, threads=3), start_sample=loader.next_sample)
+        assert equal(resumed, whole[i:])
+    loader.close()
+
+
+def test_two_ranks_see_what_one_rank_sees_with_twice_the_batch(shards: list[Path]) -> None:
+    one = take(6, data_config(shards, batch_size=8), start_sample=5)
+    ranks = [take(6, data_config(shards), rank=rank, world_size=2, start_sample=5) for rank in range(2)]
+    joined = [
+        Batch(*(torch.cat(crops) for crops in zip(*batches, strict=True))) for batches in zip(*ranks, strict=True)
+    ]
+    assert equal(joined, one)
+
+
+def test_another_world_size_continues_the_stream(shards: list[Path]) -> None:
+    loader = Loader(data_config(shards), rank=1, world_size=2)
+    next(loader)
+    assert loader.next_sample == 8
+    resumed = take(1, data_config(shards), start_sample=loader.next_sample)
+    assert equal(resumed, take(3, data_config(shards))[2:])
+    loader.close()
+
+
+def test_seed_decides_order_and_augmentation(shards: list[Path]) -> None:
+    assert equal(take(2, data_config(shards)), take(2, data_config(shards)))
+    assert not equal(take(2, data_config(shards)), take(2, data_config(shards, seed=1)))
+
+
+def test_batches_stay_valid_while_and_after_the_loader_lives(shards: list[Path]) -> None:
+    loader = Loader(data_config(shards))
+    held = [next(loader) for _ in range(12)]
+    copies = [Batch(*(crops.clone() for crops in batch)) for batch in held]
+    for _ in range(12):
+        next(loader)
+    assert equal(held, copies)
+    loader.close()
+    del loader
+    gc.collect()
+    torch.randn(10_000_000).sum()  # reuse of freed memory would show
+    assert equal(held, copies)
+    assert equal(copies, take(12, data_config(shards)))
+
+
+def test_awkward_shard_is_delivered_as_it_should_be(odd: Path) -> None:
+    """Of the strict cases, what should be skipped is skipped and reported once, and nothing else is."""
+    images = {image["key"]: image for image in json.loads((odd / "odd.json").read_text())["images"]}
+    skips: list[Skip] = []
+    data = data_config(odd / "images-000000.tar", batch_size=8)
+    loader = Loader(data, on_skip=skips.append)
+    for _ in range(14):  # two epochs
+        assert next(loader).global_crops.isfinite().all()
+    loader.close()
+    skipped = {skip.key for skip in skips}
+    assert len(skipped) == len(skips), "one report per key"
+    for key, image in images.items():
+        if image["strict"]:
+            assert (key in skipped) == (image["should"] == "skip"), image["what"]
+    assert loader.skipped.total() >= 2 * len(skipped)
+    assert {skip.reason for skip in skips} == set(loader.skipped)
+    assert all(Path(skip.shard) == odd / "images-000000.tar" and 0 <= skip.position < 112 for skip in skips)
+
+
+@pytest.fixture
+def damaged(make_shard: Callable[..., Path], pictures: list[bytes], spoil: Callable[[bytes], bytes]) -> Path:
+    """12 samples of which 3 pass the header check and fail to decode."""
+    files = {f"k{i:02d}.jpg": spoil(pictures[i]) if i in (2, 5, 6) else pictures[i] for i in range(12)}
+    return make_shard(files)
+
+
+def test_interior_damage_is_repaired_without_shift(damaged: Path, make_shard: Callable[..., Path]) -> None:
+    skips: list[Skip] = []
+    loader = Loader(data_config(damaged), on_skip=skips.append)
+    batches = [next(loader) for _ in range(9)]
+    loader.close()
+    assert {(skip.key, skip.reason) for skip in skips} == {("k02", "decode"), ("k05", "decode"), ("k06", "decode")}
+    assert all(batch.global_crops.isfinite().all() for batch in batches)
+    stream = loader._stream
+    replaced = [position for position in range(36) if stream.pick(position).rejected]
+    assert len(replaced) == 9
+    # samples that were not replaced are those of the stream without any damage
+    untouched = [position for position in range(36) if position not in replaced]
+    for position in untouched:
+        alone = take(1, data_config(damaged, batch_size=1), start_sample=position)[0]
+        assert torch.equal(batches[position // 4].global_crops[position % 4 * 2 :][:2], alone.global_crops)
+
+
+def test_replacement_does_not_depend_on_history(damaged: Path) -> None:
+    whole = take(9, data_config(damaged))
+    for i in (1, 4, 8):
+        assert equal(take(9 - i, data_config(damaged), start_sample=4 * i), whole[i:])
+    ranks = [take(9, data_config(damaged, batch_size=2), rank=rank, world_size=2) for rank in range(2)]
+    joined = [
+        Batch(*(torch.cat(crops) for crops in zip(*batches, strict=True))) for batches in zip(*ranks, strict=True)
+    ]
+    assert equal(joined, whole)
+
+
+def test_orientation_unknown_to_the_header_check_cannot_slip_in(
+    shards: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An image that decodes to another size than its header was understood to say counts as damaged."""
+    from pipeline.data import reader
+
+    true_inspect = reader.inspect
+
+    def misread(data: bytes, max_pixels: int):
+        header = true_inspect(data, max_pixels)
+        return header._replace(cols=header.cols - 1) if data[-9] % 4 == 0 else header
+
+    monkeypatch.setattr(reader, "inspect", misread)
+    skips: list[Skip] = []
+    loader = Loader(data_config(shards, batch_size=10), on_skip=skips.append)
+    for _ in range(3):
+        next(loader)
+    loader.close()
+    assert {skip.reason for skip in skips} == {"decode"}
+
+
+def test_only_bad_images_are_one_clear_error(make_shard: Callable[..., Path], pictures: list[bytes]) -> None:
+    loader = Loader(data_config(make_shard({"a.jpg": pictures[0]}), max_pixels=1))
+    with pytest.raises(UserError, match="unusable images in a row"):
+        next(loader)
+    loader.close()
+
+
+def test_unknown_type_or_device_is_refused(shards: list[Path]) -> None:
+    with pytest.raises(ValueError, match=r"bfloat16.*float32.*float16"):
+        Loader(data_config(shards), dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="expected cpu or cuda"):
+        Loader(data_config(shards), device="meta")
+
+
+def test_half_precision_is_delivered_on_request(shards: list[Path]) -> None:
+    half, single = (take(1, data_config(shards), dtype=dtype)[0] for dtype in (torch.float16, torch.float32))
+    assert torch.equal(half.global_crops, single.global_crops.half())
+
+
+def test_closing_leaves_no_thread_behind(shards: list[Path]) -> None:
+    before = set(threading.enumerate())
+    take(2, data_config(shards))
+    assert set(threading.enumerate()) <= before
+
+
+SIGNALLED = """
+import os, signal, sys
+from pipeline.config import DataConfig
+from pipeline.data.loader import Loader
+caught = []
+for number in (signal.SIGTERM, signal.SIGUSR1):
+    signal.signal(number, lambda number, frame: caught.append(number))
+crops = {"global_crops": {"size": 32}, "local_crops": {"count": 1, "size": 16}}
+loader = Loader(DataConfig.model_validate({"train": sys.argv[1:], "batch_size": 4, "threads": 2, **crops}))
+for i in range(10):
+    next(loader)
+    os.kill(os.getpid(), (signal.SIGTERM, signal.SIGUSR1)[i % 2])
+loader.close()
+print(len(caught), loader.next_sample)
+"""
+
+
+def test_signals_reach_the_main_thread_and_disturb_no_batch(shards: list[Path]) -> None:
+    output = subprocess.run(
+        [sys.executable, "-c", SIGNALLED, *map(str, shards)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert output.stdout.split() == ["10", "40"]

@@ -1,0 +1,265 @@
+import io
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.cli import main
+from pipeline.data import tars
+from pipeline.data.check import stats, verify
+from pipeline.data.encode import encode
+from pipeline.data.images import BadImage, decode
+from pipeline.data.reader import Dataset
+from pipeline.data.shards import build, index
+from pipeline.errors import UserError
+
+
+@pytest.fixture
+def folder(tmp_path: Path, pictures: list[bytes]) -> Path:
+    """12 JPEG files in two classes, a text file, and two files that are no images inside."""
+    root = tmp_path / "photos"
+    for i, picture in enumerate(pictures[:12]):
+        path = root / ("shoes" if i % 3 else "hats") / f"IMG {i}.part.JPG"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(picture)
+    (root / "hats" / "notes.txt").write_text("no image")
+    (root / "hats" / "empty.jpg").write_bytes(b"")
+    (root / "shoes" / "cut.jpg").write_bytes(pictures[0][:900])
+    return root
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def test_folder_becomes_shards_and_nothing_is_lost(folder: Path, tmp_path: Path, pictures: list[bytes]) -> None:
+    report = build(str(folder), tmp_path / "out", per_shard=5, progress=False)
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.tar")) == [f"train-{i:06d}.tar" for i in range(3)]
+    dataset = Dataset(str(tmp_path / "out" / "train-{000000..000002}.tar"))
+    packed = [(bytes(dataset.image(r)), dataset.label(r)) for r in range(len(dataset))]
+    assert dict(packed) == {picture: int(i % 3 > 0) for i, picture in enumerate(pictures[:12])}
+    assert [image for image, _ in packed] != pictures[:12], "not shuffled"
+    assert report.classes == ["hats", "shoes"]
+    assert (tmp_path / "out" / "classes.txt").read_text() == "hats\nshoes\n"
+    assert sorted(report.left_out) == [("hats/empty.jpg", "empty"), ("shoes/cut.jpg", "truncated")]
+    assert report.ignored == ["hats/notes.txt"]
+    sources = dict(line.split("\t") for line in (tmp_path / "out" / "sources.tsv").read_text().splitlines())
+    for record in range(len(dataset)):
+        assert (folder / sources[dataset.key(record)]).read_bytes() == dataset.image(record)
+
+
+def test_manifest_counts_and_checksums_are_those_of_the_files(folder: Path, tmp_path: Path) -> None:
+    import hashlib
+
+    build(str(folder), tmp_path / "out", per_shard=5, val_fraction=0.25, progress=False)
+    manifest = json.loads((tmp_path / "out" / "dataset.json").read_text())
+    # 14 candidates, of which 4 for validation; two of the 14 cannot be decoded
+    assert manifest["samples"]["train"] + manifest["samples"]["val"] == 12
+    for split, entries in manifest["shards"].items():
+        for entry in entries:
+            data = (tmp_path / "out" / entry["name"]).read_bytes()
+            assert entry["name"].startswith(split)
+            assert (entry["bytes"], entry["sha256"]) == (len(data), hashlib.sha256(data).hexdigest())
+            assert entry["samples"] == len(tars.read_index(tmp_path / "out" / entry["name"]))
+
+
+def test_same_options_give_the_same_bytes_and_another_seed_another_order(folder: Path, tmp_path: Path) -> None:
+    for name, seed in (("one", 0), ("two", 0), ("three", 1)):
+        build(str(folder), tmp_path / name, seed=seed, progress=False)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    assert contents(tmp_path / "one")["train-000000.tar"] != contents(tmp_path / "three")["train-000000.tar"]
+
+
+def test_folder_without_classes_has_no_labels(folder: Path, tmp_path: Path, pictures: list[bytes]) -> None:
+    (folder / "loose.jpeg").write_bytes(pictures[20])
+    (folder / "no extension").write_bytes(pictures[21])
+    report = build(str(folder), tmp_path / "out", progress=False)
+    dataset = Dataset(str(tmp_path / "out" / "train-000000.tar"))
+    assert report.classes is None
+    assert len(dataset) == 14
+    assert {dataset.label(r) for r in range(14)} == {None}
+
+
+def test_shrinking_touches_only_what_is_larger(tmp_path: Path, encoded: Callable[..., bytes]) -> None:
+    root = tmp_path / "photos"
+    root.mkdir()
+    small, large, tall = (Image.new("RGB", size, "red") for size in ((40, 30), (400, 200), (33, 90)))
+    (root / "small.png").write_bytes(encoded(small))
+    (root / "large.jpg").write_bytes(encoded(large, "JPEG"))
+    (root / "tall.png").write_bytes(encoded(tall))
+    build(str(root), tmp_path / "out", shorter_side=32, progress=False)
+    dataset = Dataset(str(tmp_path / "out" / "train-000000.tar"))
+    images = [dataset.image(r) for r in range(3)]
+    assert sorted(decode(image).size for image in images) == [(32, 87), (40, 30), (64, 32)]
+    assert encoded(small) in images
+    assert sorted(bytes(image[:2]) for image in images) == [b"\x89P", b"\x89P", b"\xff\xd8"]
+
+
+def test_what_training_cannot_read_is_stored_anew_and_upright(
+    tmp_path: Path, pictures: list[bytes], encoded: Callable[..., bytes]
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture = decode(pictures[0])
+    for format_ in ("BMP", "GIF", "TIFF"):
+        extension, data = encode(encoded(picture, format_, **({"exif": exif} if format_ == "TIFF" else {})))
+        assert (extension, Image.open(io.BytesIO(data)).format) == ("png", "PNG")
+        assert decode(data).size == (picture.size[::-1] if format_ == "TIFF" else picture.size)
+    assert encode(pictures[0]) == ("jpg", pictures[0])
+    lax = pictures[0][:2] + b"\xff\x00" + pictures[0][2:]  # Pillow overlooks it, DALI does not
+    extension, data = encode(lax)
+    assert extension == "png"
+    assert np.array_equal(np.asarray(decode(data)), np.asarray(picture))
+    with pytest.raises(BadImage, match="truncated"):
+        encode(pictures[0][:-200])
+
+
+def test_digits_are_split_once_and_for_all(digits: Path) -> None:
+    from sklearn.datasets import load_digits
+
+    truth = load_digits()
+    train = Dataset(str(digits / "train-{000000..000002}.tar"))
+    val = Dataset(str(digits / "val-000000.tar"))
+    assert (len(train), len(val)) == (1438, 359)
+    sources = dict(line.split("\t") for line in (digits / "sources.tsv").read_text().splitlines())
+    assert len(set(sources.values())) == len(truth.images)
+    for dataset in (train, val):
+        for record in range(0, len(dataset), 49):
+            number = int(sources[dataset.key(record)].removeprefix("digit-"))
+            pixels = np.asarray(decode(dataset.image(record)))[..., 0]
+            assert np.abs(pixels / 255 * 16 - truth.images[number]).max() < 0.04
+            assert dataset.label(record) == truth.target[number]
+
+
+def write_mnist(root: Path) -> np.ndarray:
+    """The four files of a very small MNIST, as torchvision wants them."""
+    raw = root / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    images = np.random.default_rng(0).integers(0, 256, (30, 28, 28), dtype=np.uint8)
+    for name, part in (("train", images[:20]), ("t10k", images[20:])):
+        (raw / f"{name}-images-idx3-ubyte").write_bytes(struct.pack(">IIII", 2051, len(part), 28, 28) + part.tobytes())
+        labels = bytes(i % 10 for i in range(len(part)))
+        (raw / f"{name}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 2049, len(part)) + labels)
+    return images
+
+
+def test_torchvision_splits_are_kept(tmp_path: Path) -> None:
+    images = write_mnist(tmp_path / "tv")
+    report = build(f"torchvision:MNIST:{tmp_path / 'tv'}", tmp_path / "out", progress=False)
+    assert report.samples == {"train": 20, "val": 10}
+    assert report.classes is not None
+    assert len(report.classes) == 10
+    val = Dataset(str(tmp_path / "out" / "val-000000.tar"))
+    packed = {np.asarray(decode(val.image(r)))[..., 0].tobytes(): val.label(r) for r in range(10)}
+    assert packed == {image.tobytes(): i for i, image in enumerate(images[20:])}
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("nowhere", "no such folder"),
+        ("sklearn:iris", "unknown data set"),
+        ("torchvision:CIFAR11", "no data set 'CIFAR11'.*CIFAR10"),
+        ("torchvision:VisionDataset", "no data set"),
+        ("torchvision:CIFAR10:nowhere", r"files are missing.*--download"),
+    ],
+)
+def test_impossible_source_is_one_clear_error(
+    source: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=message):
+        build(source, tmp_path / "out", progress=False)
+    assert not any(tmp_path.glob("*out*"))
+
+
+def test_empty_or_undecodable_folder_and_full_destination_are_refused(tmp_path: Path, folder: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="holds no images"):
+        build(str(tmp_path / "empty"), tmp_path / "out", progress=False)
+    (tmp_path / "empty" / "a.jpg").write_text("no")
+    with pytest.raises(UserError, match="none of 1 images can be decoded"):
+        build(str(tmp_path / "empty"), tmp_path / "out", progress=False)
+    assert not any(tmp_path.glob("*out*")), "a failed build leaves nothing behind"
+    before = contents(tmp_path / "empty")
+    with pytest.raises(UserError, match="destination is not empty"):
+        build(str(folder), tmp_path / "empty", progress=False)
+    assert contents(tmp_path / "empty") == before
+
+
+def test_index_is_what_build_wrote(digits: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "val-000000.tar"
+    copy.write_bytes((digits / copy.name).read_bytes())
+    assert [report.samples for report in index(str(copy))] == [359]
+    assert tars.index_path(copy).read_bytes() == tars.index_path(digits / copy.name).read_bytes()
+
+
+@pytest.fixture
+def sound(folder: Path, tmp_path: Path) -> Path:
+    build(str(folder), tmp_path / "out", progress=False)
+    return tmp_path / "out" / "train-000000.tar"
+
+
+def test_sound_shard_has_no_problems(sound: Path) -> None:
+    (verdict,) = verify(str(sound), progress=False)
+    assert (verdict.samples, verdict.problems) == (12, [])
+
+
+def test_verify_names_what_is_wrong(sound: Path, spoil: Callable[[bytes], bytes]) -> None:
+    image = tars.walk(sound)[3].image
+    assert image
+    data = bytearray(sound.read_bytes())
+    data[image.offset : image.offset + image.size] = spoil(bytes(data[image.offset : image.offset + image.size]))
+    sound.write_bytes(data)
+    problems = verify(str(sound), progress=False)[0].problems
+    assert ("train_00000003", "decode") in problems
+    assert ("", "another checksum than in dataset.json") in problems
+    assert len(problems) == 2
+
+
+def test_verify_sees_labels_keys_and_indexes(make_shard: Callable[..., Path], pictures: list[bytes]) -> None:
+    one = make_shard({"a.jpg": pictures[0], "a.cls": b"cat", "b.cls": b"1"}, "1.tar")
+    two = make_shard({"a.jpg": pictures[1]}, "2.tar")
+    index([str(one)])
+    tars.index_path(one).rename(tars.index_path(two))
+    first, second = verify([str(one), str(two)], progress=False)
+    assert sorted(first.problems) == [("", "no index"), ("a", "label is no number"), ("b", "no image")]
+    assert [problem.split(":")[0] for _, problem in second.problems] == [
+        "the index does not describe its shard",
+        "the key appears in 1.tar as well",
+    ]
+
+
+def test_statistics_are_those_of_the_pictures(sound: Path, pictures: list[bytes]) -> None:
+    found = stats(str(sound))
+    sizes = [Image.open(io.BytesIO(picture)).size for picture in pictures[:12]]
+    assert (found.samples, found.shards, found.formats, found.classes) == (12, 1, {"jpeg": 12}, {0: 4, 1: 8})
+    assert (found.width[0], found.width[2], found.width[4]) == tuple(np.percentile([w for w, _ in sizes], (0, 50, 100)))
+    assert found.height[4] == max(h for _, h in sizes)
+
+
+def test_commands_report_and_exit_as_promised(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert main(["shards", "build", str(folder), str(out), "--per-shard", "6"]) == 0
+    captured = capsys.readouterr()
+    assert "train: 12 images in 2 shards" in captured.out
+    assert "left out" in captured.err
+    assert "shoes/cut.jpg (truncated)" in captured.err
+    assert "packing" in captured.err, "a progress bar"
+    pattern = str(out / "train-{000000..000001}.tar")
+    assert main(["shards", "verify", pattern]) == 0
+    capsys.readouterr()
+    assert main(["shards", "stats", pattern, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["samples"] == 12
+    assert main(["shards", "index", pattern]) == 0
+    tars.index_path(out / "train-000001.tar").unlink()
+    assert main(["shards", "verify", pattern]) == 1
+    assert "no index" in capsys.readouterr().out
+    assert main(["shards", "build", str(folder), str(out)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: the destination is not empty (")
+    assert error.count("\n") == 1
