@@ -117,7 +117,7 @@ def _upright(image: "Image.Image", data: bytes | bytearray) -> "Image.Image":
 
     try:
         orientation = _parser(data)(data).orientation
-    except BadImage:  # a format that training does not read
+    except (BadImage, struct.error, IndexError):  # nothing that training reads
         return ImageOps.exif_transpose(image)
     turns = {
         2: Image.Transpose.FLIP_LEFT_RIGHT,
