@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,15 +98,15 @@ def compile_only(arch: int) -> Iterator[list[tuple[str, Any]]]:
 def cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], None]]]:
     """Calls that launch every configuration which the training step uses with logits or tokens in `dtype`."""
     for k in (65536, 1000):
-        # local crops meet both global crops; one to one are cls against cls and masked patches; no `col`: intact targets
+        # local crops meet both global crops; global cls tokens and masked patches one row; intact targets have no `col`
         for student_rows, p, centred in ((16, 2, True), (8, 1, True), (8, 1, False)):
             name = f"cross_entropy K={k} P={p}{' col' if centred else ''}"
-            yield name, lambda r=student_rows, k=k, p=p, c=centred: _cross_entropy(dtype, r, k, p, c)
-        yield f"reductions K={k}", lambda k=k: _reductions(dtype, k)
+            yield name, partial(_cross_entropy, dtype, student_rows, k, p, centred)
+        yield f"reductions K={k}", partial(_reductions, dtype, k)
     for tokens, dim, with_bias, with_mask in ATTENTION_SHAPES:
         name = f"attention N={tokens} D={dim}{' bias' if with_bias else ''}{' mask' if with_mask else ''}"
-        yield name, lambda n=tokens, d=dim, b=with_bias, m=with_mask: _attention(dtype, n, d, b, m)
-    yield "ema", lambda: _ema(dtype)
+        yield name, partial(_attention, dtype, tokens, dim, with_bias, with_mask)
+    yield "ema", partial(_ema, dtype)
 
 
 def reports(dtype: torch.dtype, arch: int) -> Iterator[Report]:

@@ -7,6 +7,7 @@ one for queries. No gradient is added up by atomics across programs: the result 
 Letters: B sequences, N tokens, H heads, D channels per head, W windows; i, j number blocks of tokens.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -18,12 +19,12 @@ from kernels.fused.reduce import LN2, LOG2E, LOWEST
 
 HEAD_DIMS = (16, 32, 64)
 PROGRAMS = 2048
-NUM_WARPS = 4
 
 
-def block_tokens(tokens: int) -> int:
-    """Tokens per block."""
-    return 16 if tokens <= 16 else 32 if tokens <= 32 else 64
+def block_tokens(tokens: int, with_bias: bool, dtype: torch.dtype) -> int:
+    """Tokens per block: up to 64, but smaller tiles for fp32 and for a bias gradient in several blocks."""
+    limit = 32 if dtype == torch.float32 or (with_bias and tokens > 64) else 64
+    return min(limit, max(16, triton.next_power_of_2(tokens)))
 
 
 def sequences_per_program(batch: int, heads: int, blocks: int, with_bias: bool) -> int:
@@ -46,17 +47,11 @@ def _store_rows(base, i, stride, value, N: tl.constexpr, D: tl.constexpr, BLOCK:
 
 
 @triton.jit
-def _square(base, i, j, N: tl.constexpr, BLOCK: tl.constexpr):
-    """Pointers to and inside-mask of tile (i, j) of an [N, N] matrix."""
-    ns = i * BLOCK + tl.arange(0, BLOCK)
-    ms = j * BLOCK + tl.arange(0, BLOCK)
-    return base + ns[:, None] * N + ms[None, :], (ns < N)[:, None] & (ms < N)[None, :]
-
-
-@triton.jit
-def _tile(base, i, j, N: tl.constexpr, BLOCK: tl.constexpr):
-    pointers, inside = _square(base, i, j, N, BLOCK)
-    return tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
+def _square(i, j, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
+    """Offsets of tile (i, j) in a matrix of BLOCKS x BLOCKS tiles."""
+    rows = i * BLOCK + tl.arange(0, BLOCK)
+    columns = j * BLOCK + tl.arange(0, BLOCK)
+    return rows[:, None] * (BLOCK * BLOCKS) + columns[None, :]
 
 
 @triton.jit
@@ -68,20 +63,23 @@ def _scores(
     bias,
     mask,
     scale,
-    log2e,
     HAS_BIAS: tl.constexpr,
     HAS_MASK: tl.constexpr,
     N: tl.constexpr,
     BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Base-2 logits of query block i and key block j, -inf behind the last key. `bias` is a tile, `mask` a pointer."""
+    """Base-2 logits of query block i and key block j, -inf behind the last key.
+
+    `bias` is a tile, `mask` a pointer, both as `_padded` makes them.
+    """
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
     if HAS_BIAS:
-        scores += bias * log2e
+        scores += bias
     if HAS_MASK:
-        scores += _tile(mask, i, j, N, BLOCK) * log2e
-    if N % BLOCK != 0:
+        scores += tl.load(mask + _square(i, j, BLOCK, BLOCKS))
+    if N % BLOCK != 0 and not HAS_BIAS and not HAS_MASK:
         scores = tl.where((j * BLOCK + tl.arange(0, BLOCK) < N)[None, :], scores, -float("inf"))
     return scores
 
@@ -100,7 +98,6 @@ def _forward_kernel(
     W,
     sequences,
     scale,
-    log2e,
     HAS_BIAS: tl.constexpr,
     HAS_MASK: tl.constexpr,
     N: tl.constexpr,
@@ -109,15 +106,16 @@ def _forward_kernel(
     BLOCKS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    AREA: tl.constexpr = (BLOCK * BLOCKS) * (BLOCK * BLOCKS)
     head, i = tl.program_id(1), tl.program_id(2)
     first = tl.program_id(0) * sequences
-    bias_head = bias + head * N * N if HAS_BIAS else bias
+    bias_head = bias + head * AREA if HAS_BIAS else bias
     tile = tl.zeros([BLOCK, BLOCK], tl.float32)
     if HAS_BIAS and BLOCKS == 1:
-        tile = _tile(bias_head, i, i, N, BLOCK)
+        tile = tl.load(bias_head + _square(i, i, BLOCK, BLOCKS))
     for b in range(first, tl.minimum(first + sequences, B)):
         query = qkv + tl.cast(b, tl.int64) * stride_b + head * D
-        mask_window = mask + (b % W) * N * N if HAS_MASK else mask
+        mask_window = mask + (b % W) * AREA if HAS_MASK else mask
         q = _rows(query, i, stride_n, N, D, BLOCK)
         top = tl.full([BLOCK], LOWEST, tl.float32)
         total = tl.zeros([BLOCK], tl.float32)
@@ -125,8 +123,8 @@ def _forward_kernel(
         for j in range(BLOCKS):
             k = _rows(query + width, j, stride_n, N, D, BLOCK)
             if HAS_BIAS and BLOCKS > 1:
-                tile = _tile(bias_head, i, j, N, BLOCK)
-            s = _scores(q, k, i, j, tile, mask_window, scale, log2e, HAS_BIAS, HAS_MASK, N, BLOCK, PRECISION)
+                tile = tl.load(bias_head + _square(i, j, BLOCK, BLOCKS))
+            s = _scores(q, k, i, j, tile, mask_window, scale, HAS_BIAS, HAS_MASK, N, BLOCK, BLOCKS, PRECISION)
             new_top = tl.maximum(top, tl.max(s, 1))
             p = tl.exp2(s - new_top[:, None])
             shrink = tl.exp2(top - new_top)
@@ -150,17 +148,17 @@ def _probabilities(
     bias,
     mask,
     scale,
-    log2e,
     HAS_BIAS: tl.constexpr,
     HAS_MASK: tl.constexpr,
     N: tl.constexpr,
     BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Softmax of query block i over key block j, zero behind the last token."""
     ns = i * BLOCK + tl.arange(0, BLOCK)
     norm = tl.load(lse + ns, mask=ns < N, other=float("inf"))
-    s = _scores(q, k, i, j, bias, mask, scale, log2e, HAS_BIAS, HAS_MASK, N, BLOCK, PRECISION)
+    s = _scores(q, k, i, j, bias, mask, scale, HAS_BIAS, HAS_MASK, N, BLOCK, BLOCKS, PRECISION)
     return tl.exp2(s - norm[:, None])
 
 
@@ -186,7 +184,6 @@ def _backward_kernel(
     W,
     sequences,
     scale,
-    log2e,
     ln2,
     HAS_BIAS: tl.constexpr,
     HAS_MASK: tl.constexpr,
@@ -196,21 +193,20 @@ def _backward_kernel(
     BLOCKS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    AREA: tl.constexpr = (BLOCK * BLOCKS) * (BLOCK * BLOCKS)
     head, i = tl.program_id(1), tl.program_id(2)
     first = tl.program_id(0) * sequences
-    bias_head = bias + head * N * N if HAS_BIAS else bias
+    bias_head = bias + head * AREA if HAS_BIAS else bias
     bias_part = grad_bias
     tile = tl.zeros([BLOCK, BLOCK], tl.float32)
     bias_acc = tl.zeros([BLOCK, BLOCK], tl.float32)
     if HAS_BIAS:
         part = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + head
-        bias_part = grad_bias + part * N * N
-        if BLOCKS == 1:
-            tile = _tile(bias_head, i, i, N, BLOCK)
+        bias_part = grad_bias + part * AREA
     for b in range(first, tl.minimum(first + sequences, B)):
         far = tl.cast(b, tl.int64)
         query = qkv + far * stride_b + head * D
-        mask_window = mask + (b % W) * N * N if HAS_MASK else mask
+        mask_window = mask + (b % W) * AREA if HAS_MASK else mask
         norm = lse + (far * tl.num_programs(1) + head) * N
         above = grad_out + far * N * width + head * D
         result = out + far * N * width + head * D
@@ -223,10 +219,10 @@ def _backward_kernel(
         for j in range(BLOCKS):
             q = _rows(query, j, stride_n, N, D, BLOCK)
             do = _rows(above, j, width, N, D, BLOCK)
-            if HAS_BIAS and BLOCKS > 1:
-                tile = _tile(bias_head, j, i, N, BLOCK)
+            if HAS_BIAS:
+                tile = tl.load(bias_head + _square(j, i, BLOCK, BLOCKS))
             p = _probabilities(
-                q, k, j, i, norm, tile, mask_window, scale, log2e, HAS_BIAS, HAS_MASK, N, BLOCK, PRECISION
+                q, k, j, i, norm, tile, mask_window, scale, HAS_BIAS, HAS_MASK, N, BLOCK, BLOCKS, PRECISION
             )
             grad_v += tl.dot(tl.trans(p.to(do.dtype)), do, input_precision=PRECISION)
             dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
@@ -235,8 +231,8 @@ def _backward_kernel(
             if HAS_BIAS and BLOCKS == 1:
                 bias_acc += ds
             if HAS_BIAS and BLOCKS > 1:
-                pointers, inside = _square(bias_part, j, i, N, BLOCK)
-                tl.atomic_add(pointers, ds, mask=inside, sem="relaxed")  # this program alone writes here
+                # this program alone writes here
+                tl.atomic_add(bias_part + _square(j, i, BLOCK, BLOCKS), ds, sem="relaxed")
             ds = ds.to(q.dtype)
             grad_k += tl.dot(tl.trans(ds), q, input_precision=PRECISION)
             if BLOCKS == 1:
@@ -254,17 +250,16 @@ def _backward_kernel(
                 k = _rows(query + width, j, stride_n, N, D, BLOCK)
                 v = _rows(query + 2 * width, j, stride_n, N, D, BLOCK)
                 if HAS_BIAS:
-                    tile = _tile(bias_head, i, j, N, BLOCK)
+                    tile = tl.load(bias_head + _square(i, j, BLOCK, BLOCKS))
                 p = _probabilities(
-                    q, k, i, j, norm, tile, mask_window, scale, log2e, HAS_BIAS, HAS_MASK, N, BLOCK, PRECISION
+                    q, k, i, j, norm, tile, mask_window, scale, HAS_BIAS, HAS_MASK, N, BLOCK, BLOCKS, PRECISION
                 )
                 dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
                 ds = (p * (dp - delta[:, None])).to(k.dtype)
                 grad_q += tl.dot(ds, k, input_precision=PRECISION)
             _store_rows(target, i, 3 * width, grad_q * (scale * ln2), N, D, BLOCK)
     if HAS_BIAS and BLOCKS == 1:
-        pointers, inside = _square(bias_part, i, i, N, BLOCK)
-        tl.store(pointers, bias_acc, mask=inside)
+        tl.store(bias_part + _square(i, i, BLOCK, BLOCKS), bias_acc)
 
 
 @torch.library.custom_op("poa_kernels::attention", mutates_args=())
@@ -275,22 +270,24 @@ def attention(qkv: Tensor, bias: Tensor | None, mask: Tensor | None) -> tuple[Te
     if b == 0:
         return out, lse
     qkv = _packed(qkv)
-    grid, sequences = _grid(qkv, bias)
+    grid, sequences, constants = _plan(qkv, bias, mask)
+    block = constants["BLOCK"]
     _forward_kernel[grid](
         qkv,
         qkv.stride(0),
         qkv.stride(1),
         h * d,
-        bias,
-        mask,
+        _padded(bias, block),
+        _padded(mask, block),
         out,
         lse,
         b,
         1 if mask is None else mask.shape[0],
         sequences,
         LOG2E * d**-0.5,
-        LOG2E,
-        **_constants(qkv, bias, mask),
+        **constants,
+        num_warps=4,
+        num_stages=2,
     )
     return out, lse
 
@@ -311,19 +308,21 @@ def attention_backward(
     if b == 0:
         return grad_qkv, qkv.new_zeros(0) if bias is None else torch.zeros_like(bias)
     qkv = _packed(qkv)
-    grid, sequences = _grid(qkv, bias)
+    grid, sequences, constants = _plan(qkv, bias, mask)
+    block, blocks = constants["BLOCK"], constants["BLOCKS"]
     parts = None
     if bias is not None:
-        allocate = qkv.new_empty if grid[2] == 1 else qkv.new_zeros
-        parts = allocate(grid[0], h, n, n, dtype=torch.float32)
+        allocate = qkv.new_empty if blocks == 1 else qkv.new_zeros
+        side = block * blocks
+        parts = allocate(grid[0], h, side, side, dtype=torch.float32)
     _backward_kernel[grid](
         grad_out.contiguous(),
         qkv,
         qkv.stride(0),
         qkv.stride(1),
         h * d,
-        bias,
-        mask,
+        _padded(bias, block),
+        _padded(mask, block),
         out,
         lse,
         grad_qkv,
@@ -332,13 +331,13 @@ def attention_backward(
         1 if mask is None else mask.shape[0],
         sequences,
         LOG2E * d**-0.5,
-        LOG2E,
         LN2,
-        **_constants(qkv, bias, mask),
+        **constants,
+        **_backward_schedule(d, block, blocks),
     )
     if bias is None or parts is None:
         return grad_qkv, qkv.new_zeros(0)
-    return grad_qkv, parts.sum(0).to(bias.dtype)
+    return grad_qkv, parts.sum(0)[:, :n, :n].to(bias.dtype, copy=True)
 
 
 @attention_backward.register_fake
@@ -353,26 +352,39 @@ def _packed(qkv: Tensor) -> Tensor:
     return qkv if qkv.stride()[2:] == (h * d, d, 1) else qkv.contiguous()
 
 
-def _grid(qkv: Tensor, bias: Tensor | None) -> tuple[tuple[int, int, int], int]:
-    b, n, _, h, _ = qkv.shape
-    blocks = triton.cdiv(n, block_tokens(n))
+def _padded(offset: Tensor | None, block: int) -> Tensor | None:
+    """Bias or mask `[*, N, N]` in base 2, fp32, padded with -inf to whole tiles (so that rows are aligned)."""
+    if offset is None:
+        return None
+    pad = -offset.shape[-1] % block
+    return torch.nn.functional.pad(offset.float() * LOG2E, (0, pad, 0, pad), value=-math.inf)
+
+
+def _plan(qkv: Tensor, bias: Tensor | None, mask: Tensor | None) -> tuple[tuple[int, int, int], int, dict[str, Any]]:
+    """Grid (groups of sequences, heads, blocks), sequences per group and the constants of both kernels."""
+    b, n, _, h, d = qkv.shape
+    block = block_tokens(n, bias is not None, qkv.dtype)
+    blocks = triton.cdiv(n, block)
     sequences = sequences_per_program(b, h, blocks, bias is not None)
-    return (triton.cdiv(b, sequences), h, blocks), sequences
-
-
-def _constants(qkv: Tensor, bias: Tensor | None, mask: Tensor | None) -> dict[str, Any]:
-    n, d = qkv.shape[1], qkv.shape[4]
-    block = block_tokens(n)
-    return {
+    constants = {
         "HAS_BIAS": bias is not None,
         "HAS_MASK": mask is not None,
         "N": n,
         "D": d,
         "BLOCK": block,
-        "BLOCKS": triton.cdiv(n, block),
+        "BLOCKS": blocks,
         "PRECISION": "ieee" if qkv.dtype == torch.float32 else "tf32",
-        "num_warps": NUM_WARPS,
     }
+    return (triton.cdiv(b, sequences), h, blocks), sequences, constants
+
+
+def _backward_schedule(d: int, block: int, blocks: int) -> dict[str, int]:
+    """Warps and pipeline stages under which no configuration spills on sm_80, sm_90 or sm_100 (`kernels.aot`)."""
+    if block < 64 or blocks > 1:
+        warps, stages = (4 if block == 16 else 8), 1
+    else:
+        warps, stages = {16: (4, 2), 32: (8, 2), 64: (8, 3)}[d]
+    return {"num_warps": warps, "num_stages": stages}
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -18,9 +18,9 @@ LN2 = math.log(2)
 LOWEST = tl.constexpr(-1e30)  # the first running maximum: finite, so that -inf never meets -inf
 
 ROWS = 4  # rows per program: they share one read of `col`
-BLOCK_K = 1024
+BLOCK_K = 512
 SPLIT_K = 8192
-COLUMN_ROWS = 8
+COLUMN_ROWS = 4
 COLUMN_BLOCK = 1024  # 4 warps hold whole columns, so the reduction over rows stays inside a thread
 STAGES = 2
 
