@@ -163,23 +163,27 @@ def build_pipeline(
     return pipeline
 
 
-def undecodable(encoded: Sequence[np.ndarray], headers: Sequence[Header], device_id: int | None) -> list[int]:
-    """Which of these files the pipeline's decoder gives up on, or finds of another size than their headers say."""
+def decode_pipeline(source: Callable[[int], Any], batch_size: int, threads: int, device_id: int | None) -> Any:
+    """A built pipeline that does no more than decode; its output is the shape of each image, int64 `[B, 3]`."""
     from nvidia.dali import fn, pipeline_def, types
 
+    @pipeline_def(batch_size=batch_size, num_threads=threads, device_id=device_id, prefetch_queue_depth=1)
+    def graph() -> Any:
+        encoded = fn.external_source(source=source, batch=True, dtype=types.UINT8, ndim=1)
+        return _decode(encoded, device_id).shape()
+
+    pipeline = graph()
+    pipeline.build()
+    return pipeline
+
+
+def undecodable(encoded: Sequence[np.ndarray], headers: Sequence[Header], device_id: int | None) -> list[int]:
+    """Which of these files the pipeline's decoder gives up on, or finds of another size than their headers say."""
     current: list[np.ndarray] = []
-
-    @pipeline_def(batch_size=1, num_threads=1, device_id=device_id, prefetch_queue_depth=1)
-    def decoder() -> Any:
-        data = fn.external_source(source=lambda: current, batch=True, dtype=types.UINT8, ndim=1)
-        return _decode(data, device_id).shape()
-
     culprits, pipeline = [], None
     for i, (data, header) in enumerate(zip(encoded, headers, strict=True)):
         current[:] = [data]
-        if pipeline is None:
-            pipeline = decoder()
-            pipeline.build()
+        pipeline = pipeline or decode_pipeline(lambda _: current, 1, 1, device_id)
         try:
             size = tuple(pipeline.run()[0].at(0))[:2]
         except RuntimeError:  # DALI promises nothing of a pipeline that has failed

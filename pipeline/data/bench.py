@@ -1,0 +1,89 @@
+"""What the data pipeline delivers, and where its CPU time goes."""
+
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from pipeline.config import DataConfig
+from pipeline.data.augment import P, build_pipeline, decode_pipeline, parameters
+from pipeline.data.loader import Loader
+from pipeline.data.reader import Dataset, Picked, SampleStream
+
+_WARM_UP = 3  # batches; the first ones build operators and fill the queue
+
+
+def benchmark(data: DataConfig, *, device: str = "cpu", batches: int = 10) -> dict[str, Any]:
+    """Measure the loader as training uses it, then its stages one by one on images in memory.
+
+    The stages are differences between runs of the one graph with operations switched off by their parameters, so they
+    add up to `cpu_ms_per_image` of a loader that does nothing else.
+
+    Returns:
+        `images_per_second` and `cpu_ms_per_image` of the loader; `stages_cpu_ms_per_image` by stage (on a GPU: what is
+        left to the CPU); `threads`, `cpus`, `batch_size`, `images`.
+
+    Raises:
+        UserError: see `Loader`.
+    """
+    throughput = _measure_loader(data, device, batches)
+    return {
+        **throughput,
+        "stages_cpu_ms_per_image": _measure_stages(data, batches, 0 if device.startswith("cuda") else None),
+        "threads": data.threads,
+        "cpus": os.cpu_count(),
+        "batch_size": data.batch_size,
+        "images": batches * data.batch_size,
+    }
+
+
+def _measure_loader(data: DataConfig, device: str, batches: int) -> dict[str, float]:
+    loader = Loader(data, device=device)
+    for _ in range(_WARM_UP):
+        next(loader)
+    wall, cpu = time.perf_counter(), time.process_time()
+    for _ in range(batches):
+        next(loader)
+    images = batches * data.batch_size
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    loader.close()
+    return {"images_per_second": images / wall, "cpu_ms_per_image": 1e3 * cpu / images}
+
+
+def _measure_stages(data: DataConfig, batches: int, device_id: int | None) -> dict[str, float]:
+    stream = SampleStream(Dataset(data.train), window=data.window, seed=data.seed, max_pixels=data.max_pixels)
+    picked: list[Picked] = []
+
+    def prepare() -> None:
+        picked[:] = [stream.pick(position) for position in range(data.batch_size)]
+        parameters(data, 0, [p.header for p in picked])
+
+    read = _cpu_ms(prepare, batches) / data.batch_size
+    encoded = [np.frombuffer(p.data, np.uint8) for p in picked]
+    drawn = parameters(data, 0, [p.header for p in picked])
+    plain, sharp = drawn.copy(), drawn.copy()
+    sharp[..., [P.SIGMA, P.SOLARIZE]] = 0
+    plain[..., [P.SIGMA, P.SOLARIZE, P.HUE]] = 0
+    plain[..., [P.SATURATION, P.CONTRAST, P.BRIGHTNESS]] = 1
+
+    def run(rows: np.ndarray) -> float:
+        positions = np.arange(data.batch_size)[:, None]
+        pipeline = build_pipeline(data, lambda _: (encoded, list(rows), positions), device_id=device_id, half=False)
+        return _cpu_ms(pipeline.run, batches) / data.batch_size
+
+    decode = decode_pipeline(lambda _: encoded, data.batch_size, data.threads, device_id)
+    totals = [_cpu_ms(decode.run, batches) / data.batch_size, run(plain), run(sharp), run(drawn)]
+    names = ["decode", "crop and normalise", "colour", "blur and solarise"]
+    return {"read and draw": read, **dict(zip(names, np.diff(totals, prepend=0).tolist(), strict=True))}
+
+
+def _cpu_ms(work: Callable[[], Any], repeats: int) -> float:
+    """CPU time of this process per call, without the first ones."""
+    for _ in range(_WARM_UP):
+        work()
+    began = time.process_time()
+    for _ in range(repeats):
+        work()
+    return 1e3 * (time.process_time() - began) / repeats
