@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,10 +57,11 @@ class Checkpoints:
         root: the directory.
         keep: how many checkpoints stay.
         ranks: this process and its peers; every method is collective over them.
+        fence: raises on rank 0 if another process has taken over the run.
     """
 
-    def __init__(self, root: Path, keep: int, ranks: Ranks):
-        self.root, self.keep, self.ranks = root, keep, ranks
+    def __init__(self, root: Path, keep: int, ranks: Ranks, fence: Callable[[], None] = lambda: None):
+        self.root, self.keep, self.ranks, self.fence = root, keep, ranks, fence
 
     def save(self, engine: Engine, centering: Centering, progress: Progress) -> Path:
         """Write a checkpoint; it appears under its name only when complete and on disk.
@@ -114,6 +116,7 @@ class Checkpoints:
         return None
 
     def _make_room(self, aside: Path) -> None:
+        self.fence()
         self.root.mkdir(parents=True, exist_ok=True)
         for leftover in self.root.glob(".step_*.tmp"):
             shutil.rmtree(leftover)
@@ -142,6 +145,7 @@ class Checkpoints:
 
     def _publish(self, aside: Path, final: Path, manifest: dict[str, Any]) -> None:
         write_atomically(aside / "manifest.json", json.dumps(manifest, indent=1))
+        self.fence()
         if final.exists():  # a damaged one, passed over when the run resumed
             shutil.rmtree(final)
         # `latest` first: a crash in between leaves it naming nothing, never naming an older checkpoint than there is

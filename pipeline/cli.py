@@ -99,9 +99,12 @@ def _train(args: argparse.Namespace) -> int:
 
         print(describe(config))
         return 0
-    from pipeline.train import train
+    from pipeline.job import stop_signals
 
-    return train(config, quiet=args.quiet)
+    with stop_signals() as stop_requested:
+        from pipeline.train import train
+
+        return train(config, quiet=args.quiet, stop_requested=stop_requested)
 
 
 def _subnets(args: argparse.Namespace) -> int:

@@ -297,6 +297,13 @@ class RunConfig(Section):
     keep: int = Field(3, gt=0)
     log_every_steps: int = Field(10, gt=0)
     hang_timeout_seconds: float = Field(1800, gt=0)
+    requeue: bool = Field(True, description="requeue the own Slurm job after stopping on a signal")
+
+
+class CheckpointConfig(Section):
+    signal_lead_seconds: float = Field(
+        300, gt=0, description="time between Slurm's warning signal and the end of the job: N of sbatch --signal=USR1@N"
+    )
 
 
 class EvalConfig(Section):
@@ -323,6 +330,7 @@ class ExperimentConfig(Section):
     optim: OptimConfig = OptimConfig()
     engine: EngineConfig = EngineConfig()
     run: RunConfig = RunConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
     metrics: MetricsConfig = MetricsConfig()
 

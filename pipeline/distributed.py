@@ -2,7 +2,11 @@
 
 import os
 import socket
-from collections.abc import Callable
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -13,6 +17,7 @@ import torch.distributed as dist
 from pipeline.errors import UserError
 
 T = TypeVar("T")
+_LOST_PEER_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -104,6 +109,35 @@ def initialize(timeout_seconds: float = 1800) -> Ranks:
     control = dist.new_group(backend="gloo", timeout=timeout)
     assert isinstance(control, dist.ProcessGroup)
     return Ranks(rank, world_size, local_rank, device, control)
+
+
+@contextmanager
+def crash_together(ranks: Ranks) -> Iterator[None]:
+    """Let a crashed rank end at once, so that its launcher ends the others, with the first cause first in the log.
+
+    Its traceback comes before any cleaning up, which might wait for the others. A rank that merely lost its peer gives
+    the launcher some seconds to end it before it speaks.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if ranks.world_size == 1:
+            raise
+        if _lost_peer(error):
+            time.sleep(_LOST_PEER_SECONDS)
+            print(f"error: rank {ranks.rank} lost another rank: {error}", file=sys.stderr, flush=True)
+        else:
+            text = "".join(traceback.format_exception(error))
+            print(f"error: rank {ranks.rank} of {ranks.world_size} crashed\n{text}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+
+def _lost_peer(error: BaseException) -> bool:
+    """Whether a collective failed because another process ended; gloo says so in words alone."""
+    words = ("connection closed by peer", "connection reset", "broken pipe", "connection refused")
+    return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in words)
 
 
 def shut_down() -> None:

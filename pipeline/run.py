@@ -15,9 +15,18 @@ from typing import Any
 from pipeline.config import ExperimentConfig, dump_config, load_config
 from pipeline.errors import UserError
 from pipeline.files import append_json_line, read_json_lines, write_atomically, write_json_lines
+from pipeline.job import Job
+from pipeline.watchdog import clear
 
 # Keys that change how or where a run is computed but not what it computes.
-_FREE_KEYS = ("run", "engine", "metrics", "eval", "data.train", "data.val", "data.threads", "data.batch_size")
+_FREE_KEYS = (
+    *("run", "checkpoint", "engine", "metrics", "eval"),
+    *("data.train", "data.val", "data.threads", "data.batch_size"),
+)
+_TAKE_OVER_SECONDS = 120.0
+# Variables that decide how a run behaves; names that hold secrets (SLURM_JWT) are left out.
+_ENVIRONMENT = ("SLURM_", "POA_", "NCCL_", "CUDA_", "TORCH_", "TRITON_", "OMP_", "MASTER_", "GLOO_", "DS_")
+_SECRETS = ("JWT", "TOKEN", "KEY", "SECRET", "PASS")
 _PACKAGES = ("poa-pretrain", "torch", "deepspeed", "timm", "triton", "numpy", "webdataset", "pydantic", "safetensors")
 
 
@@ -33,10 +42,16 @@ class RunDirectory:
         self.checkpoints = path / "checkpoints"
         self.metrics = path / "metrics.jsonl"
         self.skipped = path / "skipped.jsonl"
+        self.heartbeats = path / ".heartbeats"
+        self._owner = path / ".owner"
         self._lock: Any = None
+        self._name = ""
 
-    def claim(self, config: ExperimentConfig) -> None:
+    def claim(self, config: ExperimentConfig, job: Job | None = None) -> None:
         """Take the directory for this process and write `config.yaml`.
+
+        A later attempt of a Slurm job takes it over from an earlier one: when only the daemon of a node dies, Slurm
+        requeues the job while its old processes train on.
 
         Raises:
             UserError: something is in the way, another process trains here, or the directory is of another experiment.
@@ -48,15 +63,41 @@ class RunDirectory:
             raise UserError(
                 f"cannot use the run directory: {error.strerror}", str(self.path), "set run.dir or --run-dir to another"
             ) from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(
-                "another process is training here", str(self.path), "stop it, or choose another run directory"
-            ) from error
+        self._name = job.name if job else f"{platform.node()}.{os.getpid()}"
+        deadline = time.monotonic() + (_TAKE_OVER_SECONDS if self._may_take_over(job) else 0.0)
+        while not self._try_lock():
+            if time.monotonic() >= deadline:
+                raise UserError(
+                    "another process is training here", str(self.path), "stop it, or choose another run directory"
+                )
+            write_atomically(self._owner, self._name + "\n")
+            time.sleep(0.5)
+        write_atomically(self._owner, self._name + "\n")
+        clear(self.heartbeats)
         if (self.path / "config.yaml").exists():
             require_same_experiment(load_config(self.path / "config.yaml"), config, self.path)
         write_atomically(self.path / "config.yaml", dump_config(config))
+
+    def require_ownership(self) -> None:
+        """Stop a process whose run was taken over, before it writes into what is no longer its own.
+
+        Raises:
+            RuntimeError: the directory has another owner.
+        """
+        if _read(self._owner) != self._name:
+            raise RuntimeError(f"{self.path} was taken over by {_read(self._owner)}: this process must not write to it")
+
+    def _may_take_over(self, job: Job | None) -> bool:
+        """Whether the owner is an earlier attempt of the same job."""
+        id_, _, attempt = _read(self._owner).rpartition(".")
+        return job is not None and id_ == job.id and attempt.isdigit() and int(attempt) < job.attempt
+
+    def _try_lock(self) -> bool:
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
 
     def release(self) -> None:
         if self._lock is not None:
@@ -83,6 +124,7 @@ class RunDirectory:
             "world_size": world_size,
             "host": platform.node(),
             "job": os.environ.get("SLURM_JOB_ID"),
+            "environment": _environment(),
         }
         manifest = {
             "versions": _versions(),
@@ -165,6 +207,21 @@ def code_revision() -> str:
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return "unknown"
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        return ""
+
+
+def _environment() -> dict[str, str]:
+    return {
+        name: value
+        for name, value in sorted(os.environ.items())
+        if name.startswith(_ENVIRONMENT) and not any(word in name for word in _SECRETS)
+    }
 
 
 def _versions() -> dict[str, str]:

@@ -1,10 +1,8 @@
 """The training run: claim the directory, resume, step, log, save, stop well."""
 
-import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ from pipeline.config import ExperimentConfig
 from pipeline.data.loader import Loader
 from pipeline.distributed import Ranks
 from pipeline.errors import UserError
+from pipeline.job import Job, stop_signals
 from pipeline.progress import ProgressLine
 from pipeline.run import RunDirectory, fingerprint
 from pipeline.trainer import StepReport, Trainer
@@ -22,28 +21,44 @@ from pipeline.watchdog import Watchdog
 EXIT_DONE, EXIT_FAILED, EXIT_STOPPED = 0, 1, 75
 
 
-def train(config: ExperimentConfig, quiet: bool = False) -> int:
+def train(config: ExperimentConfig, quiet: bool = False, stop_requested: list[int] | None = None) -> int:
     """Train until `run.max_steps` or the end of the schedule, resuming if the run directory holds a checkpoint.
 
+    Args:
+        config: the experiment.
+        quiet: no progress line.
+        stop_requested: filled by the caller's `stop_signals`; None to handle signals here.
+
     Returns:
-        0 when the run is complete, 75 when it stopped on SIGTERM or SIGUSR1 after saving, 1 after too many bad steps.
+        0 when the run is complete, 75 when it stopped on SIGTERM or SIGUSR1 after saving, 1 after too many bad steps or
+        when a checkpoint cannot be written.
 
     Raises:
         UserError: the directory, the data or the launch is not usable.
     """
-    ranks = distributed.initialize(config.run.hang_timeout_seconds)
-    run = RunDirectory(Path(config.run.dir))
-    watchdog = Watchdog(ranks.rank, config.run.hang_timeout_seconds)
+    with stop_signals() if stop_requested is None else nullcontext(stop_requested) as stop:
+        # collectives give up later than the watchdog, which knows more
+        ranks = distributed.initialize(1.5 * config.run.hang_timeout_seconds + 60)
+        return _train(config, ranks, stop, quiet)
+
+
+def _train(config: ExperimentConfig, ranks: Ranks, stop_requested: list[int], quiet: bool) -> int:
+    run, job = RunDirectory(Path(config.run.dir)), Job.from_environment()
+    watchdog = Watchdog(ranks.rank, ranks.world_size, config.run.hang_timeout_seconds)
     trainer = None
     try:
-        ranks.agree(lambda: run.claim(config))
-        trainer = Trainer(config, ranks)
-        checkpoints = Checkpoints(run.checkpoints, config.run.keep, ranks)
-        progress = checkpoints.resume(trainer.engine, trainer.tri_branch.centering) or Progress(0, 0, {}, 0, {})
-        trainer.start_data(progress.samples)
-        ranks.agree(lambda: _open_records(run, config, progress, trainer.loader, trainer.global_batch, ranks))
-        with stop_signals() as stop_requested, ProgressLine(last_step(config), progress.step, quiet) as line:
-            return _loop(config, run, trainer, checkpoints, progress, stop_requested, line, watchdog)
+        with distributed.crash_together(ranks):
+            ranks.agree(lambda: run.claim(config, job))
+            watchdog.share(run.heartbeats)
+            trainer = Trainer(config, ranks, watchdog.beat)
+            checkpoints = Checkpoints(run.checkpoints, config.run.keep, ranks, run.require_ownership)
+            progress = checkpoints.resume(trainer.engine, trainer.tri_branch.centering) or Progress(0, 0, {}, 0, {})
+            trainer.start_data(progress.samples)
+            ranks.agree(lambda: _open_records(run, config, progress, trainer.loader, trainer.global_batch, ranks))
+            with ProgressLine(last_step(config), progress.step, quiet) as line:
+                code = _loop(config, run, trainer, checkpoints, progress, stop_requested, line, watchdog, job)
+            ranks.agree(lambda: _tell_job(job, code, config.run.requeue))
+            return code
     finally:
         watchdog.stop()
         if trainer is not None:
@@ -65,14 +80,17 @@ def _loop(
     stop_requested: list[int],
     line: ProgressLine,
     watchdog: Watchdog,
+    job: Job | None,
 ) -> int:
     """Step after step; every branch below is taken by all ranks alike, since it follows from what they agreed on."""
     main = trainer.ranks.is_main
     saved_step = progress.step
     end = last_step(config)
     while progress.step < end:
-        watchdog.beat(f"step {progress.step + 1}")
+        if main:
+            run.require_ownership()
         report = trainer.step(progress.step, bool(stop_requested))
+        watchdog.beat(f"records of step {progress.step + 1}")
         _count(progress, report, trainer.loader)
         _collect_skipped(run, trainer, progress, report)
         due = progress.step % config.run.log_every_steps == 0 or progress.step == end
@@ -82,8 +100,17 @@ def _loop(
             line.update(record)
         exhausted = progress.bad_in_a_row >= config.optim.max_bad_steps
         if progress.step % config.run.checkpoint_every_steps == 0 or progress.step == end or report.stop or exhausted:
-            watchdog.beat(f"checkpoint at step {progress.step}")
-            checkpoints.save(trainer.engine, trainer.tri_branch.centering, progress)
+            watchdog.beat(f"the checkpoint of step {progress.step}")
+            try:
+                _save(config, trainer, checkpoints, progress, report, job)
+            except OSError as error:
+                if main:
+                    print(
+                        f"error: cannot write the checkpoint of step {progress.step}: {error} ({run.checkpoints}): "
+                        f"make room and start again; the run continues from step {saved_step}",
+                        file=sys.stderr,
+                    )
+                return EXIT_FAILED
             saved_step = progress.step
         if exhausted:
             if main:
@@ -99,6 +126,38 @@ def _loop(
                 print(f"stopped on a signal after saving step {saved_step} in {run.checkpoints}", file=sys.stderr)
             return EXIT_STOPPED
     return EXIT_DONE
+
+
+def _save(
+    config: ExperimentConfig,
+    trainer: Trainer,
+    checkpoints: Checkpoints,
+    progress: Progress,
+    report: StepReport,
+    job: Job | None,
+) -> None:
+    """Save, let the batch script know, and compare the time it took with the warning that Slurm gives."""
+    began = time.perf_counter()
+    checkpoints.save(trainer.engine, trainer.tri_branch.centering, progress)
+    if job is None or not trainer.ranks.is_main:
+        return
+    job.saved(progress.step)
+    lead, needed = config.checkpoint.signal_lead_seconds, time.perf_counter() - began + report.step_seconds
+    if needed > lead / 2:
+        print(
+            f"warning: a step and a checkpoint take {needed:.0f} s, and Slurm's signal comes {lead:.0f} s before the "
+            f"end (checkpoint.signal_lead_seconds): submit with --signal=USR1@{2 * needed:.0f} or more and set the key "
+            "to it",
+            file=sys.stderr,
+        )
+
+
+def _tell_job(job: Job | None, code: int, requeue: bool) -> None:
+    """Before any rank exits: the first exit code that is not 0 ends all tasks of a job step."""
+    if job is not None and code == EXIT_STOPPED:
+        job.stopped(requeue)
+    elif job is not None and code == EXIT_DONE:
+        job.complete()
 
 
 def _count(progress: Progress, report: StepReport, loader: Loader) -> None:
@@ -171,18 +230,3 @@ def _open_records(
         print(f"resuming {run.path} at step {progress.step}", file=sys.stderr)
     if config.engine.precision == "bf16" and config.engine.zero_stage == 0:
         print("note: bf16 shards its fp32 masters even at ZeRO stage 0: running stage 1", file=sys.stderr)
-
-
-@contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Collect SIGTERM and SIGUSR1 instead of dying of them; the list is empty until one arrives."""
-    received: list[int] = []
-    previous = {
-        number: signal.signal(number, lambda n, _frame: received.append(n))
-        for number in (signal.SIGTERM, signal.SIGUSR1)
-    }
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

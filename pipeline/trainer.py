@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -79,13 +80,14 @@ class Trainer:
     Args:
         config: the experiment.
         ranks: this process and its peers.
+        enter: told the phase of the step that begins.
 
     Raises:
         UserError: the data is missing or smaller than a global batch.
     """
 
-    def __init__(self, config: ExperimentConfig, ranks: Ranks):
-        self.config, self.ranks = config, ranks
+    def __init__(self, config: ExperimentConfig, ranks: Ranks, enter: Callable[[str], None] = lambda phase: None):
+        self.config, self.ranks, self.enter = config, ranks, enter
         self.global_batch = config.data.batch_size * ranks.world_size
         self.schedules = Schedules(config, self.global_batch)
         self.grid = Grid(config.model, config.sampling.small_bias)
@@ -126,6 +128,7 @@ class Trainer:
             stop_requested: this rank was asked to stop; all learn of it.
         """
         began = time.perf_counter()
+        self.enter(f"data of step {step + 1}")
         values = self.schedules.at(step)
         skipped_before = self.loader.skipped.total()
         batch = next(self.loader)
@@ -133,16 +136,20 @@ class Trainer:
         crops = Crops.of(batch.global_crops.to(self.dtype), batch.local_crops.to(self.dtype), self._masks(step, values))
         subnet = self.sampler.draw(step, self.ranks.rank)
 
+        self.enter(f"teacher of step {step + 1}")
         targets = self.tri_branch.teacher_targets(self.engine.teacher, crops, values)
+        self.enter(f"students of step {step + 1}")
         with self.engine.backward_window():
             losses = self.tri_branch.run(
                 self.engine.student, self.engine.backward, crops, targets, subnet, step, self.ranks.rank
             )
         skipped = self.loader.skipped.total() - skipped_before
+        self.enter(f"agreement of step {step + 1}")
         agreed = self._agree(losses, self.engine.gradient_squares(), stop_requested, skipped)
         if agreed.bad:
             self.engine.discard()
         else:
+            self.enter(f"update of step {step + 1}")
             self.engine.apply(values, agreed.norms)
             self.tri_branch.centering.commit()
         return StepReport(

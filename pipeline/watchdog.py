@@ -1,38 +1,164 @@
-"""Ends a process that has stopped making steps, saying where it hangs."""
+"""Ends a process that has stopped making steps, saying which rank stopped, in which phase and with which stack.
+
+Every rank counts its beats, which all ranks make in the same order, and writes them now and then to a file of its own
+in the run directory. When a rank has waited too long it reads the others' files: a file that nobody writes any more is
+of a process that was stopped or lost, and otherwise the rank with the fewest beats is the one that all wait for.
+"""
 
 import faulthandler
+import json
 import os
+import platform
+import shutil
 import sys
 import threading
 import time
+import traceback
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+_GRACE_SECONDS = 5.0  # for the words of the rank that hangs, before the others end the job
+
+
+@dataclass(frozen=True)
+class Heartbeat:
+    """What a rank last said of itself.
+
+    Attributes:
+        beats: phases it has entered since it started.
+        phase: the one it is in.
+        silent_seconds: for how long it had been there when it wrote this.
+        written: when it wrote this, seconds since 1970.
+        stack: of its main thread at that time.
+    """
+
+    rank: int
+    host: str
+    pid: int
+    beats: int
+    phase: str
+    silent_seconds: float
+    written: float
+    stack: str
 
 
 class Watchdog:
-    """Dumps every thread's stack and exits with code 1 if no beat comes for `timeout_seconds`.
+    """Exits with code 1 if no beat comes for `timeout_seconds`.
 
-    A hung collective cannot be interrupted from Python, so the process is ended from a thread of its own.
+    A hung collective cannot be interrupted from Python, so the process is ended from a thread of its own; where even
+    that thread cannot run, because native code holds the interpreter, `faulthandler` ends it.
     """
 
-    def __init__(self, rank: int, timeout_seconds: float):
-        self.rank, self.timeout_seconds = rank, timeout_seconds
-        self._phase, self._since = "start", time.monotonic()
+    def __init__(self, rank: int, world_size: int, timeout_seconds: float):
+        self.rank, self.world_size, self.timeout_seconds = rank, world_size, timeout_seconds
+        self.period_seconds = min(max(timeout_seconds / 10, 0.2), 60.0)
+        self._main = threading.get_ident()
+        self._beats, self._phase, self._since = 0, "start", time.monotonic()
+        self._directory: Path | None = None
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
 
+    def share(self, directory: Path) -> None:
+        """Write heartbeats to, and read the other ranks' from, a directory that `clear` has made."""
+        self._directory = directory
+        self._write()
+
     def beat(self, phase: str) -> None:
-        """Note that the process is alive and what it does next."""
-        self._phase, self._since = phase, time.monotonic()
+        """Note that the process is alive and what it does next; all ranks beat in the same order."""
+        self._beats, self._phase, self._since = self._beats + 1, phase, time.monotonic()
 
     def stop(self) -> None:
         self._done.set()
         self._thread.join()
+        faulthandler.cancel_dump_traceback_later()
 
     def _watch(self) -> None:
-        while not self._done.wait(min(self.timeout_seconds / 4, 5.0)):
-            silent = time.monotonic() - self._since
-            if silent > self.timeout_seconds:
-                print(f"error: rank {self.rank} hangs in {self._phase!r} for {silent:.0f} s", file=sys.stderr)
-                faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
-                sys.stderr.flush()
-                os._exit(1)
+        while not self._done.wait(self.period_seconds):
+            faulthandler.dump_traceback_later(self.timeout_seconds + _GRACE_SECONDS, exit=True, file=2)
+            self._write()
+            if time.monotonic() - self._since > self.timeout_seconds:
+                self._end()
+
+    def _own(self) -> Heartbeat:
+        frame = sys._current_frames().get(self._main)
+        stack = "".join(traceback.format_stack(frame)) if frame else ""
+        silent = time.monotonic() - self._since
+        return Heartbeat(self.rank, platform.node(), os.getpid(), self._beats, self._phase, silent, time.time(), stack)
+
+    def _write(self) -> None:
+        if self._directory is None:
+            return
+        aside = self._directory / f".rank_{self.rank:05d}"
+        try:
+            aside.write_text(json.dumps(asdict(self._own())), encoding="utf-8")
+            os.replace(aside, self._directory / f"rank_{self.rank:05d}.json")
+        except OSError as error:  # a full disk must not end what the watchdog is for
+            print(f"warning: rank {self.rank} cannot write its heartbeat: {error}", file=sys.stderr)
+            self._directory = None
+
+    def _end(self) -> None:
+        own = self._own()
+        heartbeats = [own, *(read_heartbeats(self._directory, self.world_size, self.rank) if self._directory else [])]
+        stopped = find_stopped(heartbeats, 3 * self.period_seconds + 1)
+        waiting = [h.rank for h in heartbeats if h not in stopped]
+        if own in stopped:
+            _say(f"rank {self.rank} of {self.world_size} hangs: {own.silent_seconds:.0f} s in {own.phase}")
+            faulthandler.dump_traceback(file=2, all_threads=True)
+        elif not stopped:
+            if self.rank == min(waiting):
+                _say(f"all {self.world_size} ranks wait for each other: {own.silent_seconds:.0f} s in {own.phase}")
+                faulthandler.dump_traceback(file=2, all_threads=True)
+            time.sleep(_GRACE_SECONDS)
+        else:
+            if self.rank == min(waiting):
+                _report(stopped, own, self.world_size)
+            time.sleep(_GRACE_SECONDS)
+        os._exit(1)
+
+
+def clear(directory: Path) -> None:
+    """Forget the heartbeats of an earlier start."""
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+
+
+def read_heartbeats(directory: Path, world_size: int, besides: int) -> list[Heartbeat]:
+    """What the other ranks last wrote; those that never wrote are left out."""
+    found = []
+    for rank in range(world_size):
+        path = directory / f"rank_{rank:05d}.json"
+        if rank != besides and path.exists():
+            found.append(Heartbeat(**json.loads(path.read_text(encoding="utf-8"))))
+    return found
+
+
+def find_stopped(heartbeats: list[Heartbeat], stale_seconds: float) -> list[Heartbeat]:
+    """The ranks that the others wait for; none if all of them are equally far.
+
+    Args:
+        heartbeats: one per rank, the newest written just now.
+        stale_seconds: a process writes more often than this.
+    """
+    now = max(h.written for h in heartbeats)
+    stale = [h for h in heartbeats if now - h.written > stale_seconds]
+    if stale:
+        return stale
+    fewest = min(h.beats for h in heartbeats)
+    return [h for h in heartbeats if h.beats == fewest] if any(h.beats > fewest for h in heartbeats) else []
+
+
+def _report(stopped: list[Heartbeat], own: Heartbeat, world_size: int) -> None:
+    first = stopped[0]
+    where = f"{first.host}, process {first.pid}"
+    age = own.written - first.written
+    more = f"; so do {len(stopped) - 1} more" if len(stopped) > 1 else ""
+    _say(
+        f"rank {first.rank} of {world_size} ({where}) stopped in {first.phase}: no sign of life for {age:.0f} s, "
+        f"rank {own.rank} waits in {own.phase} for {own.silent_seconds:.0f} s{more}\n"
+        f"Last known stack of rank {first.rank}:\n{first.stack}"
+    )
+
+
+def _say(text: str) -> None:
+    print(f"error: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,103 @@
+# What the job scripts of this folder share. Sourced by them on the first node of the allocation.
+#
+# A training process tells this script what became of it by files in $POA_JOB_DIR, not by exit codes: srun returns the
+# highest code of all tasks, and --kill-on-bad-exit turns healthy ones into 137.
+#   done                 the run is complete
+#   stopped.ATTEMPT      saved after a signal; its content is `requeue` or `stay` (run.requeue)
+#   progress             the last step saved by this job
+
+say() { printf '%(%FT%T)T job %s attempt %s: %s\n' -1 "$POA_JOB" "$POA_ATTEMPT" "$*"; }
+
+# The name by which Slurm's commands know this job; SLURM_JOB_ID of the last task of an array would mean all of them.
+POA_JOB=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+POA_JOB=${POA_JOB:-$SLURM_JOB_ID}
+export POA_ATTEMPT=${SLURM_RESTART_COUNT:-0}
+export POA_JOB_DIR=${POA_JOBS:-$SLURM_SUBMIT_DIR/runs/.jobs}/$POA_JOB
+
+# slurm/site.sh may set these
+POA_PYTHON=(python3) # e.g. (/path/to/venv/bin/python)
+POA_CONTAINER=()     # e.g. (apptainer exec --nv image.sif)
+if [ -e "$POA_SLURM/site.sh" ]; then source "$POA_SLURM/site.sh"; fi
+
+job_field() { scontrol -o show job "$POA_JOB" 2>/dev/null | sed -n "s/.*\b$1=\([^ ]*\).*/\1/p"; }
+
+# First host of the allocation, where rank 0 runs; its address if the name does not resolve.
+master_address() {
+    local host
+    host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    if ! getent ahosts "$host" >/dev/null; then
+        host=$(scontrol -o show node "$host" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
+    fi
+    echo "$host"
+}
+
+# A port below the ephemeral range, so that no outgoing connection can take it, at a place of the job's own, so that
+# two jobs that start together on a shared node do not race for one; the first there that nothing listens on.
+free_port() {
+    local port=$((20000 + (SLURM_JOB_ID * 13 + POA_ATTEMPT) % 10000))
+    while (: <"/dev/tcp/127.0.0.1/$port") 2>/dev/null; do port=$((port + 1)); done
+    echo "$port"
+}
+
+# run_tasks COMMAND [ARG ...]: `poa COMMAND`, one task per rank. USR1 is ignored until Python has its handler.
+run_tasks() {
+    srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --label \
+        "${POA_CONTAINER[@]}" bash -c 'trap "" USR1; exec "$@"' task "${POA_PYTHON[@]}" -m pipeline "$@"
+}
+
+prepare() {
+    MASTER_ADDR=$(master_address) MASTER_PORT=$(free_port)
+    OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
+    export MASTER_ADDR MASTER_PORT OMP_NUM_THREADS PYTHONUNBUFFERED=1
+    mkdir -p "$POA_JOB_DIR" || exit 1
+}
+
+# train_and_requeue [ARG ...]: train; requeue the job if it stopped well or got further than the attempt before.
+train_and_requeue() {
+    local terminated=0 ends deadline before after code why
+    prepare
+    if [ -e "$POA_JOB_DIR/done" ]; then say "already done"; exit 0; fi
+    trap 'terminated=1' TERM # scancel, requeue, preemption, time limit: outlive it to see what became of the ranks
+    ends=$(squeue -h -j "$POA_JOB" -o %e 2>/dev/null)
+    deadline=$(date -d "${ends:-none}" +%s 2>/dev/null || echo 9999999999) # `date -d ""` would be midnight
+    before=$(cat "$POA_JOB_DIR/progress" 2>/dev/null || echo 0)
+    say "$SLURM_NTASKS tasks on $SLURM_JOB_NODELIST, rendezvous at $MASTER_ADDR:$MASTER_PORT"
+
+    run_tasks train "$@"
+    code=$?
+    after=$(cat "$POA_JOB_DIR/progress" 2>/dev/null || echo 0)
+    if [ -e "$POA_JOB_DIR/done" ]; then say "done"; exit 0; fi
+    case $(cat "$POA_JOB_DIR/stopped.$POA_ATTEMPT" 2>/dev/null) in
+        requeue) why="stopped on a signal at step $after" ;;
+        stay) say "stopped on a signal at step $after; run.requeue is off"; exit 75 ;;
+        *)
+            if [ "$after" -le "$before" ]; then
+                say "failed (exit code $code) without a new checkpoint: not trying again, see the error above"
+                exit $((code ? code : 1))
+            fi
+            why="failed (exit code $code) after saving step $after"
+            ;;
+    esac
+    # Requeueing now would bring a cancelled job back to life; Slurm requeues preempted ones by itself. Only a time
+    # limit, which sends the same signal, is ours to mend.
+    if [ "$terminated" = 1 ] && [ "$(date +%s)" -lt "$deadline" ]; then
+        say "$why; ended by Slurm"
+        exit 1
+    fi
+    requeue "$why"
+}
+
+requeue() {
+    local attempt answer
+    if [ "$POA_ATTEMPT" -ge "${POA_MAX_REQUEUES:-1000}" ]; then say "$1; too many requeues"; exit 1; fi
+    say "$1; requeueing"
+    for attempt in {1..60}; do # a controller that restarts may be away for minutes
+        if [ "$(job_field Restarts)" -gt "$POA_ATTEMPT" ] 2>/dev/null; then say "a later attempt is running"; exit 1; fi
+        answer=$(scontrol requeue "$POA_JOB" 2>&1) && break
+        say "requeue: $answer"
+        case $answer in *disabled*) exit 75 ;; *pending*) break ;; esac # --no-requeue; already requeued
+        sleep 5
+    done
+    sleep 300 # Slurm ends this script; if it ended by itself the job would count as finished
+    exit 1
+}

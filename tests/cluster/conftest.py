@@ -1,0 +1,19 @@
+"""One cluster, and one undisturbed run, for all tests of this folder."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # slurm_cluster.py, which is no test
+
+from slurm_cluster import Cluster, why_not
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory):
+    """A running cluster of four nodes."""
+    if reason := why_not():
+        pytest.skip(f"no Slurm: {reason}")
+    with Cluster(tmp_path_factory.mktemp("slurm")) as running:
+        yield running

@@ -1,0 +1,292 @@
+"""Real faults on a real (throwaway) Slurm cluster: each run ends as complete as if nothing had happened.
+
+All scenarios run side by side, as many as the cluster has room for; their waiting times overlap.
+"""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import yaml
+from slurm_cluster import Cluster, Job
+
+pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(900)]
+
+ROOT = Path(__file__).parents[2]
+STEPS = 60  # of a run; the undisturbed one goes on to LONG
+LONG = 240
+SAVE_EVERY = 10
+AGREED = ("loss", "lr", "momentum", "grad_norm", "subnet", "images")
+TWO_NODES = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--nodelist=n1,n2"]
+
+
+class Lab:
+    """What a scenario needs: where to work, the cluster, and the undisturbed run."""
+
+    def __init__(self, directory: Path, cluster: Cluster, tree: dict, expected: list[dict]):
+        self.directory, self.cluster, self.tree, self.expected = directory, cluster, tree, expected
+
+    def submit(
+        self,
+        name: str,
+        *overrides: str,
+        options: list[str] | None = None,
+        script: str = "pretrain",
+        arguments: list[object] | None = None,
+    ) -> "Run":
+        """Submit the real job script, with the options that this cluster wants in place of its defaults."""
+        cwd = self.directory / name
+        cwd.mkdir(exist_ok=True)
+        slurm = cwd / "slurm"
+        if not slurm.exists():
+            shutil.copytree(ROOT / "slurm", slurm)
+            (slurm / "site.sh").write_text(f"POA_PYTHON=({sys.executable})\nexport PYTHONPATH={ROOT}\n")
+            (cwd / "config.yaml").write_text(yaml.safe_dump(self.tree))
+        sbatch = ["--cpus-per-task=1", "--time=30", *(options or TWO_NODES)]
+        keys = [f"run.max_steps={STEPS}", *overrides]
+        job = Job(self.cluster, slurm / f"{script}.sbatch", [*(arguments or ["config.yaml"]), *keys], sbatch, cwd)
+        return Run(job, cwd / "run", self.expected)
+
+
+class Run:
+    def __init__(self, job: Job, directory: Path, expected: list[dict]):
+        self.job, self.directory, self.expected = job, directory, expected
+
+    @property
+    def steps(self) -> int:
+        path = self.directory / "metrics.jsonl"
+        return path.read_text().count("\n") if path.exists() else 0
+
+    def reaches(self, step: int) -> None:
+        self.job.until(lambda: self.steps >= step, 240)
+
+    def is_complete(self, steps: int = STEPS) -> None:
+        """Every step is there once, with the values of the undisturbed run to the last bit."""
+        records = [json.loads(line) for line in (self.directory / "metrics.jsonl").read_text().splitlines()]
+        assert [r["step"] for r in records] == list(range(1, steps + 1))
+        for record, wanted in zip(records, self.expected, strict=False):
+            assert {key: record[key] for key in AGREED} == {key: wanted[key] for key in AGREED}
+
+    def resumed_at(self) -> list[int]:
+        return [int(step) for step in re.findall(r"resuming .* at step (\d+)", self.job.log)]
+
+
+def undisturbed(lab: Lab) -> None:
+    run = lab.submit("undisturbed")
+    run.job.ends("COMPLETED", 0, 400)
+    run.is_complete()
+    manifest = json.loads((run.directory / "manifest.json").read_text())
+    assert manifest["starts"][0]["environment"]["SLURM_JOB_ID"] == run.job.id
+    assert yaml.safe_load((run.directory / "config.yaml").read_text())["run"]["max_steps"] == STEPS
+
+
+def requeue(lab: Lab) -> None:
+    run = lab.submit("requeue")
+    run.reaches(12)
+    lab.cluster.run("scontrol", "requeue", run.job.id)
+    run.job.ends("COMPLETED", 1, 400)
+    run.is_complete()
+    (stopped,) = re.findall(r"stopped on a signal after saving step (\d+)", run.job.log)
+    assert run.resumed_at() == [int(stopped)]  # nothing is lost
+    assert "ended by Slurm" in run.job.log
+
+
+def usr1(lab: Lab) -> None:
+    run = lab.submit("usr1")
+    run.reaches(12)
+    lab.cluster.run("scancel", "--signal=USR1", run.job.id)
+    run.job.ends("COMPLETED", 1, 400)
+    run.is_complete()
+    (stopped,) = re.findall(r"stopped on a signal after saving step (\d+)", run.job.log)
+    assert run.resumed_at() == [int(stopped)]
+    assert "requeueing" in run.job.log
+
+
+def usr1_without_requeue(lab: Lab) -> None:
+    run = lab.submit("stay", "run.requeue=false")
+    run.reaches(12)
+    lab.cluster.run("scancel", "--signal=USR1", run.job.id)
+    run.job.ends("FAILED", 0, 400)
+    assert run.job.field("ExitCode") == "75:0"
+    again = lab.submit("stay", "run.requeue=false")
+    again.job.ends("COMPLETED", 0, 400)
+    again.is_complete()
+
+
+def time_limit(lab: Lab) -> None:
+    run = lab.submit("limit", f"run.max_steps={LONG}", options=[*TWO_NODES, "--time=1", "--signal=USR1@40"])
+    run.job.until(lambda: int(run.job.field("Restarts") or 0) >= 1, 400)
+    lab.cluster.run("scontrol", "update", f"jobid={run.job.id}", "timelimit=30")
+    run.job.until(lambda: run.job.field("JobState") == "COMPLETED", 400)
+    run.is_complete(LONG)
+    assert "stopped on a signal at step" in run.job.log
+
+
+def scancel(lab: Lab) -> None:
+    run = lab.submit("cancelled")
+    run.reaches(12)
+    lab.cluster.run("scancel", run.job.id)
+    run.job.ends("CANCELLED", 0, 60)
+    run.job.until(lambda: not run.job.tasks(0) + run.job.tasks(1), 60)
+    assert "requeueing" not in run.job.log
+    again = lab.submit("cancelled")
+    again.job.ends("COMPLETED", 0, 400)
+    again.is_complete()
+    (stopped,) = re.findall(r"stopped on a signal after saving step (\d+)", run.job.log)
+    assert again.resumed_at() == [int(stopped)]
+
+
+def killed_rank(lab: Lab) -> None:
+    run = lab.submit("killed")
+    run.reaches(12)
+    (pid,) = run.job.tasks(1)
+    os.kill(pid, signal.SIGKILL)
+    run.job.until(lambda: "requeueing" in run.job.log, 30)
+    run.job.ends("COMPLETED", 1, 400)
+    run.is_complete()
+    (resumed,) = run.resumed_at()
+    assert resumed % SAVE_EVERY == 0  # since the last checkpoint, no more
+
+
+def stopped_rank(lab: Lab) -> None:
+    run = lab.submit("stopped", "run.hang_timeout_seconds=25")
+    run.reaches(12)
+    (pid,) = run.job.tasks(1)
+    os.kill(pid, signal.SIGSTOP)
+    run.job.until(lambda: "requeueing" in run.job.log, 90)
+    run.job.ends("COMPLETED", 1, 400)
+    run.is_complete()
+    assert re.search(rf"error: rank 1 of 2 \(.*process {pid}\) stopped in \w+ of step \d+", run.job.log)
+    assert "Last known stack of rank 1:" in run.job.log
+
+
+def killed_daemon(lab: Lab) -> None:
+    """Only slurmd dies: the old ranks train on elsewhere while Slurm starts the job again, and must not interfere."""
+    run = lab.submit(
+        "daemon",
+        f"run.max_steps={LONG}",
+        options=["--nodes=1", "--ntasks-per-node=2", "--gpus-per-node=2", "--exclude=n1,n2"],
+    )
+    run.reaches(12)
+    node = run.job.field("NodeList")
+    lab.cluster.kill_daemon(node)
+    try:
+        run.job.ends("COMPLETED", 1, 400)
+    finally:
+        lab.cluster.start_node(node)
+    run.is_complete(LONG)
+    (resumed,) = run.resumed_at()
+    assert resumed % SAVE_EVERY == 0
+    assert "this process must not write to it" in run.job.log
+
+
+def full_disk(lab: Lab) -> None:
+    directory = lab.directory / "full" / "run"
+    directory.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(directory)], check=True)
+    try:
+        run = lab.submit("full", "run.keep=1")
+        run.reaches(12)
+        with open(directory / "ballast", "wb") as ballast, contextlib.suppress(OSError):
+            while True:
+                ballast.write(bytes(4096))
+                ballast.flush()
+        with open(directory / "ballast", "r+b") as ballast:  # room for log lines, none for a checkpoint
+            ballast.truncate((directory / "ballast").stat().st_size - 300_000)
+        run.job.ends("FAILED", 1, 400)  # tried once more, for there was a new checkpoint
+        assert re.search(r"error: cannot write the checkpoint of step \d+: .*No space left on device", run.job.log)
+        assert "without a new checkpoint: not trying again" in run.job.log
+        (directory / "ballast").unlink()
+        again = lab.submit("full", "run.keep=1")
+        again.job.ends("COMPLETED", 0, 400)
+        again.is_complete()
+        assert again.resumed_at()[0] % SAVE_EVERY == 0
+    finally:
+        subprocess.run(["umount", "--lazy", str(directory)], check=True)
+
+
+def sweep(lab: Lab) -> None:
+    """An array of two, the second (which carries the array's own number) stopped and requeued by itself."""
+    cwd = lab.directory / "sweep"
+    cwd.mkdir()
+    (cwd / "lines").write_text(f"run.dir={cwd}/run\noptim.base_lr=0.01 run.dir={cwd}/slow\n")
+    run = lab.submit("sweep", options=[*TWO_NODES, "--array=1-2"], script="sweep", arguments=["config.yaml", "lines"])
+    slow = cwd / "slow" / "metrics.jsonl"
+    run.job.until(lambda: slow.exists() and slow.read_text().count("\n") > 12, 240)
+    lab.cluster.run("scancel", "--signal=USR1", f"{run.job.id}_2")
+    jobs = lambda: lab.cluster.run("scontrol", "-o", "show", "job", run.job.id).splitlines()  # noqa: E731
+    run.job.until(lambda: all("JobState=COMPLETED" in line for line in jobs()), 400)
+    restarts = {re.search(r"ArrayTaskId=(\d+)", j)[1]: re.search(r"Restarts=(\d+)", j)[1] for j in jobs()}
+    assert restarts == {"1": "0", "2": "1"}
+    run.is_complete()
+
+
+SCENARIOS: dict[str, Callable[[Lab], None]] = {
+    scenario.__name__: scenario
+    for scenario in (
+        time_limit,  # the one that waits longest goes first
+        killed_daemon,
+        stopped_rank,
+        full_disk,
+        requeue,
+        usr1,
+        scancel,
+        killed_rank,
+        usr1_without_requeue,
+        sweep,
+        undisturbed,
+    )
+}
+
+
+@pytest.fixture(scope="module")
+def lab(cluster: Cluster, experiment, tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    """The undisturbed run is two plain processes under torchrun, without Slurm."""
+    directory = tmp_path_factory.mktemp("faults")
+    tree = experiment(
+        optim={"epochs": LONG // 2, "steps_per_epoch": 2},
+        run={"dir": "run", "checkpoint_every_steps": SAVE_EVERY, "hang_timeout_seconds": 300},
+    )
+    (directory / "config.yaml").write_text(yaml.safe_dump(tree))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "pipeline"]
+    result = subprocess.run(
+        [*torchrun, "train", "config.yaml", "run.dir=plain"],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        cwd=directory,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    expected = [json.loads(line) for line in (directory / "plain" / "metrics.jsonl").read_text().splitlines()]
+    assert len(expected) == LONG
+    return Lab(directory, cluster, tree, expected)
+
+
+@pytest.fixture(scope="module")
+def outcomes(lab: Lab, request: pytest.FixtureRequest):
+    """The selected scenarios, all under way."""
+    selected = {item.callspec.params["scenario"] for item in request.session.items if "outcomes" in item.fixturenames}
+    with ThreadPoolExecutor(len(SCENARIOS)) as pool:
+        started: dict[str, Future] = {}
+        for name, scenario in SCENARIOS.items():
+            if name in selected:
+                started[name] = pool.submit(scenario, lab)
+                time.sleep(0.3)  # jobs are queued in this order
+        yield started
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_run_survives(outcomes: dict[str, Future], scenario: str):
+    outcomes[scenario].result()
