@@ -315,8 +315,20 @@ class EvalConfig(Section):
 class MetricsConfig(Section):
     host: str = "127.0.0.1"
     port: int = Field(9400, ge=0, le=65535)
+    cert_file: str | None = Field(None, description="PEM certificate: serve HTTPS")
+    key_file: str | None = Field(None, description="PEM key of cert_file")
+    client_ca_file: str | None = Field(None, description="PEM authority that scrapers must be certified by")
     targets_dir: str | None = None
+    health_every_steps: int = Field(50, gt=0, description="how often to look at targets and features")
     tensorboard: bool = True
+
+    @model_validator(mode="after")
+    def _certificate_is_whole(self) -> "MetricsConfig":
+        if (self.cert_file is None) != (self.key_file is None):
+            raise ValueError("cert_file and key_file belong together: set both, or neither")
+        if self.client_ca_file is not None and self.cert_file is None:
+            raise ValueError("client_ca_file needs HTTPS: set cert_file and key_file too")
+        return self
 
 
 class ExperimentConfig(Section):

@@ -8,7 +8,7 @@ import copy
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -176,12 +176,13 @@ class Engine:
         return squares / self.world_size if self.stage == 0 else squares
 
     @torch.no_grad()
-    def apply(self, values: StepValues, gradient_norms: Tensor) -> None:
+    def apply(self, values: StepValues, gradient_norms: Tensor, lap: Callable[[str], None] = lambda phase: None) -> None:
         """Clip, update the weights, then move the teacher.
 
         Args:
             values: learning rate, weight decay and momentum of this step.
             gradient_norms: global norm per entry of `MODULES`.
+            lap: told the name of each part when it is done.
         """
         factors = (self.config.optim.clip_grad / (gradient_norms + 1e-6)).clamp(max=1.0)
         for group, gradients in zip(self.groups, self._gradients(), strict=True):
@@ -192,7 +193,9 @@ class Engine:
             settings["lr"] = 0.0 if frozen else values.lr * group.spec.lr_scale
             settings["weight_decay"] = values.weight_decay if group.spec.decayed and not frozen else 0.0
         self.engine.step()
+        lap("optimizer")
         self._update_teacher(values.momentum)
+        lap("ema")
 
     def discard(self) -> None:
         """Forget the gradients of a bad step; weights, moments and teacher stay as they were."""

@@ -110,6 +110,13 @@ class Centering:
                 center.copy_(torch.where(mean.isfinite(), center.lerp(mean, 1 - self.momentum), center))
         self._batch_mean = None
 
+    def norms(self) -> dict[str, float]:
+        """Norm of the centers per kind of token, mean over the heads."""
+        return {
+            kind: float(torch.stack([center.norm() for center in centers]).mean())
+            for kind, centers in self.center.items()
+        }
+
     def _softmax(self, logits: Tensor, temperature: float, center: Tensor) -> Targets:
         col = None if self.method == "none" else -center / temperature
         return Targets(logits, -row_logsumexp(logits, temperature, col, impl=self.impl), col, temperature)

@@ -13,6 +13,7 @@ from pipeline.data.loader import Loader
 from pipeline.distributed import Ranks
 from pipeline.errors import UserError
 from pipeline.job import Job, stop_signals
+from pipeline.metrics.monitor import Monitor
 from pipeline.progress import ProgressLine
 from pipeline.run import RunDirectory, fingerprint
 from pipeline.trainer import StepReport, Trainer
@@ -55,8 +56,12 @@ def _train(config: ExperimentConfig, ranks: Ranks, stop_requested: list[int], qu
             progress = checkpoints.resume(trainer.engine, trainer.tri_branch.centering) or Progress(0, 0, {}, 0, {})
             trainer.start_data(progress.samples)
             ranks.agree(lambda: _open_records(run, config, progress, trainer.loader, trainer.global_batch, ranks))
-            with ProgressLine(last_step(config), progress.step, quiet) as line:
-                code = _loop(config, run, trainer, checkpoints, progress, stop_requested, line, watchdog, job)
+            with (
+                Monitor(config, ranks, trainer.phases, trainer.bands, progress, last_step(config)) as monitor,
+                ProgressLine(last_step(config), progress.step, quiet) as line,
+            ):
+                code = _loop(config, run, trainer, checkpoints, progress, stop_requested, line, watchdog, job, monitor)
+                monitor.complete = code == EXIT_DONE
             ranks.agree(lambda: _tell_job(job, code, config.run.requeue))
             return code
     finally:
@@ -81,6 +86,7 @@ def _loop(
     line: ProgressLine,
     watchdog: Watchdog,
     job: Job | None,
+    monitor: Monitor,
 ) -> int:
     """Step after step; every branch below is taken by all ranks alike, since it follows from what they agreed on."""
     main = trainer.ranks.is_main
@@ -93,16 +99,20 @@ def _loop(
         watchdog.beat(f"records of step {progress.step + 1}")
         _count(progress, report, trainer.loader)
         _collect_skipped(run, trainer, progress, report)
+        monitor.step(progress, report)
         due = progress.step % config.run.log_every_steps == 0 or progress.step == end
-        if main and (due or report.bad):
-            record = _record(progress, report, trainer.global_batch)
-            run.log(record)
-            line.update(record)
+        if due or report.bad:
+            more = monitor.log(report)
+            if main:
+                record = _record(progress, report, trainer.global_batch) | more
+                run.log(record)
+                monitor.logged(record)
+                line.update(record)
         exhausted = progress.bad_in_a_row >= config.optim.max_bad_steps
         if progress.step % config.run.checkpoint_every_steps == 0 or progress.step == end or report.stop or exhausted:
             watchdog.beat(f"the checkpoint of step {progress.step}")
             try:
-                _save(config, trainer, checkpoints, progress, report, job)
+                _save(config, trainer, checkpoints, progress, report, job, monitor)
             except OSError as error:
                 if main:
                     print(
@@ -135,10 +145,12 @@ def _save(
     progress: Progress,
     report: StepReport,
     job: Job | None,
+    monitor: Monitor,
 ) -> None:
     """Save, let the batch script know, and compare the time it took with the warning that Slurm gives."""
     began = time.perf_counter()
-    checkpoints.save(trainer.engine, trainer.tri_branch.centering, progress)
+    path = checkpoints.save(trainer.engine, trainer.tri_branch.centering, progress)
+    monitor.saved(progress.step, path, time.perf_counter() - began)
     if job is None or not trainer.ranks.is_main:
         return
     job.saved(progress.step)

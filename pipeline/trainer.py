@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +23,9 @@ from pipeline.elastic.head import ProjectionHeads
 from pipeline.elastic.sampling import SubnetSampler
 from pipeline.elastic.subnet import Grid
 from pipeline.engine import MODULES, Engine
+from pipeline.metrics.bands import Bands
+from pipeline.metrics.families import BANDS
+from pipeline.metrics.health import BranchHealth, Probe
 from pipeline.schedules import Schedules, StepValues
 from pipeline.tri_branch import Branch, Crops, StepLosses, TriBranch
 
@@ -35,6 +39,7 @@ TERMS = (
     ("distill_global", "elastic"),
     ("distill_local", "elastic"),
 )
+_ELASTIC_LOSS = TERMS.index(("dino", "elastic"))
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,9 @@ class StepReport:
         values: the schedules of this step.
         subnet: the elastic student of this rank.
         data_wait_seconds, step_seconds: of this rank.
+        flops: of all ranks.
+        band_steps, band_losses: elastic students trained and the sum of their DINO losses, over ranks, per cost band.
+        health, center_norms: of the representation, at every `metrics.health_every_steps` steps, else empty.
     """
 
     losses: dict[str, float]
@@ -61,6 +69,11 @@ class StepReport:
     subnet: Subnet
     data_wait_seconds: float
     step_seconds: float
+    flops: float
+    band_steps: list[float]
+    band_losses: list[float]
+    health: dict[str, BranchHealth]
+    center_norms: dict[str, float]
 
 
 class _Agreement(NamedTuple):
@@ -72,6 +85,9 @@ class _Agreement(NamedTuple):
     bad: list[str]
     stop: bool
     skipped: int
+    flops: float
+    band_steps: list[float]
+    band_losses: list[float]
 
 
 class Trainer:
@@ -105,6 +121,8 @@ class Trainer:
         backbone = student.backbone
         self.patch_grid = backbone.patch_grid(config.data.global_crops.size)
         self.tri_branch = TriBranch(config, self.grid.largest, backbone.num_draws, ranks.device)
+        self.phases = self.tri_branch.phases
+        self.bands = Bands(config.model, self.grid)
         self.dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
         self.loader: Loader
         self.skips: list[Skip] = []
@@ -131,13 +149,16 @@ class Trainer:
         self.enter(f"data of step {step + 1}")
         values = self.schedules.at(step)
         skipped_before = self.loader.skipped.total()
+        self.phases.start()
         batch = next(self.loader)
-        data_wait = time.perf_counter() - began
+        data_wait = self.phases.waited_for_data()
         crops = Crops.of(batch.global_crops.to(self.dtype), batch.local_crops.to(self.dtype), self._masks(step, values))
         subnet = self.sampler.draw(step, self.ranks.rank)
+        probe = self.tri_branch.probe = self._probe(step, subnet)
 
         self.enter(f"teacher of step {step + 1}")
         targets = self.tri_branch.teacher_targets(self.engine.teacher, crops, values)
+        self.phases.lap("teacher")
         self.enter(f"students of step {step + 1}")
         with self.engine.backward_window():
             losses = self.tri_branch.run(
@@ -145,12 +166,15 @@ class Trainer:
             )
         skipped = self.loader.skipped.total() - skipped_before
         self.enter(f"agreement of step {step + 1}")
-        agreed = self._agree(losses, self.engine.gradient_squares(), stop_requested, skipped)
+        masked = len(crops.masked) / len(crops.global_)
+        own = [float(stop_requested), float(skipped), cost.step_flops(self.config, subnet, masked).total]
+        agreed = self._agree(losses, self.engine.gradient_squares(), own, self.bands.index(subnet))
+        self.phases.lap("reduce")
         if agreed.bad:
             self.engine.discard()
         else:
             self.enter(f"update of step {step + 1}")
-            self.engine.apply(values, agreed.norms)
+            self.engine.apply(values, agreed.norms, self.phases.lap)
             self.tri_branch.centering.commit()
         return StepReport(
             losses=agreed.losses,
@@ -162,12 +186,29 @@ class Trainer:
             subnet=subnet,
             data_wait_seconds=data_wait,
             step_seconds=time.perf_counter() - began,
+            flops=agreed.flops,
+            band_steps=agreed.band_steps,
+            band_losses=agreed.band_losses,
+            health=probe.reduce() if probe else {},
+            center_norms=self.tri_branch.centering.norms() if probe else {},
         )
 
     def close(self) -> None:
         if hasattr(self, "loader"):
             self.loader.close()
         self.engine.destroy()
+
+    def _probe(self, step: int, subnet: Subnet) -> Probe | None:
+        if (step + 1) % self.config.metrics.health_every_steps:
+            return None
+        loss, heads = self.config.loss, self.config.heads
+        return Probe(
+            heads.prototypes,
+            self.bands.index(subnet),
+            loss.student_temp,
+            self.ranks.device,
+            self.config.engine.kernels,
+        )
 
     def _masks(self, step: int, values: StepValues) -> np.ndarray:
         crops = 2 * self.config.data.batch_size
@@ -179,18 +220,29 @@ class Trainer:
             self.config.data.seed, step, self.ranks.rank, crops, (rows, columns), loss.mask_probability, loss.mask_ratio
         )
 
-    def _agree(self, losses: StepLosses, squares: Tensor, stop: bool, skipped: int) -> _Agreement:
-        """One all-reduce: mean losses, what is not finite anywhere, gradient norms, requests to stop."""
+    def _agree(self, losses: StepLosses, squares: Tensor, own: list[float], band: int) -> _Agreement:
+        """One all-reduce: mean losses, what is not finite anywhere, gradient norms, requests to stop, counts.
+
+        Args:
+            losses: of this rank.
+            squares: its squared gradient norms per module.
+            own: whether it was asked to stop, its samples left out, its FLOPs.
+            band: cost band of its elastic student.
+        """
         zero = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
         values = torch.stack([*(losses.terms.get(term, zero).double() for term in TERMS), losses.total.double()])
         finite = values.isfinite()
-        counts = torch.tensor([float(stop), float(skipped)], dtype=torch.float64, device=self.ranks.device)
-        packed = torch.cat([values.where(finite, zero), (~finite).double(), squares.double(), counts])
+        chosen = [float(band == i) for i in range(len(BANDS))]
+        counts = torch.tensor([*own, *chosen], dtype=torch.float64, device=self.ranks.device)
+        values = values.where(finite, zero)
+        by_band = values[_ELASTIC_LOSS] * counts[-len(BANDS) :]
+        packed = torch.cat([values, (~finite).double(), squares.double(), counts, by_band])
         dist.all_reduce(packed)
         names = [*("/".join(term) for term in TERMS), "total"]
-        norms = packed[2 * len(names) : -2].sqrt()
-        host = packed.tolist()  # the step's one wait for the device
-        means, flags, gradients = host[: len(names)], host[len(names) : 2 * len(names)], host[2 * len(names) : -2]
+        sizes = [len(names), len(names), len(MODULES), len(own), len(BANDS), len(BANDS)]
+        norms = packed.split(sizes)[2].sqrt()
+        host = iter(packed.tolist())  # the step's one wait for the device
+        means, flags, gradients, totals, band_steps, band_losses = ([*islice(host, size)] for size in sizes)
         infinite = {name for name, flag in zip(names, flags, strict=True) if flag}
         # the total is not finite whenever a term is not, and gradients follow: name the cause alone
         bad = sorted(infinite - {"total"}) or sorted(infinite)
@@ -204,8 +256,11 @@ class Trainer:
             norms=norms.float(),
             gradient_norms={m: math.sqrt(g) if g >= 0 else math.nan for m, g in zip(MODULES, gradients, strict=True)},
             bad=bad,
-            stop=host[-2] > 0,
-            skipped=round(host[-1]),
+            stop=totals[0] > 0,
+            skipped=round(totals[1]),
+            flops=totals[2],
+            band_steps=band_steps,
+            band_losses=band_losses,
         )
 
 

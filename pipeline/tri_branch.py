@@ -17,6 +17,8 @@ from pipeline.elastic.head import ProjectionHeads
 from pipeline.elastic.stochastic_depth import keep_indices
 from pipeline.elastic.subnet import Subnet
 from pipeline.losses import Centering, Logits, Pairing, TeacherTargets
+from pipeline.metrics.health import Probe
+from pipeline.metrics.phases import Phases
 from pipeline.schedules import StepValues
 
 
@@ -111,18 +113,27 @@ class TriBranch:
         full: the largest network, which teacher and intact student run.
         drop_draws: stochastic-depth draws of one forward pass.
         device: of the tensors.
+
+    Attributes:
+        phases: the stop watch of the step.
+        probe: looks at the next step if set; it changes nothing.
     """
 
     def __init__(self, config: ExperimentConfig, full: Subnet, drop_draws: int, device: torch.device):
         self.config, self.full, self.drop_draws, self.device = config, full, drop_draws, device
+        self.phases = Phases(device)
+        self.probe: Probe | None = None
         self.impl = config.engine.kernels
         self.centering = Centering(config.loss.centering, config.heads.prototypes, device, self.impl)
 
     def teacher_targets(self, teacher: Branch, crops: Crops, values: StepValues) -> TeacherTargets:
         """Run the teacher on the unmasked global crops."""
         with torch.no_grad():
-            logits, _ = teacher([crops.global_], self.full, [None], crops.masked)
-            return self.centering.targets(logits, values.teacher_temp)
+            logits, cls = teacher([crops.global_], self.full, [None], crops.masked)
+            targets = self.centering.targets(logits, values.teacher_temp)
+            if self.probe:
+                self.probe.teacher(targets.cls, cls)
+            return targets
 
     def run(
         self,
@@ -150,7 +161,11 @@ class TriBranch:
         logits, cls = student(*self._inputs(crops, self.full, step, rank, branch=0))
         intact = self._self_distillation(logits, targets, crops, pairing, "intact", terms)
         intact_loss = loss.intact_weight * intact + self._spread(cls, crops, "intact", terms)
+        if self.probe:
+            self.probe.student("intact", logits.cls, cls)
+        self.phases.lap("intact")
         backward(intact_loss)
+        self.phases.lap("backward")
         reference = Logits(*([x.detach() for x in per_head] for per_head in (logits.local, logits.cls, [])))
         del logits, cls, intact
 
@@ -158,7 +173,11 @@ class TriBranch:
         elastic = self._self_distillation(logits, targets, crops, pairing, "elastic", terms)
         elastic = elastic + self._from_intact(logits, reference, pairing, terms)
         elastic_loss = (1 - loss.intact_weight) * elastic + self._spread(cls, crops, "elastic", terms)
+        if self.probe:
+            self.probe.student("elastic", logits.cls, cls)
+        self.phases.lap("elastic")
         backward(elastic_loss)
+        self.phases.lap("backward")
         return StepLosses({k: v.detach() for k, v in terms.items()}, (intact_loss + elastic_loss).detach())
 
     def _inputs(self, crops: Crops, subnet: Subnet, step: int, rank: int, branch: int) -> tuple:

@@ -1,0 +1,1 @@
+"""Seeing a run: what it exports to Prometheus, and what describes it there."""

@@ -1,0 +1,40 @@
+"""The arithmetic peak of a device, against which utilization is measured."""
+
+import time
+from typing import NamedTuple
+
+import torch
+
+# Dense bf16 TFLOP/s of the makers' data sheets, by part of the device's name; fp32 runs on the matrix units as TF32.
+_DATASHEET = {"H200": 989.4, "H100 PCIe": 756.4, "H100": 989.4, "A100": 311.8, "L40S": 362.1, "A10": 125.0}
+_TF32_SHARE = 0.5
+
+
+class Peak(NamedTuple):
+    """FLOP/s of one device and where the figure comes from: "datasheet" or "measured"."""
+
+    flops: float
+    source: str
+
+
+def device_peak(device: torch.device, dtype: torch.dtype) -> Peak:
+    """The data sheet's peak of a known GPU; of any other device the best of a few matrix products."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for part, tera in _DATASHEET.items():
+            if part in name and (dtype == torch.bfloat16 or torch.backends.cuda.matmul.allow_tf32):
+                return Peak(tera * 1e12 * (1.0 if dtype == torch.bfloat16 else _TF32_SHARE), "datasheet")
+    return Peak(_measure(device, dtype), "measured")
+
+
+def _measure(device: torch.device, dtype: torch.dtype, repeats: int = 5) -> float:
+    size = 8192 if device.type == "cuda" else 1024
+    a = torch.ones(size, size, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(repeats):
+        began = time.perf_counter()
+        a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - began)
+    return 2 * size**3 / best
