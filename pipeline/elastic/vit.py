@@ -99,7 +99,7 @@ class ElasticViT(Backbone, VisionTransformer):
         if mask is not None:
             x = torch.where(mask[..., None], leading(self.mask_token, width).to(x.dtype), x)
         positions = resample_abs_pos_embed(
-            leading(self.pos_embed, width).contiguous(), new_size=list(grid), old_size=list(self.patch_embed.grid_size)
+            leading(self.pos_embed, width), new_size=list(grid), old_size=list(self.patch_embed.grid_size)
         )
         cls = leading(self.cls_token, width).expand(x.shape[0], -1, -1)
         return torch.cat([cls, x], dim=1) + positions
