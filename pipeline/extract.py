@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pipeline.run_models import RunModels
 
 TOLERANCE = 1e-5
-PROOF_IMAGES = 16
+PROOF_IMAGES = 8
 
 
 class ProofFailed(Exception):  # noqa: N818 - named for what happened
@@ -95,9 +95,9 @@ def extract(
     _require_room(models, chosen, out)
     for subnet in chosen:
         _require_free(out / subnet.name, models, subnet, branch)
-    accuracies = _accuracies(Path(run_dir), models.step, branch)
+    measured = _measured(Path(run_dir), models.step, branch)
     bar = tqdm(chosen, "extract", unit="model", disable=not progress, mininterval=0.1 if sys.stderr.isatty() else 10)
-    return [_extract_one(models, subnet, out, branch, images, accuracies.get(subnet.name)) for subnet in bar]
+    return [_extract_one(models, subnet, out, branch, images, measured.get(subnet.name)) for subnet in bar]
 
 
 def load_proof_images(config: "ExperimentConfig", shards: str | Sequence[str], count: int) -> ProofImages:
@@ -163,8 +163,8 @@ def _identity(models: "RunModels", subnet: "Subnet", branch: str) -> dict[str, A
     return {"subnet": subnet.name, "branch": branch, "step": models.step, "checkpoint_sha256": models.fingerprint}
 
 
-def _accuracies(run_dir: Path, step: int, branch: str) -> dict[str, float]:
-    """k-NN accuracy of sub-networks, where it was measured on this very checkpoint."""
+def _measured(run_dir: Path, step: int, branch: str) -> dict[str, dict[str, Any]]:
+    """k-NN results of sub-networks, where they are of this very checkpoint."""
     path = run_dir / "eval" / "knn.json"
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
@@ -173,14 +173,12 @@ def _accuracies(run_dir: Path, step: int, branch: str) -> dict[str, float]:
     except ValueError as error:
         raise UserError("the file is not JSON", str(path), "remove it and run `poa eval knn` again") from error
     return {
-        name: entry["accuracy"]
-        for name, entry in results.items()
-        if (entry.get("step"), entry.get("branch")) == (step, branch)
+        name: entry for name, entry in results.items() if (entry.get("step"), entry.get("branch")) == (step, branch)
     }
 
 
 def _extract_one(
-    models: "RunModels", subnet: "Subnet", out: Path, branch: str, images: ProofImages, accuracy: float | None
+    models: "RunModels", subnet: "Subnet", out: Path, branch: str, images: ProofImages, knn: dict[str, Any] | None
 ) -> Extracted:
     from safetensors.torch import save_file
 
@@ -205,7 +203,7 @@ def _extract_one(
             )
         write_atomically(aside / "proof.json", json.dumps(proof, indent=2) + "\n")
         extracted = Extracted(subnet.name, final, difference, models.params(subnet), models.gflops(subnet))
-        write_atomically(aside / "README.md", model_card(models, extracted, branch, hub, proof, accuracy))
+        write_atomically(aside / "README.md", model_card(models, extracted, branch, hub, proof, knn))
         if final.exists():
             shutil.rmtree(final)
         aside.rename(final)

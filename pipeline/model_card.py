@@ -64,9 +64,17 @@ def model_card(
     branch: str,
     hub: dict[str, Any],
     proof: dict[str, Any],
-    accuracy: float | None,
+    knn: dict[str, Any] | None,
 ) -> str:
-    """The card as Markdown; `hub` and `proof` are the contents of config.json and proof.json."""
+    """The card as Markdown.
+
+    Args:
+        models: what the model was cut out of.
+        extracted: the model.
+        branch: "teacher" or "student".
+        hub, proof: contents of config.json and proof.json.
+        knn: its entry of the run's eval/knn.json, if it has one.
+    """
     config = models.config
     width, depths = extracted.name.split("x")
     return _CARD.format(
@@ -82,12 +90,18 @@ def model_card(
         branch="teacher (moving average of the student)" if branch == "teacher" else "student",
         step=models.step,
         objective=f"DINO and iBOT losses with distillation between sizes, {config.loss.centering} centering",
-        accuracy="not measured (`poa eval knn`)" if accuracy is None else f"{100 * accuracy:.1f}%",
+        accuracy=_accuracy(knn),
         other_sizes=_OTHER_SIZES[config.model.family].format(stride=config.model.stride, patch=config.model.patch_size),
         difference=proof["max_abs_difference"],
         images=proof["images"],
         shards=_summary(proof["shards"]),
     )
+
+
+def _accuracy(knn: dict[str, Any] | None) -> str:
+    if knn is None:
+        return "not measured (`poa eval knn`)"
+    return f"{100 * knn['accuracy']:.1f}% ({knn['train_images']} training, {knn['val_images']} validation images)"
 
 
 def _summary(shards: list[str]) -> str:

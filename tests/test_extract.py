@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from pipeline import load_subnet
 from pipeline.elastic import cost
 from pipeline.errors import UserError
-from pipeline.extract import TOLERANCE, ProofFailed, add_arguments, extract, load_proof_images
+from pipeline.extract import PROOF_IMAGES, TOLERANCE, ProofFailed, add_arguments, extract, load_proof_images
 from pipeline.run_models import RunModels, run_config
 
 ROOT = Path(__file__).parent.parent
@@ -68,7 +68,12 @@ def test_every_subnetwork_of_the_grid_is_extracted_and_proven(trained_run, every
     for subnet in grid.subnets:
         proof = proof_of(everything / subnet.name)
         assert 0 <= proof["max_abs_difference"] <= TOLERANCE == proof["tolerance"]
-        assert (proof["subnet"], proof["branch"], proof["step"], proof["images"]) == (subnet.name, "teacher", 8, 16)
+        assert (proof["subnet"], proof["branch"], proof["step"], proof["images"]) == (
+            subnet.name,
+            "teacher",
+            8,
+            PROOF_IMAGES,
+        )
         model = timm.create_model(f"local-dir:{everything / subnet.name}", pretrained=True)
         assert sum(p.numel() for p in model.parameters()) == cost.params(config.model, subnet)
 

@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         sub.add_argument("path", metavar="RUN|MODEL_DIR", help="run directory, or a directory that timm can load")
         sub.add_argument("--train", metavar="SHARDS", nargs="+", help="labelled shards; default: the run's")
         sub.add_argument("--val", metavar="SHARDS", nargs="+", help="labelled shards; default: the run's")
-        sub.add_argument("--subnets", metavar="NAME,...|all", nargs="+", help="default: smallest and largest")
+        sub.add_argument("--subnets", metavar="NAME,...|all", nargs="+", help="default: smallest, largest, paper's")
         sub.add_argument("--branch", choices=("teacher", "student"), default="teacher", help="default: %(default)s")
         sub.add_argument("--untrained", action="store_true", help="also the same networks before training")
         sub.add_argument("--pixels", action="store_true", help="also raw 32x32 pixels, as a yardstick")
@@ -66,7 +66,8 @@ def _launched_ranks() -> "Iterator[Ranks | None]":
 
     ranks = distributed.initialize()
     try:
-        yield ranks
+        with distributed.crash_together(ranks):
+            yield ranks
     finally:
         distributed.shut_down()
 

@@ -127,7 +127,7 @@ def pixels_target() -> Target:
 def _measure(model: nn.Module, input_size: Sequence[int]) -> tuple[float, int]:
     """GFLOPs for one image, and channels of the pooled features."""
     counter = FlopCounterMode(display=False)
-    fused = [module for module in model.modules() if getattr(module, "fused_attn", False)]
+    fused: list[Any] = [module for module in model.modules() if getattr(module, "fused_attn", False)]
     for module in fused:  # the counter does not know the CPU's fused attention
         module.fused_attn = False
     with counter:

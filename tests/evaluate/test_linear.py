@@ -26,15 +26,14 @@ def test_probe_of_digits_agrees_with_plain_sklearn(digits_pixels):
     assert score["converged"]
 
 
-def test_regularisation_is_chosen_on_training_samples_and_fits_the_noise():
+def test_regularisation_is_chosen_on_samples_that_were_not_fitted():
     generator = torch.Generator().manual_seed(0)
-    labels = torch.randint(2, (300,), generator=generator)
-    noise = torch.randn(300, 200, generator=generator)
-    noise[:, 0] += 1.5 * labels  # one weak direction among 199 of noise
-    score = linear_accuracy(noise[:150], labels[:150], noise[150:], labels[150:])
-    assert score["C"] < max(STRENGTHS)  # the weakest regularisation would overfit
-    assert 0.55 < score["accuracy"] < 0.95
-    assert score["accuracy"] < score["train_accuracy"]
+    labels = torch.randint(2, (800,), generator=generator)
+    x = torch.randn(800, 100, generator=generator)
+    x[:, 0] += 1.5 * labels  # one direction tells the classes apart, 99 are noise
+    score = linear_accuracy(x[:400], labels[:400], x[400:], labels[400:])
+    assert score["C"] < max(STRENGTHS)  # the weakest regularisation fits the training samples best
+    assert 0.6 < score["accuracy"] < score["train_accuracy"]
 
 
 def test_labels_that_have_nothing_to_do_with_features_stay_at_chance():
