@@ -176,7 +176,9 @@ class Engine:
         return squares / self.world_size if self.stage == 0 else squares
 
     @torch.no_grad()
-    def apply(self, values: StepValues, gradient_norms: Tensor, lap: Callable[[str], None] = lambda phase: None) -> None:
+    def apply(
+        self, values: StepValues, gradient_norms: Tensor, lap: Callable[[str], None] = lambda phase: None
+    ) -> None:
         """Clip, update the weights, then move the teacher.
 
         Args:

@@ -85,7 +85,7 @@ def _announce(settings: dict[str, Any], port: int) -> tuple[TargetFile | None, s
 def _take_snapshots(
     inbox: socket.socket, collector: SnapshotCollector, target: TargetFile | None, sweeps: bool
 ) -> None:
-    beat = 0.0
+    beat, scrapes = 0.0, 0
     while True:
         if target is not None and time.monotonic() - beat >= HEARTBEAT_SECONDS:
             beat = time.monotonic()
@@ -99,15 +99,15 @@ def _take_snapshots(
         if not message:
             return
         if message == b"last":
-            _linger(collector)
+            _linger(collector, scrapes)
             return
-        collector.snapshot = json.loads(message)
+        collector.snapshot, scrapes = json.loads(message), collector.scrapes
 
 
-def _linger(collector: SnapshotCollector) -> None:
-    """Let a Prometheus that has been reading see the last values too."""
-    before, limit = collector.scrapes, time.monotonic() + LINGER_SECONDS
-    while before > 1 and collector.scrapes == before and time.monotonic() < limit:
+def _linger(collector: SnapshotCollector, scrapes: int) -> None:
+    """Let a Prometheus that has been reading see the values that came after `scrapes` scrapes, too."""
+    limit = time.monotonic() + LINGER_SECONDS
+    while scrapes > 1 and collector.scrapes == scrapes and time.monotonic() < limit:
         time.sleep(0.05)
 
 
