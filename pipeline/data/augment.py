@@ -127,13 +127,13 @@ def _fill_colours(out: np.ndarray, draws: np.ndarray, blur: tuple[float, float, 
     out[:, 1, P.SOLARIZE] = draws[:, 1, 8] < _SOLARIZE_PROBABILITY
 
 
-def build_pipeline(
+def make_pipeline(
     data: DataConfig, source: Callable[[int], tuple[Any, Any, Any]], *, device_id: int | None, half: bool
 ) -> Any:
-    """A built DALI pipeline that executes the parameters.
+    """A DALI pipeline that executes the parameters; it is built by its first `run`.
 
     Args:
-        source: batch number since the build -> (encoded images, parameters `[B, 2 + L, len(P)]`, positions `[B, 1]`).
+        source: batch number -> (encoded images, parameters `[B, 2 + L, len(P)]`, positions `[B, 1]`).
         device_id: CUDA device, None for the CPU.
         half: float16 instead of float32 output.
 
@@ -156,15 +156,13 @@ def build_pipeline(
             outputs.append(_normalize([_crop(image, row, local.size, data.hue, False) for row in rows], half))
         return positions, image.shape(), *outputs
 
-    pipeline = graph(
+    return graph(
         batch_size=data.batch_size, num_threads=data.threads, device_id=device_id, seed=0, prefetch_queue_depth=2
     )
-    pipeline.build()
-    return pipeline
 
 
 def decode_pipeline(source: Callable[[int], Any], batch_size: int, threads: int, device_id: int | None) -> Any:
-    """A built pipeline that does no more than decode; its output is the shape of each image, int64 `[B, 3]`."""
+    """A pipeline that does no more than decode; its output is the shape of each image, int64 `[B, 3]`."""
     from nvidia.dali import fn, pipeline_def, types
 
     @pipeline_def(batch_size=batch_size, num_threads=threads, device_id=device_id, prefetch_queue_depth=1)
@@ -172,9 +170,7 @@ def decode_pipeline(source: Callable[[int], Any], batch_size: int, threads: int,
         encoded = fn.external_source(source=source, batch=True, dtype=types.UINT8, ndim=1)
         return _decode(encoded, device_id).shape()
 
-    pipeline = graph()
-    pipeline.build()
-    return pipeline
+    return graph()
 
 
 def undecodable(encoded: Sequence[np.ndarray], headers: Sequence[Header], device_id: int | None) -> list[int]:
@@ -271,7 +267,7 @@ def _turn_hue(x: Any, p: Any) -> Any:
             red * (g - b) * per_chroma
             + green * ((b - r) * per_chroma + 2.0)
             + (1 - red - green) * ((r - g) * per_chroma + 4.0)
-        ) + (p[P.HUE] / 60.0 + 6.0)
+        ) + _beside(p[P.HUE] / 60.0 + 6.0, x)
         x = fn.stack(*(_hsv_channel(value, chroma, sector + offset) for offset in (5.0, 3.0, 1.0)), axis=2)
         x = fn.reinterpret(x, layout="HWC")
     return x
@@ -286,12 +282,29 @@ def _hsv_channel(value: Any, chroma: Any, sector: Any) -> Any:
 
 
 def _contrast_and_brightness(x: Any, p: Any) -> Any:
+    """Contrast about the mean luma (`color_twist` knows only 128), then brightness."""
     from nvidia.dali import fn, types
 
     means = fn.reductions.mean(x, axes=(0, 1), dtype=types.FLOAT)
-    centre = fn.reductions.sum(means * types.Constant(np.array(LUMA, np.float32)))
-    x = fn.contrast(x, contrast=p[P.CONTRAST], contrast_center=centre)
-    return fn.brightness(x, brightness=p[P.BRIGHTNESS])  # on its own: white after the one is not brighter for the other
+    centre = fn.reductions.sum(means * types.Constant(np.array(LUMA, np.float32), device=x.device))
+    if x.device == "cpu":
+        x = fn.contrast(x, contrast=p[P.CONTRAST], contrast_center=centre)
+    else:
+        x = _blend(x, centre, p[P.CONTRAST])
+    # not in one operation: what the contrast clips to white is then darkened with the rest
+    return fn.brightness(x, brightness=p[P.BRIGHTNESS])
+
+
+def _blend(x: Any, centre: Any, factor: Any) -> Any:
+    """`fn.contrast` by arithmetic, ten times slower: on a GPU that operator cannot take a centre computed there."""
+    from nvidia.dali import fn, types
+
+    return fn.cast(x * _beside(factor, x) + centre * _beside(1.0 - factor, x), dtype=types.UINT8)
+
+
+def _beside(value: Any, x: Any) -> Any:
+    """Bring a value to the device of `x`."""
+    return value.gpu() if x.device == "gpu" else value
 
 
 def _normalize(crops: list[Any], half: bool) -> Any:

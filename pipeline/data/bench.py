@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.config import DataConfig
-from pipeline.data.augment import P, build_pipeline, decode_pipeline, parameters
+from pipeline.data.augment import P, decode_pipeline, make_pipeline, parameters
 from pipeline.data.loader import Loader
 from pipeline.data.reader import Dataset, Picked, SampleStream
 
@@ -70,7 +70,7 @@ def _measure_stages(data: DataConfig, batches: int, device_id: int | None) -> di
 
     def run(rows: np.ndarray) -> float:
         positions = np.arange(data.batch_size)[:, None]
-        pipeline = build_pipeline(data, lambda _: (encoded, list(rows), positions), device_id=device_id, half=False)
+        pipeline = make_pipeline(data, lambda _: (encoded, list(rows), positions), device_id=device_id, half=False)
         return _cpu_ms(pipeline.run, batches) / data.batch_size
 
     decode = decode_pipeline(lambda _: encoded, data.batch_size, data.threads, device_id)

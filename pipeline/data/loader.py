@@ -1,6 +1,6 @@
 """Batches of augmented crops as torch tensors; the whole state is one integer."""
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from pipeline.config import DataConfig
-from pipeline.data.augment import build_pipeline, parameters, undecodable
+from pipeline.data.augment import make_pipeline, parameters, undecodable
 from pipeline.data.images import Header
 from pipeline.data.reader import Dataset, SampleStream, Skip
 
@@ -78,6 +78,8 @@ class Loader:
         self.samples, self.next_sample = len(dataset), start_sample
         self.skipped: Counter[str] = Counter()
         self._reported: set[int] = set()
+        self._handed_out: Any = None
+        self._in_use: deque[tuple[torch.cuda.Event, Any]] = deque()
         self._pool = ThreadPoolExecutor(_READ_AHEAD, thread_name_prefix="poa-reader")
         self._start_pipeline()
 
@@ -85,7 +87,8 @@ class Loader:
         return self
 
     def __next__(self) -> Batch:
-        outputs = self._run()
+        self._release_buffers()
+        outputs = self._handed_out = self._run()
         position = self.next_sample + self.rank * self.data.batch_size
         prepared = self._prepared.pop(self.next_sample).result()
         positions = np.asarray(outputs[0].as_tensor()).ravel()
@@ -122,7 +125,7 @@ class Loader:
             positions = np.arange(first, first + self.data.batch_size)[:, None]
             return prepared.encoded, list(prepared.parameters), positions
 
-        self._pipeline = build_pipeline(self.data, source, device_id=self.device_id, half=self._half)
+        self._pipeline = make_pipeline(self.data, source, device_id=self.device_id, half=self._half)
 
     def _prepare(self, sample: int) -> _Prepared:
         position = sample + self.rank * self.data.batch_size
@@ -153,6 +156,16 @@ class Loader:
             for i in culprits:
                 self._stream.reject(prepared.records[i], "decode")
             self._start_pipeline()
+
+    def _release_buffers(self) -> None:
+        """Give GPU buffers back to DALI only when the kernels enqueued on them are done: torch does not tell it."""
+        if self.device_id is None or self._handed_out is None:
+            return
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self.device_id))
+        self._in_use.append((event, self._handed_out))
+        while self._in_use and self._in_use[0][0].query():
+            self._in_use.popleft()
 
     def _report(self, prepared: _Prepared) -> None:
         for position, record, reason in prepared.rejected:

@@ -238,3 +238,17 @@ def test_signals_reach_the_main_thread_and_disturb_no_batch(shards: list[Path]) 
         check=True,
     )
     assert output.stdout.split() == ["10", "40"]
+
+
+@pytest.mark.gpu
+def test_gpu_delivers_what_the_cpu_delivers_and_resumes_exactly(shards: list[Path], damaged: Path) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    for hue in ("yiq", "hsv"):
+        data = data_config([*shards, damaged], hue=hue)
+        gpu, cpu = take(12, data, device="cuda:0"), take(12, data)
+        for ones, others in zip(gpu, cpu, strict=True):
+            for x, y in zip(ones, others, strict=True):
+                assert x.is_cuda
+                assert (x.cpu() - y).abs().mean() < 0.02  # a level is 0.017
+        assert equal(take(5, data, device="cuda:0", start_sample=28), gpu[7:])

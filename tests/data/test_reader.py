@@ -1,3 +1,4 @@
+import io
 import itertools
 import logging
 from collections.abc import Callable
@@ -5,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from pipeline.data import tars
 from pipeline.data.reader import Dataset, SampleOrder, SampleStream, expand_shards
@@ -33,6 +35,15 @@ def test_samples_stay_within_their_window_of_shards() -> None:
     assert [len(window) for window in windows] == [2, 2, 2]
     assert set.union(*windows) == set(range(6))
     assert sum(one != two for one, two in itertools.pairwise(shards[:20])) > 3, "the shards of a window are mixed"
+
+
+def test_windows_hold_other_shards_in_other_epochs() -> None:
+    order = SampleOrder(np.full(6, 10), window=2, seed=0)
+    windows = [
+        {frozenset(order(60 * epoch + place) // 10 for place in range(i, i + 20)) for i in range(0, 60, 20)}
+        for epoch in range(4)
+    ]
+    assert len({frozenset(window) for window in windows}) > 1
 
 
 def test_order_is_a_pure_function_of_seed_and_position() -> None:
@@ -126,6 +137,19 @@ def test_only_bad_images_end_in_one_clear_error(make_shard: Callable[..., Path],
     dataset = Dataset(str(make_shard({"a.jpg": b"", "b.jpg": pictures[0]})))
     with pytest.raises(UserError, match=r"64 unusable images in a row.*poa shards verify"):
         stream(dataset, max_pixels=1).pick(0)
+
+
+def test_exif_is_hidden_from_the_decoder_that_may_crash_on_it(
+    make_shard: Callable[..., Path], encoded: Callable[..., bytes]
+) -> None:
+    tiff = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\xff\xff\xff\xff"
+    image = Image.new("RGB", (20, 10))  # the block points to a second directory far outside
+    dataset = Dataset(str(make_shard({"a.png": encoded(image, exif=tiff), "b.jpg": encoded(image, "JPEG", exif=tiff)})))
+    for position in range(2):
+        picked = stream(dataset).pick(position)
+        assert picked.header.size == (20, 10)
+        assert tiff[6:20] in picked.data
+        assert not Image.open(io.BytesIO(picked.data)).getexif()
 
 
 def test_shard_that_vanishes_is_a_rejected_read(make_shard: Callable[..., Path], pictures: list[bytes]) -> None:
