@@ -63,6 +63,7 @@ class Dataset:
 
     def __init__(self, shards: str | Sequence[str]) -> None:
         self.paths = expand_shards(shards)
+        _warn_of_missing_indexes(self.paths)
         loaded = [_images_and_labels(path) for path in self.paths]
         self.shard_sizes = np.array([len(rows) for rows in loaded])
         self._starts = np.concatenate([[0], np.cumsum(self.shard_sizes)])
@@ -78,7 +79,7 @@ class Dataset:
     def key(self, record: int) -> str:
         """The sample's key; slow, since keys are not kept in memory."""
         place = record - int(self._starts[self._shard_number(record)])
-        return _with_image(_samples(self.shard(record)))[place].key
+        return [sample for sample in _samples(self.shard(record)) if sample.image][place].key
 
     def image(self, record: int) -> bytearray:
         """The encoded image. Raises OSError if the shard cannot be read."""
@@ -101,25 +102,25 @@ class Dataset:
         return data
 
 
+def _warn_of_missing_indexes(paths: list[Path]) -> None:
+    bare = [path for path in paths if not tars.index_path(path).exists()]
+    if bare:
+        text = "%d of %d shards have no index and are read whole, beginning with %s (poa shards index %s)"
+        _log.warning(text, len(bare), len(paths), bare[0], bare[0])
+
+
 def _samples(shard: Path) -> list[tars.Sample]:
     return tars.read_index(shard) if tars.index_path(shard).exists() else tars.walk(shard)
 
 
-def _with_image(samples: list[tars.Sample]) -> list[tars.Sample]:
-    return [sample for sample in samples if sample.image]
-
-
 def _images_and_labels(shard: Path) -> np.ndarray:
-    if not tars.index_path(shard).exists():
-        _log.warning("%s has no index: reading the whole shard instead (poa shards index %s)", shard, shard)
     samples = _samples(shard)
-    complete = _with_image(samples)
-    if len(complete) < len(samples):
-        _log.warning("%s: %d samples have no image and are left out", shard, len(samples) - len(complete))
-    if not complete:
+    places = [(*_place(image), *_place(sample.label)) for sample in samples if (image := sample.image)]
+    if len(places) < len(samples):
+        _log.warning("%s: %d samples have no image and are left out", shard, len(samples) - len(places))
+    if not places:
         raise UserError("the shard holds no image", str(shard), "leave it out, or build it again")
-    places = [(_place(sample.image), _place(sample.label)) for sample in complete]
-    return np.array(places, dtype=np.int64).reshape(-1, 4)
+    return np.array(places, dtype=np.int64)
 
 
 def _place(member: tars.Member | None) -> tuple[int, int]:

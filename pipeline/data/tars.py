@@ -13,7 +13,7 @@ BLOCK = 512
 
 
 class Member(NamedTuple):
-    """One file of a sample. `name` is its full name in the tar, empty if the index does not say."""
+    """One file of a sample; `name` is its full name in the tar."""
 
     extension: str
     offset: int
@@ -24,16 +24,26 @@ class Member(NamedTuple):
 class Sample(NamedTuple):
     """Neighbouring members that share a key (the name up to the first dot of its last part)."""
 
-    key: str
     members: tuple[Member, ...]
 
     @property
+    def key(self) -> str:
+        first = self.members[0]
+        return first.name[: len(first.name) - len(first.extension) - 1]
+
+    @property
     def image(self) -> Member | None:
-        return next((m for m in self.members if m.extension in EXTENSIONS), None)
+        return self._first(EXTENSIONS)
 
     @property
     def label(self) -> Member | None:
-        return next((m for m in self.members if m.extension == "cls"), None)
+        return self._first(("cls",))
+
+    def _first(self, extensions: tuple[str, ...]) -> Member | None:
+        for member in self.members:
+            if member.extension in extensions:
+                return member
+        return None
 
 
 def index_path(shard: Path) -> Path:
@@ -75,9 +85,9 @@ def _append(samples: list[Sample], name: str, offset: int, size: int) -> None:
     key = f"{folder}/{stem}" if folder else stem
     member = Member(extension.lower(), offset, size, name)
     if samples and samples[-1].key == key:
-        samples[-1] = Sample(key, (*samples[-1].members, member))
+        samples[-1] = Sample((*samples[-1].members, member))
     else:
-        samples.append(Sample(key, (member,)))
+        samples.append(Sample((member,)))
 
 
 def write_index(shard: Path, samples: Sequence[Sample]) -> Path:
@@ -107,8 +117,8 @@ def read_index(shard: Path) -> list[Sample]:
         samples = _parse_index(path.read_text(encoding="utf-8"))
         with open(shard, "rb", buffering=0) as file:
             problem = _mismatch(shard, file.fileno(), samples)
-            if not problem:
-                samples = [_with_key(file.fileno(), sample) for sample in samples]
+            if not problem and not samples[0].members[0].name:
+                samples = [_named(file.fileno(), sample) for sample in samples]
     except (ValueError, IndexError, tarfile.HeaderError) as error:
         problem = f"malformed, {error}"
     if problem:
@@ -127,25 +137,26 @@ def _parse_index(text: str) -> list[Sample]:
         fields = line.split()
         if not fields or len(fields) % step:
             raise ValueError(f"line {line[:40]!r}")
-        parts = [fields[i : i + step] for i in range(0, len(fields), step)]
-        samples.append(Sample("", tuple(Member(p[0], int(p[1]), int(p[2]), p[3] if step == 4 else "") for p in parts)))
+        members = [
+            Member(fields[i], int(fields[i + 1]), int(fields[i + 2]), fields[i + 3] if step == 4 else "")
+            for i in range(0, len(fields), step)
+        ]
+        samples.append(Sample(tuple(members)))
     if len(samples) != int(count):
         raise ValueError(f"{len(samples)} samples where {count} are announced")
     return samples
 
 
-def _with_key(descriptor: int, sample: Sample) -> Sample:
-    """Version 1.1 names no members: then the key stands in the tar only."""
-    first = sample.members[0]
-    name = first.name or _header(descriptor, first).name
-    return Sample(name[: len(name) - len(first.extension) - 1], sample.members)
+def _named(descriptor: int, sample: Sample) -> Sample:
+    """Version 1.1 of the format has no names: take them from the tar."""
+    return Sample(tuple(member._replace(name=_header(descriptor, member).name) for member in sample.members))
 
 
 def _mismatch(shard: Path, descriptor: int, samples: Sequence[Sample]) -> str | None:
     """Why these samples cannot be the shard's, or None."""
     members = [member for sample in samples for member in sample.members]
     if not members:
-        return None
+        return "it is empty"
     end = max(member.offset + -(-member.size // BLOCK) * BLOCK for member in members)
     if end + 2 * BLOCK > shard.stat().st_size:
         return "members run past its end"
