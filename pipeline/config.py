@@ -34,6 +34,11 @@ FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
         "layer_scale": None,
     },
 }
+UNUSED_KEYS = {
+    "vit": ("window_size",),
+    "swin": ("layer_scale",),
+    "resnet": ("patch_size", "head_dim", "window_size", "layer_scale"),  # its stem takes every fourth pixel
+}
 
 
 class Section(BaseModel):
@@ -110,6 +115,15 @@ class ModelConfig(Section):
             if isinstance(merged.get(name), dict) and default:
                 merged[name] = {**default, **merged[name]}
         return merged
+
+    @model_validator(mode="after")
+    def _no_idle_key(self) -> "ModelConfig":
+        """A key that the family does not read holds its default, as it does in a resolved config."""
+        for name in UNUSED_KEYS[self.family]:
+            default = FAMILY_DEFAULTS[self.family].get(name, type(self).model_fields[name].default)
+            if getattr(self, name) != default:
+                raise ValueError(f"{name}={getattr(self, name)} has no effect on {self.family}: leave it out")
+        return self
 
     @model_validator(mode="after")
     def _consistent(self) -> "ModelConfig":

@@ -22,8 +22,6 @@ TINY = {
     "loss": {"ibot_start_epoch": 1, "teacher_temp": {"warmup_epochs": 2}},
     "data": {
         "batch_size": 4,
-        "global_crops": {"size": 32},
-        "local_crops": {"count": 2, "size": 16},
         "threads": 1,
     },
     "optim": {"epochs": 10, "steps_per_epoch": 2, "warmup_epochs": 1, "base_lr": 0.05},
@@ -37,6 +35,20 @@ FAMILIES = {
         "width": {"min": 32, "max": 64, "step": 16},
         "depth": {"min": 2, "max": 4, "step": 1},
         "layer_scale": 0.1,
+    },
+    "swin": {
+        "family": "swin",
+        "image_size": 64,
+        "head_dim": 8,
+        "window_size": 4,
+        "width": {"min": 16, "max": 32, "step": 8},
+        "depth": {"min": 2, "max": 4, "step": 1},
+    },
+    "resnet": {
+        "family": "resnet",
+        "image_size": 64,
+        "width": {"min": 32, "max": 64, "step": 32},
+        "depth": {"min": [1, 1, 1, 1], "max": [1, 2, 3, 1], "step": 1},
     },
 }
 
@@ -76,6 +88,8 @@ def experiment(digits: Path) -> Callable[..., dict[str, Any]]:
     def make(family: str = "vit", **sections: dict[str, Any]) -> dict[str, Any]:
         tree = copy.deepcopy(TINY)
         tree["model"] |= FAMILIES[family]
+        size = tree["model"]["image_size"]
+        tree["data"] |= {"global_crops": {"size": size}, "local_crops": {"count": 2, "size": size // 2}}
         tree["data"]["train"] = f"{digits}/train-{{000000..000002}}.tar"
         for section, values in sections.items():
             tree.setdefault(section, {}).update(values)

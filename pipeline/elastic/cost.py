@@ -113,11 +113,8 @@ def step_flops(config: ExperimentConfig, subnet: Subnet, masked: float | None = 
 
 def _patch_tokens(config: ModelConfig) -> int:
     """Cells of the mask of a global crop."""
-    return (config.image_size // config.patch_size) ** 2 if config.family == "vit" else (_last_side(config) * 2) ** 2
-
-
-def _last_side(config: ModelConfig) -> int:
-    return config.image_size // 32 if config.family == "resnet" else config.image_size // config.stride
+    last_side = config.image_size // config.stride
+    return last_side**2 if config.family == "vit" else (2 * last_side) ** 2
 
 
 def _vit_params(config: ModelConfig, subnet: Subnet) -> int:

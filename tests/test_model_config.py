@@ -1,0 +1,42 @@
+"""Keys of `model` that depend on the family."""
+
+import pytest
+import yaml
+
+from pipeline.config import dump_config, parse_config
+from pipeline.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("family", "key", "value"),
+    [
+        ("vit", "window_size", 8),
+        ("swin", "layer_scale", 0.1),
+        ("resnet", "patch_size", 16),
+        ("resnet", "head_dim", 32),
+        ("resnet", "window_size", 8),
+        ("resnet", "layer_scale", 0.1),
+    ],
+)
+def test_a_key_that_the_family_does_not_read_is_refused(family, key, value):
+    with pytest.raises(UserError, match=rf"{key}={value} has no effect on {family}.*leave it out"):
+        parse_config({"model": {"family": family, key: value}})
+
+
+@pytest.mark.parametrize("family", ["vit", "swin", "resnet"])
+def test_a_resolved_config_reads_back_as_itself(family):
+    config = parse_config({"model": {"family": family}})
+    assert parse_config(yaml.safe_load(dump_config(config))) == config
+
+
+@pytest.mark.parametrize(("family", "stride"), [("vit", 16), ("swin", 32), ("resnet", 32)])
+def test_crops_must_be_multiples_of_the_stride_of_the_family(family, stride):
+    assert parse_config({"model": {"family": family}}).model.stride == stride
+    with pytest.raises(UserError, match=f"not divisible by {stride}"):
+        parse_config({"model": {"family": family}, "data": {"local_crops": {"size": 96 + stride // 2}}})
+
+
+def test_a_patch_of_another_size_changes_the_stride_of_swin():
+    tree = {"model": {"family": "swin", "patch_size": 2, "image_size": 112}}
+    tree["data"] = {"global_crops": {"size": 112}, "local_crops": {"size": 48}}
+    assert parse_config(tree).model.stride == 16
