@@ -151,8 +151,8 @@ class Loader:
             if not failure and _shapes_as_announced(outputs[1], prepared.headers):
                 return outputs
             culprits = undecodable(prepared.encoded, prepared.headers, self.device_id)
-            if failure and not culprits:
-                raise failure
+            if not culprits:
+                raise failure or RuntimeError("an image decodes to another size than on its own")
             for i in culprits:
                 self._stream.reject(prepared.records[i], "decode")
             self._start_pipeline()

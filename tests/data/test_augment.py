@@ -264,11 +264,12 @@ def test_parameters_have_the_recipes_distributions() -> None:
 def test_draws_of_the_operations_are_independent() -> None:
     data = data_config(local_crops={"count": 2})
     drawn = parameters(data, 0, [Header("jpeg", 500, 500, 1, True, ())] * 3000)
-    columns = [
-        drawn[:, crop, column] for crop in (0, 1, 2) for column in (P.TOP, P.LEFT, P.HUE, P.BRIGHTNESS, P.MIRROR_X)
-    ]
+    for low, high in ((P.TOP, P.BOTTOM), (P.LEFT, P.RIGHT)):  # as shares of the room that the box leaves
+        drawn[..., low] /= np.maximum(500 - (drawn[..., high] - drawn[..., low]), 1)
+    kinds = [column for column in P if column not in (P.BOTTOM, P.RIGHT, P.TRANSPOSE, P.MIRROR_Y)]
+    columns = [drawn[:, 1, column] for column in kinds]
+    columns += [drawn[:, crop, column] for crop in (0, 2) for column in kinds[:4]]
     correlation = np.corrcoef(columns) - np.eye(len(columns))
-    correlation[0::5, 1::5] = correlation[1::5, 0::5] = 0  # top and left share the size of the box
     assert np.abs(correlation).max() < 0.08
 
 
