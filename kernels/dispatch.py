@@ -6,10 +6,10 @@ IMPLEMENTATIONS = ("eager", "triton")
 
 
 def use_triton(impl: str, tensor: torch.Tensor) -> bool:
-    """Whether `impl` names the Triton kernels, after checking that they can run on `tensor`'s device.
+    """Whether `impl` names the Triton kernels, after checking that they can run on `tensor`.
 
     Raises:
-        ValueError: `impl` is unknown, or the kernels cannot run where `tensor` lives.
+        ValueError: `impl` is unknown, or the kernels cannot run on `tensor`'s device or dtype.
     """
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl={impl!r} is unknown; expected one of {', '.join(IMPLEMENTATIONS)}")
@@ -20,6 +20,8 @@ def use_triton(impl: str, tensor: torch.Tensor) -> bool:
             f"impl='triton' got a tensor on {tensor.device}, expected cuda: use impl='eager', or set "
             "TRITON_INTERPRET=1 before Python starts to run the kernels in Triton's interpreter"
         )
+    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"impl='triton' got {tensor.dtype}, expected float32, bfloat16 or float16")
     return True
 
 

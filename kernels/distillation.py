@@ -135,7 +135,7 @@ class _CrossEntropy(torch.autograd.Function):
             mass = target.sum(-1, keepdim=True)
             shifted = student[part].to(loss.dtype)
             shifted = shifted - shifted.amax(-1, keepdim=True)
-            dot = torch.einsum("rk,rk->r", target, shifted) / temperature
+            dot = (target * shifted).sum(-1) / temperature
             exponential = shifted.div_(temperature).exp_()
             total = exponential.sum(-1, keepdim=True)
             loss[part] = (mass * total.log()).squeeze(-1) - dot

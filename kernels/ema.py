@@ -29,7 +29,7 @@ def ema_update_(
     Raises:
         ValueError: lists of different lengths or shapes, or `impl` is unknown or cannot run here.
     """
-    for name, others in (("ema", ema), ("masters", masters), ("copies", copies or ema)):
+    for name, others in (("ema", ema), ("masters", masters), ("copies", ema if copies is None else copies)):
         if [t.shape for t in others] != [t.shape for t in ema]:
             raise ValueError(f"{name}: expected the shapes of ema, {[list(t.shape) for t in ema]}")
         if not all(t.is_contiguous() for t in others):

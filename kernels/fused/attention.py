@@ -1,8 +1,8 @@
 """Self-attention of short sequences, forward and backward, on the packed qkv projection without permutes or copies.
 
 One program handles one block of one head for a few sequences after another. Sequences of up to 64 tokens fit one
-block: then all three gradients come from one pass. Longer ones make two passes over the blocks, one for keys and values,
-one for queries. No gradient is added up by atomics across programs: the result is the same bits every time.
+block: then all three gradients come from one pass. Longer ones make two passes over the blocks, one for keys and
+values, one for queries. No gradient is added up by atomics across programs: the result is the same bits every time.
 
 Letters: B sequences, N tokens, H heads, D channels per head, W windows; i, j number blocks of tokens.
 """
@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.dispatch import interpreted
 from kernels.fused.reduce import LN2, LOG2E, LOWEST
 
 HEAD_DIMS = (16, 32, 64)
@@ -30,6 +31,14 @@ def block_tokens(tokens: int, with_bias: bool, dtype: torch.dtype) -> int:
 def sequences_per_program(batch: int, heads: int, blocks: int, with_bias: bool) -> int:
     """Sequences that one program takes in turn: enough programs to fill a GPU, few partial bias gradients."""
     return min(max(batch * heads * blocks // PROGRAMS, 1), 64 if with_bias else 8)
+
+
+@triton.jit
+def _dot(a, b, PRECISION: tl.constexpr):
+    """Product with fp32 accumulation. The interpreter would multiply the bits of bf16: there they become fp32 first."""
+    if PRECISION == "upcast":
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    return tl.dot(a, b, input_precision=PRECISION)
 
 
 @triton.jit
@@ -74,7 +83,7 @@ def _scores(
 
     `bias` is a tile, `mask` a pointer, both as `_padded` makes them.
     """
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+    scores = _dot(q, tl.trans(k), PRECISION) * scale
     if HAS_BIAS:
         scores += bias
     if HAS_MASK:
@@ -130,7 +139,7 @@ def _forward_kernel(
             shrink = tl.exp2(top - new_top)
             total = total * shrink + tl.sum(p, 1)
             v = _rows(query + 2 * width, j, stride_n, N, D, BLOCK)
-            acc = acc * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
+            acc = acc * shrink[:, None] + _dot(p.to(v.dtype), v, PRECISION)
             top = new_top
         ns = i * BLOCK + tl.arange(0, BLOCK)
         at = lse + (tl.cast(b, tl.int64) * tl.num_programs(1) + head) * N + ns
@@ -224,8 +233,8 @@ def _backward_kernel(
             p = _probabilities(
                 q, k, j, i, norm, tile, mask_window, scale, HAS_BIAS, HAS_MASK, N, BLOCK, BLOCKS, PRECISION
             )
-            grad_v += tl.dot(tl.trans(p.to(do.dtype)), do, input_precision=PRECISION)
-            dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+            grad_v += _dot(tl.trans(p.to(do.dtype)), do, PRECISION)
+            dp = _dot(do, tl.trans(v), PRECISION)
             delta = tl.sum(p * dp, 1) if BLOCKS == 1 else _delta(result, j, width, do, N, D, BLOCK)
             ds = p * (dp - delta[:, None])
             if HAS_BIAS and BLOCKS == 1:
@@ -234,9 +243,9 @@ def _backward_kernel(
                 # this program alone writes here
                 tl.atomic_add(bias_part + _square(j, i, BLOCK, BLOCKS), ds, sem="relaxed")
             ds = ds.to(q.dtype)
-            grad_k += tl.dot(tl.trans(ds), q, input_precision=PRECISION)
+            grad_k += _dot(tl.trans(ds), q, PRECISION)
             if BLOCKS == 1:
-                grad_q = tl.dot(ds, k, input_precision=PRECISION)
+                grad_q = _dot(ds, k, PRECISION)
                 _store_rows(target, i, 3 * width, grad_q * (scale * ln2), N, D, BLOCK)
         _store_rows(target + width, i, 3 * width, grad_k * (scale * ln2), N, D, BLOCK)
         _store_rows(target + 2 * width, i, 3 * width, grad_v, N, D, BLOCK)
@@ -254,9 +263,9 @@ def _backward_kernel(
                 p = _probabilities(
                     q, k, i, j, norm, tile, mask_window, scale, HAS_BIAS, HAS_MASK, N, BLOCK, BLOCKS, PRECISION
                 )
-                dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+                dp = _dot(do, tl.trans(v), PRECISION)
                 ds = (p * (dp - delta[:, None])).to(k.dtype)
-                grad_q += tl.dot(ds, k, input_precision=PRECISION)
+                grad_q += _dot(ds, k, PRECISION)
             _store_rows(target, i, 3 * width, grad_q * (scale * ln2), N, D, BLOCK)
     if HAS_BIAS and BLOCKS == 1:
         tl.store(bias_part + _square(i, i, BLOCK, BLOCKS), bias_acc)
@@ -373,9 +382,15 @@ def _plan(qkv: Tensor, bias: Tensor | None, mask: Tensor | None) -> tuple[tuple[
         "D": d,
         "BLOCK": block,
         "BLOCKS": blocks,
-        "PRECISION": "ieee" if qkv.dtype == torch.float32 else "tf32",
+        "PRECISION": _precision(qkv.dtype),
     }
     return (triton.cdiv(b, sequences), h, blocks), sequences, constants
+
+
+def _precision(dtype: torch.dtype) -> str:
+    if dtype == torch.bfloat16 and interpreted():
+        return "upcast"
+    return "ieee" if dtype == torch.float32 else "tf32"
 
 
 def _backward_schedule(d: int, block: int, blocks: int) -> dict[str, int]:

@@ -1,0 +1,68 @@
+"""Fixtures of the kernel tests.
+
+The same tests run for `impl="eager"` and, in a process with a GPU or under Triton's interpreter (test_interpreter.py),
+for `impl="triton"`. Memory that an operator leaves unwritten reads NaN.
+"""
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.dispatch import interpreted
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "impl" in metafunc.fixturenames:
+        fused = interpreted() or torch.cuda.is_available()
+        eager = not interpreted()
+        metafunc.parametrize("impl", ["eager"] * eager + ["triton"] * fused)
+
+
+@pytest.fixture
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() and not interpreted() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def poisoned_buffers() -> Iterator[None]:
+    """PyTorch's deterministic mode fills fresh memory with NaN."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+class Check(Protocol):
+    def __call__(self, result: Tensor, plain: Tensor, oracle: Tensor, exponent: float = 1.0) -> None: ...
+
+
+@pytest.fixture
+def earned() -> Check:
+    """Checks that a result is at most twice as far from fp64 as plain PyTorch in the same dtype.
+
+    The floor is one step of the output's dtype at the largest value (the interpreter truncates bf16), or the error of
+    exp(x) in fp32 for |x| up to `exponent`, at which plain PyTorch may hit lucky by chance.
+    """
+
+    def check(result: Tensor, plain: Tensor, oracle: Tensor, exponent: float = 1.0) -> None:
+        assert result.shape == oracle.shape
+        oracle = oracle.double()
+        step = max(torch.finfo(result.dtype).eps, exponent * torch.finfo(torch.float32).eps)
+        floor = step * (oracle.abs().max() if oracle.any() else 1.0)
+        earned = (plain.double() - oracle).abs().max()
+        error = (result.double() - oracle).abs().max()
+        assert error <= 2 * earned + floor, f"error {error:.3g}, plain PyTorch's {earned:.3g}, floor {floor:.3g}"
+
+    return check
+
+
+@pytest.fixture
+def triton() -> str:
+    """The name of the fused implementation, for tests that eager code has no part in."""
+    if not (interpreted() or torch.cuda.is_available()):
+        pytest.skip("Triton wants a GPU or TRITON_INTERPRET=1, under which test_interpreter.py runs this")
+    return "triton"
