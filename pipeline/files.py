@@ -10,7 +10,7 @@ from typing import Any
 
 def write_atomically(path: Path, text: str) -> None:
     """Write aside, flush to disk, rename."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    aside = path.with_name(f".{path.name}.tmp")  # the same every time: what a crash leaves, the next write replaces
     with open(aside, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()

@@ -1,0 +1,56 @@
+"""Two ranks of which one computes a loss that is not finite in some steps.
+
+Usage: bad_steps.py CONFIG OUT; OUT receives the exit code and whether each bad step left all state as it was.
+"""
+
+import json
+import os
+import sys
+
+import torch
+
+import pipeline.train
+from pipeline import losses
+from pipeline.config import load_config
+from pipeline.engine import Engine
+from pipeline.trainer import Trainer
+
+BAD_STEPS = {1, 3, 4, 5}
+now = {"step": -1, "call": 0}
+unchanged: list[bool] = []
+ibot, step = losses.ibot, Trainer.step
+
+
+def poisoned_ibot(*args, **kwargs):
+    now["call"] += 1
+    value = ibot(*args, **kwargs)
+    elastic = now["call"] % 2 == 0
+    return value * float("nan") if elastic and now["step"] in BAD_STEPS and os.environ["RANK"] == "1" else value
+
+
+def state(engine: Engine) -> list[torch.Tensor]:
+    tensors = [t for g in engine.groups for t in (g.master, g.ema, g.teacher, *engine.moments(g).values())]
+    return [t.detach().clone() for t in [*tensors, *engine.engine.module.parameters()]]
+
+
+def watched_step(self, number, *args):
+    now["step"] = number
+    before = state(self.engine)
+    report = step(self, number, *args)
+    if number in BAD_STEPS:
+        unchanged.append(all(torch.equal(a, b) for a, b in zip(before, state(self.engine), strict=True)))
+    return report
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    losses.ibot, Trainer.step = poisoned_ibot, watched_step
+    config = load_config(sys.argv[1], ["loss.ibot_start_epoch=0"])
+    code = pipeline.train.train(config)
+    if os.environ["RANK"] == "0":
+        with open(sys.argv[2], "w") as file:
+            json.dump({"code": code, "unchanged": unchanged[-3:]}, file)
+
+
+if __name__ == "__main__":
+    main()
