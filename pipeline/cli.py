@@ -5,7 +5,7 @@ import difflib
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from pipeline.errors import UserError
 
@@ -32,7 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Wrong usage is a user error like any other: one line."""
+    """Wrong usage is a user error like any other: one line. Options are not guessed from their beginnings."""
+
+    def __init__(self, **settings: Any):
+        super().__init__(**{"allow_abbrev": False, **settings})
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message, "command line", f"see `{self.prog} --help`")
@@ -58,11 +61,12 @@ def _parser() -> argparse.ArgumentParser:
     subnets.add_argument("--json", action="store_true", help="machine-readable output")
     subnets.set_defaults(run=_subnets)
 
-    from pipeline import extract
+    from pipeline import extract, watch
     from pipeline.evaluate import cli as evaluate
 
     extract.add_arguments(commands.add_parser("extract", help="cut sub-networks out as plain timm models"))
     evaluate.add_arguments(commands.add_parser("eval", help="k-NN or linear accuracy of sub-networks"))
+    watch.add_arguments(commands.add_parser("watch", help="the dashboard of a run, over Prometheus"))
 
     demo = commands.add_parser("demo", help="the whole job on embedded images, in a few minutes")
     demo.add_argument("--dir", default="runs/demo", metavar="DIR", help="where to put it (default: %(default)s)")

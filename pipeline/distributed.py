@@ -68,6 +68,9 @@ class Ranks:
         return [value for value, _ in outcomes]
 
 
+_added_variables: list[str] = []
+
+
 def _shared(error: Exception) -> Exception:
     if isinstance(error, UserError):
         error.shared = True
@@ -95,7 +98,7 @@ def initialize(timeout_seconds: float = 1800) -> Ranks:
     except (KeyError, ValueError) as error:
         raise UserError(f"{error} is missing or no number", "environment", "launch with torchrun or srun") from error
     # DeepSpeed reads these even when the process group exists already
-    environ.update({"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(local_rank)})
+    _set_variables({"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(local_rank)})
     device = _device(local_rank)
     timeout = timedelta(seconds=timeout_seconds)
     backend = "nccl" if device.type == "cuda" else "gloo"
@@ -104,8 +107,7 @@ def initialize(timeout_seconds: float = 1800) -> Ranks:
             dist.init_process_group(backend, init_method="env://", rank=rank, world_size=world_size, timeout=timeout)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-            environ.setdefault("MASTER_ADDR", "127.0.0.1")
-            environ.setdefault("MASTER_PORT", str(_free_port()))
+            _set_variables({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())})
     control = dist.new_group(backend="gloo", timeout=timeout)
     assert isinstance(control, dist.ProcessGroup)
     return Ranks(rank, world_size, local_rank, device, control)
@@ -141,8 +143,18 @@ def _lost_peer(error: BaseException) -> bool:
 
 
 def shut_down() -> None:
+    """Leave the process group, and the environment as it was: a later child is no rank of it."""
     if dist.is_initialized():
         dist.destroy_process_group()
+    while _added_variables:
+        os.environ.pop(_added_variables.pop(), None)
+
+
+def _set_variables(variables: dict[str, str]) -> None:
+    for name, value in variables.items():
+        if name not in os.environ:
+            os.environ[name] = value
+            _added_variables.append(name)
 
 
 def _device(local_rank: int) -> torch.device:

@@ -11,9 +11,9 @@ from pipeline.checkpoint import Checkpoints, Progress
 from pipeline.config import ExperimentConfig
 from pipeline.data.loader import Loader
 from pipeline.distributed import Ranks
-from pipeline.errors import UserError
 from pipeline.job import Job, stop_signals
 from pipeline.metrics.monitor import Monitor
+from pipeline.online_eval import OnlineEvaluation
 from pipeline.progress import ProgressLine
 from pipeline.run import RunDirectory, fingerprint
 from pipeline.trainer import StepReport, Trainer
@@ -55,7 +55,7 @@ def _train(config: ExperimentConfig, ranks: Ranks, stop_requested: list[int], qu
             checkpoints = Checkpoints(run.checkpoints, config.run.keep, ranks, run.require_ownership)
             progress = checkpoints.resume(trainer.engine, trainer.tri_branch.centering) or Progress(0, 0, {}, 0, {})
             trainer.start_data(progress.samples)
-            ranks.agree(lambda: _open_records(run, config, progress, trainer.loader, trainer.global_batch, ranks))
+            ranks.agree(lambda: _open_records(run, config, progress, trainer))
             with (
                 Monitor(config, ranks, trainer.phases, trainer.bands, progress, last_step(config)) as monitor,
                 ProgressLine(last_step(config), progress.step, quiet) as line,
@@ -90,6 +90,7 @@ def _loop(
 ) -> int:
     """Step after step; every branch below is taken by all ranks alike, since it follows from what they agreed on."""
     main = trainer.ranks.is_main
+    evaluation = OnlineEvaluation(config, trainer.ranks)
     saved_step = progress.step
     end = last_step(config)
     while progress.step < end:
@@ -100,6 +101,11 @@ def _loop(
         _count(progress, report, trainer.loader)
         _collect_skipped(run, trainer, progress, report)
         monitor.step(progress, report)
+        if evaluation.due(progress.step):
+            watchdog.beat(f"the evaluation of step {progress.step}")
+            began = time.perf_counter()
+            accuracies = evaluation.accuracies(trainer.engine.teacher.backbone, progress.step)
+            monitor.knn(progress.step, accuracies, time.perf_counter() - began)
         due = progress.step % config.run.log_every_steps == 0 or progress.step == end
         if due or report.bad:
             more = monitor.log(report)
@@ -225,18 +231,10 @@ def _record(progress: Progress, report: StepReport, global_batch: int) -> dict[s
     return record
 
 
-def _open_records(
-    run: RunDirectory, config: ExperimentConfig, progress: Progress, loader: Loader, global_batch: int, ranks: Ranks
-) -> None:
-    dataset = loader.dataset
-    if len(dataset) < global_batch:
-        raise UserError(
-            f"{len(dataset)} images are fewer than a global batch of {global_batch}",
-            "data.train",
-            "lower data.batch_size or use fewer ranks",
-        )
+def _open_records(run: RunDirectory, config: ExperimentConfig, progress: Progress, trainer: Trainer) -> None:
+    dataset = trainer.dataset
     shards = [(p.name, p.stat().st_size, int(n)) for p, n in zip(dataset.paths, dataset.shard_sizes, strict=True)]
-    run.record_start(config, progress.step, ranks.world_size, fingerprint(shards))
+    run.record_start(config, progress.step, trainer.ranks.world_size, fingerprint(shards))
     run.rewind(progress.step, progress.samples)
     if progress.step:
         print(f"resuming {run.path} at step {progress.step}", file=sys.stderr)

@@ -13,16 +13,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kernels.dispatch import interpreted
 from pipeline.config import ExperimentConfig
 from pipeline.data.loader import Loader
 from pipeline.data.masks import block_masks
-from pipeline.data.reader import Skip
+from pipeline.data.reader import Dataset, Skip
 from pipeline.distributed import Ranks
 from pipeline.elastic import Subnet, build, cost
 from pipeline.elastic.head import ProjectionHeads
 from pipeline.elastic.sampling import SubnetSampler
 from pipeline.elastic.subnet import Grid
 from pipeline.engine import MODULES, Engine
+from pipeline.errors import UserError
 from pipeline.metrics.bands import Bands
 from pipeline.metrics.families import BANDS
 from pipeline.metrics.health import BranchHealth, Probe
@@ -99,12 +101,14 @@ class Trainer:
         enter: told the phase of the step that begins.
 
     Raises:
-        UserError: the data is missing or smaller than a global batch.
+        UserError: the data is missing or smaller than a global batch, or the kernels cannot run on the device.
     """
 
     def __init__(self, config: ExperimentConfig, ranks: Ranks, enter: Callable[[str], None] = lambda phase: None):
         self.config, self.ranks, self.enter = config, ranks, enter
         self.global_batch = config.data.batch_size * ranks.world_size
+        _require_kernels(config, ranks.device)
+        self.dataset = _open_dataset(config, self.global_batch)
         self.schedules = Schedules(config, self.global_batch)
         self.grid = Grid(config.model, config.sampling.small_bias)
         self.sampler = SubnetSampler(
@@ -136,6 +140,7 @@ class Trainer:
             start_sample=sample,
             device=self.ranks.device,
             on_skip=self.skips.append,
+            dataset=self.dataset,
         )
 
     def step(self, step: int, stop_requested: bool = False) -> StepReport:
@@ -262,6 +267,22 @@ class Trainer:
             band_steps=band_steps,
             band_losses=band_losses,
         )
+
+
+def _require_kernels(config: ExperimentConfig, device: torch.device) -> None:
+    if config.engine.kernels == "triton" and device.type == "cpu" and not interpreted():
+        raise UserError("the Triton kernels need a GPU and there is none", "engine.kernels", "set engine.kernels=eager")
+
+
+def _open_dataset(config: ExperimentConfig, global_batch: int) -> Dataset:
+    dataset = Dataset(config.data.train)
+    if len(dataset) < global_batch:
+        raise UserError(
+            f"{len(dataset)} images are fewer than a global batch of {global_batch}",
+            "data.train",
+            "lower data.batch_size or use fewer ranks",
+        )
+    return dataset
 
 
 def build_student(config: ExperimentConfig) -> Branch:

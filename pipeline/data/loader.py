@@ -47,6 +47,7 @@ class Loader:
         device: `cpu` or `cuda:N`; decides where images are decoded and augmented and where tensors live.
         dtype: torch.float32 or torch.float16. For bfloat16 take float32 and cast: DALI cannot write it.
         on_skip: called once per sample left out, with its key, shard, reason and first position.
+        dataset: `data.train`, if it is open already.
 
     Attributes:
         next_sample: samples consumed by all ranks together, the `start_sample` that resumes.
@@ -68,12 +69,13 @@ class Loader:
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
         on_skip: Callable[[Skip], None] | None = None,
+        dataset: Dataset | None = None,
     ) -> None:
         if dtype not in _DTYPES:
             raise ValueError(f"dtype {dtype}: expected one of {_DTYPES}")
         self.data, self.rank, self.world_size, self.on_skip = data, rank, world_size, on_skip
         self.device_id, self._half = _device_id(torch.device(device)), dtype == torch.float16
-        self.dataset = dataset = Dataset(data.train)
+        self.dataset = dataset = dataset or Dataset(data.train)
         self._stream = SampleStream(dataset, window=data.window, seed=data.seed, max_pixels=data.max_pixels)
         self.samples, self.next_sample = len(dataset), start_sample
         self.skipped: Counter[str] = Counter()
