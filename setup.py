@@ -49,6 +49,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["pipeline*", "kernels*"]),
+    package_data={"pipeline": ["assets/*"]},
     install_requires=[
         "torch>=2.9,<2.16",
         "torchvision>=0.24",

@@ -70,13 +70,7 @@ class RunModels:
 
     def module(self, subnet: Subnet) -> nn.Module:
         """A sub-network alone, in eval mode."""
-        export = self.backbone.export(subnet)
-        entry = hub_config(self.config.model, export)
-        model = timm.create_model(
-            export.architecture, pretrained_cfg=dict(entry["pretrained_cfg"]), **entry["model_args"]
-        )
-        model.load_state_dict(export.state_dict)
-        return model.eval()
+        return timm_module(self.config.model, self.backbone.export(subnet))
 
     def params(self, subnet: Subnet) -> int:
         return cost.params(self.config.model, subnet)
@@ -84,6 +78,14 @@ class RunModels:
     def gflops(self, subnet: Subnet) -> float:
         """Of a forward pass over one image of the training size, a multiply-accumulate as 2."""
         return cost.flops(self.config.model, subnet) / 1e9
+
+
+def timm_module(config: ModelConfig, export: Export) -> nn.Module:
+    """An exported sub-network as timm builds it, fp32 on the CPU, in eval mode."""
+    entry = hub_config(config, export)
+    model = timm.create_model(export.architecture, pretrained_cfg=dict(entry["pretrained_cfg"]), **entry["model_args"])
+    model.load_state_dict(export.state_dict)
+    return model.eval()
 
 
 def run_config(run_dir: Path) -> ExperimentConfig:

@@ -1,0 +1,92 @@
+"""k-NN accuracy of three sub-networks while they train."""
+
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from pipeline.config import ExperimentConfig
+from pipeline.distributed import Ranks
+from pipeline.elastic import Backbone, Grid, Subnet, cost
+from pipeline.errors import UserError
+from pipeline.evaluate.job import Job
+from pipeline.evaluate.targets import Candidate, Target
+from pipeline.files import append_json_line
+from pipeline.run_models import preprocessing, timm_module
+
+
+class OnlineEvaluation:
+    """Evaluates the teacher every `eval.every_steps` steps, the work shared out over all ranks.
+
+    Args:
+        config: the experiment.
+        ranks: this process and its peers.
+
+    Raises:
+        UserError: `eval.every_steps` is set, but not what to evaluate on.
+    """
+
+    def __init__(self, config: ExperimentConfig, ranks: Ranks):
+        self.config, self.ranks = config, ranks
+        self._job: Job | None = None
+        if config.eval.every_steps is None:
+            return
+        train, val = config.eval.train or config.data.train, config.eval.val or config.data.val
+        if val is None:
+            raise UserError("there is nothing to evaluate on", "eval.val", "name labelled shards, or unset every_steps")
+        self._job = Job("knn", train, val, ranks, max_pixels=config.data.max_pixels)
+
+    def due(self, step: int) -> bool:
+        every = self.config.eval.every_steps
+        return every is not None and step % every == 0
+
+    def accuracies(self, backbone: Backbone, step: int) -> dict[str, float]:
+        """20-NN accuracy by name; empty, with a warning, if the shards cannot be used. Collective over the ranks.
+
+        Args:
+            backbone: of the teacher.
+            step: completed steps.
+        """
+        assert self._job is not None
+        with torch.random.fork_rng():  # building modules draws numbers
+            try:
+                results = self._job.run(self._target(backbone))
+            except UserError as error:
+                if self.ranks.is_main:
+                    print(f"warning: no k-NN at step {step}: {error}", file=sys.stderr)
+                return {}
+        accuracies = {name: entry["accuracy"] for name, entry in results.items()}
+        if self.ranks.is_main:
+            path = Path(self.config.run.dir) / "eval" / "online_knn.jsonl"
+            path.parent.mkdir(exist_ok=True)
+            append_json_line(path, {"step": step, **accuracies})
+        return accuracies
+
+    def _target(self, backbone: Backbone) -> Target:
+        from timm.data import resolve_data_config
+
+        model = self.config.model
+        chosen = representative_subnets(backbone.grid)
+        candidates = [
+            Candidate(
+                subnet.name,
+                partial(self._module, backbone, subnet),
+                backbone.feature_dim(subnet),
+                cost.params(model, subnet),
+                cost.flops(model, subnet) / 1e9,
+                {},
+            )
+            for subnet in chosen
+        ]
+        return Target(candidates, resolve_data_config({}, pretrained_cfg=preprocessing(model)))
+
+    def _module(self, backbone: Backbone, subnet: Subnet) -> nn.Module:
+        return timm_module(self.config.model, backbone.export(subnet))
+
+
+def representative_subnets(grid: Grid) -> list[Subnet]:
+    """The smallest, one from the middle, the largest."""
+    middle = Subnet(grid.widths[len(grid.widths) // 2], grid.depths[len(grid.depths) // 2])
+    return sorted({grid.smallest, middle, grid.largest})

@@ -1,0 +1,159 @@
+"""A real Prometheus that scrapes a real two-rank run."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+MONITORING = ROOT / "yaml" / "monitoring"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def until(condition: Callable[[], Any], seconds: float = 60.0, what: str = "it") -> Any:
+    """Wait for something that another process does."""
+    limit = time.monotonic() + seconds
+    while not (result := condition()):
+        assert time.monotonic() < limit, f"{what} never happened"
+        time.sleep(0.1)
+    return result
+
+
+@pytest.fixture
+def wait() -> Callable[..., Any]:
+    return until
+
+
+@dataclass
+class Live:
+    """A run in progress, and the Prometheus that watches it."""
+
+    url: str
+    run_dir: Path
+    targets: Path
+    ranks: list[subprocess.Popen]
+
+    def query(self, expr: str) -> dict[str, Any]:
+        try:
+            url = f"{self.url}/api/v1/query?" + urllib.parse.urlencode({"query": expr})
+            with urllib.request.urlopen(url, timeout=30) as answer:
+                return json.load(answer)
+        except urllib.error.HTTPError as error:
+            return json.load(error)
+
+    def result(self, expr: str) -> list[dict[str, Any]]:
+        return self.query(expr).get("data", {}).get("result", [])
+
+
+def start_ranks(config: Path, run_dir: Path, log: Path, count: int) -> list[subprocess.Popen]:
+    shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    environment = os.environ | shared | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "pipeline", "train", str(config), "--run-dir", str(run_dir)]
+    with log.open("w") as out:
+        return [
+            subprocess.Popen(
+                command, env=environment | {"RANK": str(r), "LOCAL_RANK": str(r)}, stdout=out, stderr=subprocess.STDOUT
+            )
+            for r in range(count)
+        ]
+
+
+def stop(processes: list[subprocess.Popen]) -> list[int]:
+    for process in processes:
+        process.send_signal(signal.SIGTERM)
+    try:
+        return [process.wait(60) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+@pytest.fixture(scope="session")
+def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    """URL of a Prometheus with the project's own configuration, and the directory that it watches for targets."""
+    if shutil.which("prometheus") is None:
+        pytest.skip("prometheus is not installed (Debian: prometheus)")
+    home = tmp_path_factory.mktemp("prometheus")
+    shutil.copytree(MONITORING, home, dirs_exist_ok=True)
+    config = (home / "prometheus.yaml").read_text()
+    hurried = config.replace("interval: 15s", "interval: 1s").replace("timeout: 10s", "timeout: 1s")
+    (home / "prometheus.yaml").write_text(hurried.replace("refresh_interval: 30s", "refresh_interval: 1s"))
+    port = free_port()
+    with (home / "log").open("w") as log:
+        process = subprocess.Popen(
+            [
+                *("prometheus", f"--config.file={home}/prometheus.yaml", f"--storage.tsdb.path={home}/data"),
+                f"--web.listen-address=127.0.0.1:{port}",
+            ],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+    url = f"http://127.0.0.1:{port}"
+
+    def ready() -> bool:
+        assert process.poll() is None, (home / "log").read_text()
+        try:
+            with urllib.request.urlopen(f"{url}/-/ready", timeout=5) as answer:
+                return answer.status == 200
+        except OSError:
+            return False
+
+    try:
+        until(ready, what="Prometheus getting ready")
+        yield url, home / "targets"
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+@pytest.fixture(scope="session")
+def live(
+    prometheus: tuple[str, Path],
+    experiment: Callable[..., dict[str, Any]],
+    digits: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Live]:
+    """Two ranks that train until the tests are done, seen by Prometheus."""
+    url, targets = prometheus
+    home = tmp_path_factory.mktemp("live")
+    tree = experiment(
+        loss={"ibot_start_epoch": 0},
+        optim={"epochs": 5000},
+        run={"checkpoint_every_steps": 10, "log_every_steps": 2},
+        metrics={"port": 0, "targets_dir": str(targets), "health_every_steps": 2},
+        eval={"every_steps": 10, "train": f"{digits}/val-000000.tar", "val": f"{digits}/val-000000.tar"},
+    )
+    (home / "config.yaml").write_text(yaml.safe_dump(tree))
+    log = home / "log"
+    started = Live(url, home / "night", targets, start_ranks(home / "config.yaml", home / "night", log, 2))
+
+    def evaluated() -> bool:
+        assert all(rank.poll() is None for rank in started.ranks), log.read_text()[-4000:]
+        return all(
+            started.result(name + '{run="night"}') for name in ("poa_knn_accuracy_ratio", "poa_checkpoint_bytes")
+        )
+
+    try:
+        until(evaluated, 200, "the first evaluation")
+        yield started
+    finally:
+        stop(started.ranks)
