@@ -58,10 +58,8 @@ def run_demo(directory: Path, overrides: tuple[str, ...] = ()) -> int:
     grid = Grid(config.model)
     names = [subnet.name for subnet in (grid.smallest, grid.subnets[len(grid) // 2], grid.largest)]
     _say(3, f"extracting {', '.join(names)} as plain timm models")
-    extracted = [e for e in extract(run, names, models, progress=True)] if not models.exists() else None
-    if extracted:
-        worst = max(e.max_abs_difference for e in extracted)
-        print(f"largest difference between an extracted model and its sub-network in place: {worst:.1e}")
+    worst = max(model.max_abs_difference for model in extract(run, names, models, progress=True))
+    print(f"largest difference between an extracted model and its sub-network in place: {worst:.1e}")
 
     _say(4, "20-nearest-neighbour accuracy, trained and untrained")
     print(table(evaluate(run, "knn", subnets=names, untrained=True, pixels=True), "knn"))

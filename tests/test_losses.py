@@ -29,7 +29,7 @@ def test_dino_of_uniform_students_is_the_entropy_bound():
 
 
 def test_dino_compares_a_global_crop_with_the_other_one_only():
-    """One image, two prototypes: crop 1's target is prototype 0, crop 2's prototype 1, and each student is sure of one."""
+    """One image: crop 1's target is prototype 0, crop 2's is prototype 1, and each student is sure of one."""
     sure = torch.tensor([[10.0, -10.0], [-10.0, 10.0]])
     target = Targets(sure * 10, -(sure * 10).logsumexp(1), None, 1.0)
     pairing = Pairing.of(1, 0, torch.device("cpu"))
