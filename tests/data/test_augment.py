@@ -6,6 +6,7 @@ off after every operation where DALI rounds, and keeps 8 bits between the two pa
 
 import io
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,8 @@ from PIL import Image, ImageOps
 
 from pipeline.config import DataConfig
 from pipeline.data.augment import MEAN, STD, P, make_pipeline, parameters, undecodable
-from pipeline.data.images import Header, decode, hide_exif, inspect
+from pipeline.data.images import BadImage, Header, decode, hide_exif, inspect
+from pipeline.data.reader import Dataset
 
 SIZE = 128
 LIMIT = 178956970
@@ -105,6 +107,29 @@ def test_crop_flip_and_resize_follow_torchvision(size: int, scale: list[float], 
     ).astype(int)
     difference = np.abs(crops - expected)
     assert within((difference.max(), difference.mean()), 7, 0.2)
+
+
+def test_training_and_evaluation_see_the_same_awkward_pictures(odd: Path) -> None:
+    """Grey, CMYK, palette, 16 bits, transparency: DALI's crops are those of `images.decode`."""
+    dataset = Dataset(str(odd / "images-000000.tar"))
+    files = []
+    for record in range(len(dataset)):
+        try:
+            file = bytes(dataset.image(record))
+            header = inspect(file, LIMIT)
+            decode(file)
+        except BadImage:
+            continue
+        if header.orientation == 1 and not undecodable([np.frombuffer(file, np.uint8)], [header], None):
+            files.append(file)
+    assert len(files) > 20
+    drawn = parameters(data_config(48), 0, headers(files))
+    drawn[..., P.HUE : P.SOLARIZE + 1] = nothing(len(files))[..., P.HUE : P.SOLARIZE + 1]
+    crops = execute(files, drawn, data_config(48))[0]
+    for file, rows, pair in zip(files, drawn, crops, strict=True):
+        for row, crop in zip(rows, pair, strict=True):
+            difference = np.abs(crop - np.asarray(resized_crop(decode(file), row, 48)).astype(int))
+            assert difference.mean() < 0.6  # an inverted, clipped or shifted picture is off by tens
 
 
 def resized_crop(image: Image.Image, drawn: np.ndarray, size: int) -> Image.Image:
