@@ -129,7 +129,8 @@ def test_training_and_evaluation_see_the_same_awkward_pictures(odd: Path) -> Non
     for file, rows, pair in zip(files, drawn, crops, strict=True):
         for row, crop in zip(rows, pair, strict=True):
             difference = np.abs(crop - np.asarray(resized_crop(decode(file), row, 48)).astype(int))
-            assert difference.mean() < 0.6  # an inverted, clipped or shifted picture is off by tens
+            # resizing a dithered picture differs by 2 levels; an inverted, clipped or shifted one would be off by tens
+            assert difference.mean() < 3
 
 
 def resized_crop(image: Image.Image, drawn: np.ndarray, size: int) -> Image.Image:
