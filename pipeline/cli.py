@@ -52,6 +52,10 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--quiet", action="store_true", help="no progress line")
     train.set_defaults(run=_train)
 
+    from pipeline import plan
+
+    plan.add_arguments(commands.add_parser("plan", help="what a run on N GPUs takes: memory, traffic, days"))
+
     from pipeline.data import cli as shards
 
     shards.add_arguments(commands.add_parser("shards", help="build, index, verify or describe shards"))
@@ -83,7 +87,21 @@ def _take_overrides(args: argparse.Namespace, extra: list[str]) -> None:
     """Overrides may stand behind options, where argparse does not look for them."""
     for word in extra:
         if word.startswith("-") or not hasattr(args, "overrides"):
-            options = [o for o in ("--run-dir", "--dry-run", "--json", "--quiet", "--subnet", "--out") if word != o]
+            options = [
+                o
+                for o in (
+                    "--run-dir",
+                    "--dry-run",
+                    "--gpus",
+                    "--gpu",
+                    "--mfu",
+                    "--json",
+                    "--quiet",
+                    "--subnet",
+                    "--out",
+                )
+                if word != o
+            ]
             near = difflib.get_close_matches(word, options, n=1)
             raise UserError(
                 f"unknown argument {word!r}", "command line", f"did you mean {near[0]}?" if near else "see poa --help"

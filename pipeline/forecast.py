@@ -1,0 +1,144 @@
+"""What a run costs on N GPUs, on paper: stragglers, communication, time, data. No torch, no GPU, no network."""
+
+from functools import partial
+from math import gcd, sqrt
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pipeline.config import ExperimentConfig
+from pipeline.elastic import cost
+from pipeline.elastic.sampling import ASSIGNMENTS, SubnetSampler
+from pipeline.elastic.subnet import Grid
+from pipeline.errors import UserError
+
+VECTORS = 4  # fp32 vectors of a checkpoint: master weights, EMA, and AdamW's two moments
+
+
+class Gpu(NamedTuple):
+    """Dense bf16 FLOP/s of the data sheet (fp32 runs on the matrix units as TF32 at half of it), and usable bytes."""
+
+    flops: float
+    memory: float
+
+
+GPUS = {
+    "h200": Gpu(989.4e12, 139 * 2**30),
+    "h100": Gpu(989.4e12, 78 * 2**30),
+    "a100": Gpu(311.8e12, 78 * 2**30),
+}
+
+
+def sampler(config: ExperimentConfig, ranks: int, assignment: str | None = None) -> SubnetSampler:
+    """The sampler that a run with so many ranks uses."""
+    grid = Grid(config.model, config.sampling.small_bias)
+    forward = partial(cost.flops, config.model)
+    return SubnetSampler(grid, forward, ranks, assignment or config.sampling.assignment, config.data.seed)
+
+
+def expected_slowest(costs: list[float], ranks: int, assignment: str) -> float:
+    """Exact expectation of the largest cost among the ranks of a step.
+
+    Args:
+        costs: of the entries of the sampling law, in the sampler's order.
+        ranks: how many draw.
+        assignment: as in `SubnetSampler`: `independent` ranks draw uniformly, each by itself; `balanced` ones share a
+            group of neighbours, all groups alike; `shared` ones have one draw.
+    """
+    n = len(costs)
+    if assignment == "shared":
+        return sum(costs) / n
+    if assignment == "independent":
+        # P(largest <= k-th) = (k / n)^ranks
+        ordered = sorted(costs)
+        return sum(c * ((k / n) ** ranks - ((k - 1) / n) ** ranks) for k, c in enumerate(ordered, 1))
+    if ranks >= 2 * n:  # every group holds every entry
+        return max(costs)
+    snake = [*costs, *reversed(costs)]
+    groups = n // gcd(n, ranks)
+    return sum(max(snake[(g * ranks + i) % (2 * n)] for i in range(ranks)) for g in range(groups)) / groups
+
+
+def stragglers(config: ExperimentConfig, ranks: int) -> dict[str, dict[str, float]]:
+    """Per assignment: FLOPs of the elastic student of the slowest rank and of the mean one, and how much longer the
+    step takes than if no rank waited."""
+    entries = sampler(config, ranks).entries
+    steps = {subnet: cost.step_flops(config, subnet) for subnet in set(entries)}
+    costs = [steps[subnet].elastic for subnet in entries]
+    mean = sum(costs) / len(costs)
+    fixed = steps[entries[0]].teacher + steps[entries[0]].intact
+    out = {}
+    for assignment in ASSIGNMENTS:
+        slowest = expected_slowest(costs, ranks, assignment)
+        out[assignment] = {"mean": mean, "slowest": slowest, "slowdown": (fixed + slowest) / (fixed + mean) - 1}
+    return out
+
+
+def communication(config: ExperimentConfig, ranks: int, stage: int) -> dict[str, float]:
+    """Bytes that a GPU sends per step, by ring algorithms: 2 n (R-1)/R to all-reduce n bytes, half of it to gather.
+
+    Gradients are all-reduced at every stage, once per step; with sharded masters the updated weights of student and
+    teacher are gathered.
+    """
+    model, largest = config.model, Grid(config.model).largest
+    low = 2 if config.engine.precision == "bf16" else 4
+    weights = low * (cost.params(model, largest) + cost.head_params(config.heads, cost.feature_dim(model, largest)))
+    share = (ranks - 1) / ranks
+    sharded = stage > 0 or config.engine.precision == "bf16"
+    gathered = weights * share if sharded else 0.0
+    # Sinkhorn: 3 iterations, cls and patches, one fp64 sum per prototype; centering: one
+    rounds = {"sinkhorn": 3, "softmax": 1, "none": 0}[config.loss.centering]
+    return {
+        "gradients": 2.0 * weights * share,
+        "student weights": gathered,
+        "teacher weights": gathered,
+        "targets": 2.0 * share * rounds * 2 * 8 * sum(config.heads.prototypes),
+    }
+
+
+def data(config: ExperimentConfig, ranks: int) -> dict[str, Any]:
+    """Batches, epochs and shards; `samples` is None where the shards are not at hand."""
+    from braceexpand import braceexpand
+
+    patterns = [config.data.train] if isinstance(config.data.train, str) else config.data.train
+    shards = [Path(name) for pattern in patterns for name in braceexpand(pattern)]
+    batch = config.data.batch_size * ranks
+    per_epoch = batch * config.optim.steps_per_epoch
+    samples = _samples(shards)
+    return {
+        "global_batch": batch,
+        "peak_lr": config.optim.base_lr * sqrt(batch / 1024),
+        "images_per_epoch": per_epoch,
+        "images_in_all": batch * config.optim.total_steps,
+        "shards": len(shards),
+        "samples": samples,
+        "passes_per_epoch": per_epoch / samples if samples else None,
+        "passes_in_all": batch * config.optim.total_steps / samples if samples else None,
+    }
+
+
+def _samples(shards: list[Path]) -> int | None:
+    from pipeline.data.tars import index_path, read_index
+
+    try:
+        if not all(index_path(shard).exists() for shard in shards):
+            return None
+        return sum(1 for shard in shards for sample in read_index(shard) if sample.image)
+    except (OSError, UserError):
+        return None
+
+
+def speed(config: ExperimentConfig, ranks: int, gpu: Gpu, utilization: float) -> dict[str, float]:
+    """Time of a step and of the run if the slowest rank computes at `utilization` of the peak."""
+    peak = gpu.flops * (1.0 if config.engine.precision == "bf16" else 0.5)
+    step = cost.step_flops(config, Grid(config.model).smallest)
+    slowest = stragglers(config, ranks)[config.sampling.assignment]["slowest"]
+    seconds = (step.teacher + step.intact + slowest) / (peak * utilization)
+    images = config.data.batch_size * ranks
+    days = seconds * config.optim.total_steps / 86400
+    return {
+        "step_seconds": seconds,
+        "images_per_second": images / seconds,
+        "images_per_second_per_gpu": config.data.batch_size / seconds,
+        "days": days,
+        "gpu_hours": days * 24 * ranks,
+    }
