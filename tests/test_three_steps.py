@@ -31,9 +31,26 @@ def relative_error(found, expected):
     return float((difference / sum(w.square().sum() for w in expected.values())).sqrt())
 
 
-@pytest.mark.parametrize(("stage", "centering"), [(0, "sinkhorn"), (1, "sinkhorn"), (2, "sinkhorn"), (1, "softmax")])
-def test_two_ranks_with_different_subnets_equal_one_plain_process(launch, tmp_path, experiment, stage, centering):
+@pytest.mark.parametrize(
+    ("family", "stage", "centering"),
+    [
+        ("vit", 0, "sinkhorn"),
+        ("vit", 1, "sinkhorn"),
+        ("vit", 2, "sinkhorn"),
+        ("vit", 1, "softmax"),
+        ("swin", 1, "sinkhorn"),
+        ("resnet", 2, "sinkhorn"),
+        *(
+            pytest.param(family, stage, "sinkhorn", marks=pytest.mark.slow)
+            for family, stage in [("swin", 0), ("swin", 2), ("resnet", 0), ("resnet", 1)]
+        ),
+    ],
+)
+def test_two_ranks_with_different_subnets_equal_one_plain_process(
+    launch, tmp_path, experiment, family, stage, centering
+):
     tree = experiment(
+        family,
         loss={"centering": centering, "ibot_start_epoch": 0.5},  # the first step without masked patches
         sampling={"assignment": "independent"},
         engine={"zero_stage": stage},
