@@ -52,8 +52,9 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--quiet", action="store_true", help="no progress line")
     train.set_defaults(run=_train)
 
-    from pipeline import plan
+    from pipeline import doctor, plan
 
+    doctor.add_arguments(commands.add_parser("doctor", help="check data, disk, libraries and memory before a job"))
     plan.add_arguments(commands.add_parser("plan", help="what a run on N GPUs takes: memory, traffic, days"))
 
     from pipeline.data import cli as shards

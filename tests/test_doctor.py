@@ -1,0 +1,119 @@
+"""The doctor finds what it is asked to find, says what to do, and fails only where the job would."""
+
+import json
+import subprocess
+from collections.abc import Callable
+
+import pytest
+import torch
+import yaml
+
+from pipeline import distributed
+from pipeline.cli import main
+from pipeline.config import load_config
+from pipeline.data.shards import build
+from pipeline.doctor import Check, check_collectives, check_disk, check_images, check_lead, check_shards, table
+
+
+@pytest.fixture
+def write(experiment, tmp_path) -> Callable:
+    """Write a config with these sections and give its path."""
+
+    def make(**sections):
+        sections.setdefault("run", {}).setdefault("dir", str(tmp_path / "run"))
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump(experiment(**sections)))
+        return path
+
+    return make
+
+
+def test_sound_experiment_passes(write, capsys):
+    assert main(["doctor", str(write()), "--json"]) == 0
+    checks = json.loads(capsys.readouterr().out)
+    names = ["software", "device", "memory", "shards", "images", "run directory", "disk", "signal lead"]
+    assert [check["name"] for check in checks] == [*names, "clocks", "all-reduce"]
+    assert {check["status"] for check in checks} <= {"pass", "warn"}
+
+
+def test_missing_shards_fail_with_the_way_out_and_the_other_checks_go_on(write, capsys):
+    assert main(["doctor", str(write()), "data.train=nowhere/train-{000..003}.tar"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    (place,) = (i for i, line in enumerate(lines) if line.startswith("fail  shards"))
+    assert "nowhere/train-000.tar" in lines[place]
+    assert lines[place + 1].strip().startswith("-> ")
+    assert any(line.startswith("pass  all-reduce") for line in lines)
+
+
+def test_run_directory_of_another_experiment_fails(write, tmp_path, capsys):
+    path = write()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(path.read_text())
+    assert main(["doctor", str(path)]) == 0
+    assert main(["doctor", str(path), "optim.base_lr=0.1"]) == 1
+    assert "optim.base_lr is 0.05 there and 0.1 here" in capsys.readouterr().out
+
+
+def test_more_ranks_than_images_fail_and_more_than_shards_warn(write):
+    config = load_config(write())
+    assert check_shards(config, 2).status == "pass"
+    assert check_shards(config, 100).status == "warn"
+    assert check_shards(config, 1000).status == "fail"
+
+
+def test_images_that_cannot_be_decoded_are_named(write, tmp_path):
+    build("sklearn:digits", tmp_path / "shards", per_shard=2000, progress=False)
+    shard = tmp_path / "shards" / "train-000000.tar"
+    config = load_config(write(data={"train": str(shard)}))
+    assert check_images(config).status == "pass"
+    from pipeline.data.reader import Dataset
+
+    dataset = Dataset(str(shard))
+    start, size = map(int, dataset._rows[0, :2])  # the first record is among those looked at
+    with open(shard, "r+b") as file:
+        file.seek(start)
+        file.write(bytes(size))
+    found = check_images(config)
+    assert found.status == "warn"
+    assert dataset.key(0) in found.finding
+
+
+def test_disk_too_small_for_the_retained_checkpoints_fails(write, tmp_path):
+    target = tmp_path / "small"
+    target.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", str(target)], capture_output=True).returncode:
+        pytest.skip("only root may mount a small file system here")
+    try:
+        config = load_config(write(run={"dir": str(target / "run"), "keep": 2}))  # 3 x 3.6 MiB
+        assert check_disk(config).status == "pass"
+        assert check_disk(load_config(write(run={"dir": str(target / "run"), "keep": 6}))).status == "warn"
+        assert check_disk(load_config(write(run={"dir": str(target / "run"), "keep": 20}))).status == "fail"
+    finally:
+        subprocess.run(["umount", str(target)], check=True)
+
+
+def test_lead_shorter_than_two_saves_warns(write):
+    assert check_lead(load_config(write()), 1).status == "pass"
+    short = check_lead(load_config(write(checkpoint={"signal_lead_seconds": 1e-9})), 1)
+    assert short.status == "warn"
+    assert "--signal=USR1@" in short.fix
+
+
+def test_wrong_sum_of_an_all_reduce_fails(monkeypatch):
+    ranks = distributed.initialize(60)
+    try:
+        assert check_collectives(ranks, 1).status == "pass"
+        monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: tensor.add_(1))
+        assert check_collectives(ranks, 1).status == "fail"
+    finally:
+        distributed.shut_down()
+
+
+def test_table_has_a_fix_below_its_line_and_a_count():
+    text = table([Check("a", "pass", "fine"), Check("b", "fail", "broken", "mend it")])
+    assert text.splitlines() == [
+        "pass  a             fine",
+        "fail  b             broken",
+        "                    -> mend it",
+        "1 pass, 0 warn, 1 fail",
+    ]
