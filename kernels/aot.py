@@ -29,17 +29,20 @@ ARCHITECTURES = (80, 90, 100)
 # What one thread block may have on the smallest device of an architecture, in bytes.
 SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# tokens, head_dim, bias, mask: ViT with crops of 224 and 96 (and of 98 and 224 by patches of 14 and 12), Swin's windows
-ATTENTION_SHAPES = (
-    (37, 64, False, False),
-    (65, 64, False, False),
+# tokens, head_dim, bias, mask: crops of 224 and 96 pixels of the presets' ViT and Swin ...
+PRESET_ATTENTION = (
     (197, 64, False, False),
-    (257, 64, False, False),
+    (37, 64, False, False),
     (49, 16, True, False),
     (49, 16, True, True),
-    (49, 32, True, True),
     (36, 16, True, False),
     (9, 16, True, False),
+)
+# ... and other patch sizes, head dimensions and windows
+OTHER_ATTENTION = (
+    (65, 64, False, False),
+    (257, 64, False, False),
+    (49, 32, True, True),
     (144, 32, True, True),
 )
 
@@ -95,24 +98,24 @@ def compile_only(arch: int) -> Iterator[list[tuple[str, Any]]]:
         driver._active = None
 
 
-def cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], None]]]:
-    """Calls that launch every configuration which the training step uses with logits or tokens in `dtype`."""
-    for k in (65536, 1000):
+def cases(dtype: torch.dtype, presets_only: bool = False) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Calls that launch every configuration with logits or tokens in `dtype`; or only those that the presets use."""
+    for k in (65536,) if presets_only else (65536, 1000):
         # local crops meet both global crops; global cls tokens and masked patches one row; intact targets have no `col`
         for student_rows, p, centred in ((16, 2, True), (8, 1, True), (8, 1, False)):
             name = f"cross_entropy K={k} P={p}{' col' if centred else ''}"
             yield name, partial(_cross_entropy, dtype, student_rows, k, p, centred)
         yield f"reductions K={k}", partial(_reductions, dtype, k)
-    for tokens, dim, with_bias, with_mask in ATTENTION_SHAPES:
+    for tokens, dim, with_bias, with_mask in PRESET_ATTENTION + (() if presets_only else OTHER_ATTENTION):
         name = f"attention N={tokens} D={dim}{' bias' if with_bias else ''}{' mask' if with_mask else ''}"
         yield name, partial(_attention, dtype, tokens, dim, with_bias, with_mask)
     yield "ema", partial(_ema, dtype)
 
 
-def reports(dtype: torch.dtype, arch: int) -> Iterator[Report]:
+def reports(dtype: torch.dtype, arch: int, presets_only: bool = False) -> Iterator[Report]:
     """Compiles all cases and reads off what their kernels need."""
     seen = set()
-    for name, run in cases(dtype):
+    for name, run in cases(dtype, presets_only):
         with compile_only(arch) as compiled:
             run()
         for kernel, binary in compiled:
@@ -171,13 +174,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m kernels.aot", description=__doc__)
     parser.add_argument("--arch", type=int, nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--presets", action="store_true", help="only what the presets use")
     parser.add_argument("--json", type=Path, help="also write the table here")
     options = parser.parse_args(arguments)
     table = []
     print(f"{'case':44} {'kernel':18} {'dtype':5} {'arch':>6} {'warps':>5} {'regs':>5} {'shared':>7} {'spills':>6}")
     for dtype in options.dtype:
         for arch in options.arch:
-            for r in reports(DTYPES[dtype], arch):
+            for r in reports(DTYPES[dtype], arch, options.presets):
                 print(
                     f"{r.case:44} {r.kernel:18} {dtype:5} {'sm_' + str(arch):>6} {r.warps:5} {r.registers:5} "
                     f"{r.shared_bytes:7} {r.spill_bytes:6}",

@@ -25,6 +25,7 @@ def use_triton(impl: str, tensor: torch.Tensor) -> bool:
     return True
 
 
+@torch.compiler.assume_constant_result
 def interpreted() -> bool:
     """Whether Triton's interpreter runs the kernels (TRITON_INTERPRET=1 when they were imported)."""
     import triton

@@ -395,8 +395,12 @@ def _precision(dtype: torch.dtype) -> str:
 
 def _backward_schedule(d: int, block: int, blocks: int) -> dict[str, int]:
     """Warps and pipeline stages under which no configuration spills on sm_80, sm_90 or sm_100 (`kernels.aot`)."""
-    if block < 64 or blocks > 1:
-        warps, stages = (4 if block == 16 else 8), 1
+    if block == 16:
+        warps, stages = 4, 1
+    elif block == 32 and d < 64:
+        warps, stages = 8, 2
+    elif block == 32 or blocks > 1:
+        warps, stages = 8, 1
     else:
         warps, stages = {16: (4, 2), 32: (8, 2), 64: (8, 3)}[d]
     return {"num_warps": warps, "num_stages": stages}

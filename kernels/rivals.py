@@ -1,0 +1,279 @@
+"""What `python -m kernels.bench` compares: for every operation its shapes, the fused code and its rivals.
+
+Shapes at scale "full" are those of the ViT-L and Swin-B presets with 50 images per GPU.
+"""
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from kernels.attention import attention
+from kernels.distillation import Targets, cross_entropy
+from kernels.ema import ema_update_
+from kernels.sinkhorn import sinkhorn
+
+SCALES = ("full", "cpu", "tiny")
+OPERATIONS = ("loss", "sinkhorn", "attention", "ema")
+TEMPERATURE, STUDENT_TEMPERATURE = 0.06, 0.1
+Contender = Callable[..., Tensor]
+
+
+@dataclass
+class Case:
+    """One operation on one set of shapes.
+
+    Attributes:
+        name: operation and shapes.
+        inputs: makes fresh random arguments of the contenders; those that require a gradient are differentiated.
+        contenders: by name; the first is the reference of the others' results and speed.
+        forward_bytes: what has to be read and written at least once, forward.
+        backward_bytes: the same for the backward pass.
+        forward_flops: multiply-adds count as 2.
+        backward_flops: the same for the backward pass.
+    """
+
+    name: str
+    inputs: Callable[[], tuple[Tensor, ...]]
+    contenders: dict[str, Contender]
+    forward_bytes: float
+    backward_bytes: float = 0
+    forward_flops: float = 0
+    backward_flops: float = 0
+    missing: dict[str, str] = field(default_factory=dict)
+
+
+def cases(operation: str, scale: str, device: torch.device, dtype: torch.dtype) -> list[Case]:
+    """The cases of one of `OPERATIONS` at one of `SCALES`."""
+    builders = {"loss": _loss, "sinkhorn": _sinkhorn, "attention": _attention, "ema": _ema}
+    found = [builders[operation](*shape, device, dtype) for shape in SHAPES[operation][scale]]
+    for case in found:
+        if device.type != "cuda":
+            del case.contenders["triton"]
+            case.missing["triton"] = "no GPU"
+    return found
+
+
+# student rows, target rows, prototypes, target rows per student row
+LOSS_FULL = [
+    ("local crops", 400, 100, 65536, 2),
+    ("global crops", 100, 100, 65536, 1),
+    ("masked patches", 2940, 2940, 65536, 1),
+    ("local crops", 400, 100, 8192, 2),
+]
+# B, N, h, d, windows of the mask, bias
+ATTENTION_FULL = [
+    ("ViT 224", 100, 197, 16, 64, 0, False),
+    ("ViT 96", 400, 37, 16, 64, 0, False),
+    ("Swin windows", 6400, 49, 6, 16, 0, True),
+    ("Swin shifted windows", 6400, 49, 6, 16, 64, True),
+]
+SHAPES: dict[str, dict[str, list]] = {
+    "loss": {
+        "full": LOSS_FULL,
+        "cpu": [
+            ("local crops", 64, 16, 65536, 2),
+            ("masked patches", 64, 64, 65536, 1),
+            ("local crops", 64, 16, 8192, 2),
+        ],
+        "tiny": [("local crops", 8, 2, 256, 2)],
+    },
+    "sinkhorn": {
+        "full": [("4 heads", (100, 2940), (8192, 16384, 32768, 65536)), ("1 head", (2940,), (65536,))],
+        "cpu": [("1 head", (16, 128), (65536,)), ("1 head", (16, 128), (8192,))],
+        "tiny": [("2 heads", (4, 6), (64, 128))],
+    },
+    "attention": {
+        "full": ATTENTION_FULL,
+        "cpu": [("ViT 224", 8, 197, 6, 64, 0, False), ("ViT 96", 32, 37, 6, 64, 0, False)],
+        "tiny": [("Swin shifted windows", 4, 9, 2, 16, 2, True)],
+    },
+    "ema": {"full": [(1 << 28,)], "cpu": [(1 << 23,)], "tiny": [(1 << 10,)]},
+}
+
+
+def _loss(name: str, r: int, m: int, k: int, p: int, device: torch.device, dtype: torch.dtype) -> Case:
+    def inputs() -> tuple[Tensor, ...]:
+        student = _cosines(r, k, device, dtype).requires_grad_()
+        logits, col = _cosines(m, k, device, dtype), torch.randn(k, device=device)
+        row = -(logits.float() / TEMPERATURE + col).logsumexp(-1)
+        first = torch.arange(r, device=device) * m // r // p * p
+        return student, logits, row, col, first[:, None] + torch.arange(p, device=device)
+
+    def written_out(student: Tensor, logits: Tensor, row: Tensor, col: Tensor, rows: Tensor) -> Tensor:
+        target = (logits.float() / TEMPERATURE + row[:, None] + col).exp()
+        log_p = torch.log_softmax(student.float() / STUDENT_TEMPERATURE, -1)
+        return -sum((target[rows[:, i]] * log_p).sum(-1) for i in range(p))
+
+    def factored(impl: str) -> Contender:
+        def run(student: Tensor, logits: Tensor, row: Tensor, col: Tensor, rows: Tensor) -> Tensor:
+            return cross_entropy(student, Targets(logits, row, col, TEMPERATURE), rows, STUDENT_TEMPERATURE, impl=impl)
+
+        return run
+
+    def liger(student: Tensor, logits: Tensor, row: Tensor, col: Tensor, rows: Tensor) -> Tensor:
+        from liger_kernel.transformers import LigerKLDIVLoss
+
+        target = (logits.float() / TEMPERATURE + row[:, None] + col).exp()
+        log_p = torch.log_softmax(student.float() / STUDENT_TEMPERATURE, -1)
+        return sum(LigerKLDIVLoss(reduction="sum")(log_p, target[rows[:, i]]) for i in range(p))
+
+    contenders = {
+        "eager, targets written out": written_out,
+        "torch.compile": torch.compile(written_out, dynamic=False),
+        "eager, factored": factored("eager"),
+        "triton": factored("triton"),
+    }
+    missing = {}
+    if device.type == "cuda" and importlib.util.find_spec("liger_kernel"):
+        contenders["Liger KLDiv"] = liger
+    else:
+        missing["Liger KLDiv"] = "no GPU" if device.type == "cpu" else "liger_kernel is not installed"
+    size = torch.empty((), dtype=dtype).element_size()
+    reads = (r + m) * k * size
+    return Case(f"{name} R={r} M={m} K={k} P={p}", inputs, contenders, reads, reads + r * k * size, missing=missing)
+
+
+def _sinkhorn(
+    name: str, rows: tuple[int, ...], prototypes: tuple[int, ...], device: torch.device, dtype: torch.dtype
+) -> Case:
+    def inputs() -> tuple[Tensor, ...]:
+        return tuple(_cosines(m, k, device, dtype) for m in rows for k in prototypes)
+
+    def matrices(*logits: Tensor) -> Tensor:
+        return torch.cat([_matrix_sinkhorn(x)[:, 0] for x in logits])
+
+    def scalings(impl: str) -> Contender:
+        def run(*logits: Tensor) -> Tensor:
+            found = zip(logits, sinkhorn(logits, TEMPERATURE, impl=impl), strict=True)
+            return torch.cat([(x[:, 0].float() / TEMPERATURE + row + col[0]).exp() for x, (row, col) in found])
+
+        return run
+
+    contenders = {
+        "eager, matrix": matrices,
+        "torch.compile": torch.compile(matrices, dynamic=False),
+        "eager, factored": scalings("eager"),
+        "triton": scalings("triton"),
+    }
+    size = torch.empty((), dtype=dtype).element_size()
+    reads = 6 * sum(rows) * sum(prototypes) * size
+    shapes = f"{'+'.join(map(str, rows))} rows, K={'+'.join(map(str, prototypes))}"
+    return Case(f"{name} {shapes}", inputs, contenders, reads)
+
+
+def _attention(
+    name: str,
+    b: int,
+    n: int,
+    h: int,
+    d: int,
+    windows: int,
+    with_bias: bool,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Case:
+    def inputs() -> tuple[Tensor, ...]:
+        qkv = torch.randn(b, n, 3, h, d, device=device, dtype=dtype, requires_grad=True)
+        bias = torch.randn(h, n, n, device=device, dtype=dtype, requires_grad=True)
+        mask = torch.where(torch.rand(max(windows, 1), n, n, device=device) < 0.3, -100.0, 0.0).to(dtype)
+        return (qkv, bias, mask)[: 1 + with_bias + (windows > 0)]
+
+    def offset(bias: Tensor | None, mask: Tensor | None) -> Tensor | None:
+        if bias is None or mask is None:
+            return bias
+        return (bias + mask[:, None]).repeat(b // windows, 1, 1, 1)
+
+    def heads(qkv: Tensor) -> tuple[Tensor, ...]:
+        return qkv.permute(2, 0, 3, 1, 4).unbind(0)
+
+    def plain(qkv: Tensor, bias: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        q, k, v = heads(qkv)
+        scores = q @ k.mT * d**-0.5
+        added = offset(bias, mask)
+        p = (scores if added is None else scores + added).softmax(-1)
+        return (p @ v).transpose(1, 2).flatten(2)
+
+    def sdpa(backend: SDPBackend) -> Contender:
+        def run(qkv: Tensor, bias: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+            with sdpa_kernel(backend):
+                out = scaled_dot_product_attention(*heads(qkv), attn_mask=offset(bias, mask))
+            return out.transpose(1, 2).flatten(2)
+
+        return run
+
+    def fused(qkv: Tensor, bias: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        return attention(qkv, bias=bias, mask=mask, impl="triton")
+
+    contenders: dict[str, Contender] = {"eager": plain, "torch.compile": torch.compile(plain, dynamic=False)}
+    backends = ("MATH", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION")
+    contenders |= {f"SDPA {name}": sdpa(getattr(SDPBackend, name)) for name in backends}
+    contenders["FlexAttention"] = _flex(heads, windows)
+    contenders["triton"] = fused
+    values = b * n * h * d * torch.empty((), dtype=dtype).element_size()
+    flops = 4 * b * h * n * n * d
+    shapes = f"{name} B={b} N={n} h={h} d={d}{' bias' if with_bias else ''}{' mask' if windows else ''}"
+    return Case(shapes, inputs, contenders, 4 * values, 7 * values, flops, 2.5 * flops)
+
+
+def _flex(heads: Callable[[Tensor], tuple[Tensor, ...]], windows: int) -> Contender:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    compiled = torch.compile(flex_attention, dynamic=False)
+
+    def run(qkv: Tensor, bias: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        def add(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            if bias is not None:
+                score = score + bias[h, i, j]
+            return score if mask is None else score + mask[b % windows, i, j]
+
+        out = compiled(*heads(qkv), score_mod=None if bias is None and mask is None else add)
+        return out.transpose(1, 2).flatten(2)
+
+    return run
+
+
+def _ema(size: int, device: torch.device, dtype: torch.dtype) -> Case:
+    def inputs() -> tuple[Tensor, ...]:
+        copy = torch.empty(size, device=device, dtype=torch.bfloat16)
+        return torch.randn(size, device=device), torch.randn(size, device=device), copy
+
+    def plain(ema: Tensor, master: Tensor, copy: Tensor) -> Tensor:
+        ema.lerp_(master, 0.008)
+        return copy.copy_(ema)
+
+    def named(impl: str) -> Contender:
+        def run(ema: Tensor, master: Tensor, copy: Tensor) -> Tensor:
+            ema_update_([ema], [master], 0.992, [copy], impl=impl)
+            return copy
+
+        return run
+
+    contenders = {
+        "eager": plain,
+        "torch.compile": torch.compile(plain, dynamic=False),
+        "foreach": named("eager"),
+        "triton": named("triton"),
+    }
+    return Case(f"shard of {size} weights, bf16 copy", inputs, contenders, 14 * size)
+
+
+def _matrix_sinkhorn(logits: Tensor) -> Tensor:
+    """Three iterations on a whole matrix, as SwAV's descendants write them."""
+    q = (logits.float() / TEMPERATURE).exp().t()
+    k, b = q.shape
+    q /= q.sum()
+    for _ in range(3):
+        q /= q.sum(1, keepdim=True)
+        q /= k
+        q /= q.sum(0, keepdim=True)
+        q /= b
+    return q.t() * b
+
+
+def _cosines(rows: int, prototypes: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return (torch.rand(rows, prototypes, device=device) * 2 - 1).to(dtype)
