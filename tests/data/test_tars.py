@@ -108,6 +108,14 @@ def test_index_with_names_of_another_shard_is_refused(make_shard: Callable[..., 
         tars.read_index(two)
 
 
+def test_index_with_another_size_is_refused(shard: Path) -> None:
+    path = tars.write_index(shard, tars.walk(shard))
+    size = tars.walk(shard)[-1].members[0].size
+    path.write_text(path.read_text().replace(f" {size} ", f" {size - 1} "))
+    with pytest.raises(UserError, match="another member"):
+        tars.read_index(shard)
+
+
 def test_index_older_than_appended_samples_is_refused(make_shard: Callable[..., Path], pictures: list[bytes]) -> None:
     files = {f"k{i}.jpg": data for i, data in enumerate(pictures[:6])}
     shard = make_shard(dict(list(files.items())[:3]))
