@@ -68,9 +68,11 @@ def _parser() -> argparse.ArgumentParser:
 
     from pipeline import extract, watch
     from pipeline.evaluate import cli as evaluate
+    from pipeline.report import cli as report
 
     extract.add_arguments(commands.add_parser("extract", help="cut sub-networks out as plain timm models"))
     evaluate.add_arguments(commands.add_parser("eval", help="k-NN or linear accuracy of sub-networks"))
+    report.add_arguments(commands.add_parser("report", help="one HTML file about a run"))
     watch.add_arguments(commands.add_parser("watch", help="the dashboard of a run, over Prometheus"))
 
     demo = commands.add_parser("demo", help="the whole job on embedded images, in a few minutes")

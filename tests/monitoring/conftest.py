@@ -95,7 +95,7 @@ def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, 
     home = tmp_path_factory.mktemp("prometheus")
     shutil.copytree(MONITORING, home, dirs_exist_ok=True)
     config = (home / "prometheus.yaml").read_text()
-    hurried = config.replace("interval: 15s", "interval: 1s").replace("timeout: 10s", "timeout: 1s")
+    hurried = config.replace("interval: 15s", "interval: 2s").replace("timeout: 10s", "timeout: 2s")
     (home / "prometheus.yaml").write_text(hurried.replace("refresh_interval: 30s", "refresh_interval: 1s"))
     port = free_port()
     with (home / "log").open("w") as log:
@@ -148,9 +148,13 @@ def live(
 
     def evaluated() -> bool:
         assert all(rank.poll() is None for rank in started.ranks), log.read_text()[-4000:]
-        return all(
-            started.result(name + '{run="night"}') for name in ("poa_knn_accuracy_ratio", "poa_checkpoint_bytes")
+        wanted = (
+            "poa_knn_accuracy_ratio",
+            "poa_checkpoint_bytes",
+            "run:poa_data_wait:ratio5m",
+            "run:poa_images:rate5m",
         )
+        return all(started.result(name + '{run="night"}') for name in wanted)
 
     try:
         until(evaluated, 200, "the first evaluation")

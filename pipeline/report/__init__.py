@@ -1,0 +1,1 @@
+"""`poa report`: one HTML file that tells what became of a run."""

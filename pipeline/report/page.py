@@ -1,0 +1,231 @@
+"""The report of a run: what its files say, on one page."""
+
+import json
+import math
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from html import escape
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import ExperimentConfig, dump_config
+from pipeline.elastic import Grid, cost
+from pipeline.errors import UserError
+from pipeline.files import read_json_lines
+from pipeline.metrics.families import BANDS, PHASES
+from pipeline.report.charts import line_chart, number, scatter_chart, split_bar, table
+from pipeline.run_models import RunModels, run_config
+
+Records = list[dict[str, Any]]
+BRANCHES = ("teacher", "intact", "elastic")
+
+
+def report(directory: Path) -> str:
+    """The page as HTML that loads nothing from anywhere.
+
+    Raises:
+        UserError: `directory` holds no run, or one that has recorded nothing yet.
+    """
+    config = run_config(directory)
+    records = read_json_lines(directory / "metrics.jsonl")
+    if not records:
+        raise UserError("the run has recorded nothing yet", str(directory), "wait for its first log line")
+    manifest = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
+    sections = {
+        "Summary": _summary(config, records, manifest),
+        "Losses": _losses(records),
+        "Throughput and time": _times(records),
+        "Health of the representation": _health(config, records),
+        "Sub-networks": _subnets(directory, config, records),
+        "Pictures": _pictures(directory, config, records, manifest),
+        "Faults and restarts": _faults(directory, records, manifest),
+        "Environment": _environment(manifest),
+        "Configuration": f"<pre>{escape(dump_config(config))}</pre>",
+    }
+    body = "".join(f"<h2>{title}</h2>{content}" for title, content in sections.items() if content)
+    template = resources.files("pipeline").joinpath("assets/report.html").read_text(encoding="utf-8")
+    made = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
+    name = escape(directory.resolve().name)
+    return template.replace("__NAME__", name).replace("__MADE__", made).replace("__BODY__", body)
+
+
+def curve(records: Records, key: str) -> list[tuple[float, float]]:
+    """(step, value) wherever a record has the key."""
+    return [(r["step"], r[key]) for r in records if isinstance(r.get(key), int | float)]
+
+
+def curves(records: Records, keys: dict[str, str]) -> dict[str, list[tuple[float, float]]]:
+    """Curves by legend, from record keys by legend."""
+    return {legend: curve(records, key) for legend, key in keys.items()}
+
+
+def _summary(config: ExperimentConfig, records: Records, manifest: dict[str, Any]) -> str:
+    last = records[-1]
+    end = min(config.optim.total_steps, config.run.max_steps or config.optim.total_steps)
+    seconds = [r["step_seconds"] for r in records]
+    waits = [r["data_wait_seconds"] for r in records]
+    tiles = {
+        "Steps": f"{last['step']:,} of {end:,}",
+        "Images seen": number(last["images"]),
+        "Loss": number(last["loss"]),
+        "Images/s (median)": number(_median([r["images_per_second"] for r in records])),
+        "Waiting for data": f"{100 * sum(waits) / sum(seconds):.1f}%",
+        "Utilization (median)": f"{100 * _median([v for _, v in curve(records, 'mfu')] or [math.nan]):.1f}%",
+        "Ranks": str(manifest["world_size"]),
+        "Restarts": str(len(manifest["starts"]) - 1),
+        "Bad steps": str(last["bad_steps"]),
+        "Samples left out": str(last["skipped_samples"]),
+    }
+    grid = Grid(config.model)
+    text = (
+        f"{config.model.family}, largest network {grid.largest.name} with "
+        f"{cost.params(config.model, grid.largest) / 1e6:.1f} M parameters, {len(grid)} sub-networks; "
+        f"{manifest['data']['samples']:,} images in {manifest['data']['shards']} shards; first started "
+        f"{manifest['starts'][0]['time']}."
+    )
+    boxes = "".join(f"<div><span>{escape(k)}</span><b>{escape(v)}</b></div>" for k, v in tiles.items())
+    return f'<p>{escape(text)}</p><div class="tiles">{boxes}</div>'
+
+
+def _losses(records: Records) -> str:
+    both = {"intact": "{}_intact", "elastic": "{}_elastic"}
+    charts = [line_chart("Total loss", {"total": curve(records, "loss")})]
+    for term, title in (("dino", "DINO"), ("ibot", "iBOT"), ("koleo", "KoLeo")):
+        found = curves(records, {k: v.format(term) for k, v in both.items()})
+        used = any(value for points in found.values() for _, value in points)  # zero before iBOT starts
+        charts.append(line_chart(title, found) if used else "")
+    distilled = {"global crops": "distill_global_elastic", "local crops": "distill_local_elastic"}
+    charts.append(line_chart("Intact to elastic", curves(records, distilled)))
+    norms = {"backbone": "grad_norm_backbone", "heads": "grad_norm_heads"}
+    charts.append(line_chart("Gradient norm before clipping", curves(records, norms), floor_zero=True))
+    charts.append(line_chart("Learning rate", {"learning rate": curve(records, "lr")}, floor_zero=True))
+    charts.append(line_chart("Teacher temperature", {"temperature": curve(records, "teacher_temp")}))
+    return _grid(charts)
+
+
+def _times(records: Records) -> str:
+    split = {}
+    for phase in PHASES:
+        values = [value for _, value in curve(records, f"{phase}_seconds_per_step")]
+        if values:
+            split[phase] = sum(values) / len(values)
+    charts = [
+        line_chart("Throughput", {"images/s": curve(records, "images_per_second")}, floor_zero=True),
+        line_chart(
+            "Seconds per step",
+            curves(records, {"step": "step_seconds", "waiting for data": "data_wait_seconds"}),
+            floor_zero=True,
+        ),
+        line_chart("Model FLOPs utilization", {"utilization": curve(records, "mfu")}, floor_zero=True),
+        split_bar("Where a step's time goes", split, "ms") if split else "",
+    ]
+    return _grid(charts)
+
+
+def _health(config: ExperimentConfig, records: Records) -> str:
+    def by_branch(key: str) -> dict[str, list[tuple[float, float]]]:
+        return curves(records, {branch: f"{key}_{branch}" for branch in BRANCHES})
+
+    largest = sum(math.log(k) for k in config.heads.prototypes) / len(config.heads.prototypes)
+    return _grid(
+        [
+            line_chart(
+                "Entropy of the mean target",
+                by_branch("entropy"),
+                f"nats, at most {largest:.2f}; falls when all images get the same prototypes",
+                floor_zero=True,
+            ),
+            line_chart("Targets from uniform (KL)", by_branch("uniform_kl"), "nats; zero: targets say nothing", True),
+            line_chart("Effective rank of cls features", by_branch("effective_rank"), floor_zero=True),
+            line_chart("Spread of cls features", by_branch("feature_std"), "0 collapsed, 1 spread out", True),
+            line_chart("Prototypes in use", by_branch("prototypes_used"), "share of all, in one batch", True),
+        ]
+    )
+
+
+def _subnets(directory: Path, config: ExperimentConfig, records: Records) -> str:
+    online = sorted({key for r in records for key in r if key.startswith("knn_") and "x" in key})
+    online_curves = {k.removeprefix("knn_"): [(r["knn_step"], r[k]) for r in records if k in r] for k in online}
+    charts = [
+        line_chart("Elastic DINO loss by cost", curves(records, {b: f"subnet_loss_{b}" for b in BANDS})),
+        line_chart("k-NN accuracy during training", online_curves),
+    ]
+    tables = []
+    for path in sorted((directory / "eval").glob("*.json")):
+        entries = json.loads(path.read_text(encoding="utf-8"))
+        evaluated = {n: e for n, e in entries.items() if {"accuracy", "params", "gflops"} <= e.keys()}
+        if evaluated:
+            note = f"{path.stem}, step {next(iter(evaluated.values())).get('step')}"
+            for key, title in (("params", "Parameters"), ("gflops", "GFLOPs per image")):
+                points = [(e[key], e["accuracy"], n) for n, e in evaluated.items()]
+                charts.append(scatter_chart(f"{path.stem}: accuracy over {title}", {path.stem: points}, title, note))
+            rows = [
+                [n, f"{e['params'] / 1e6:.2f} M", f"{e['gflops']:.3g}", f"{100 * e['accuracy']:.1f}%"]
+                for n, e in evaluated.items()
+            ]
+            tables.append(
+                f"<h3>{escape(path.stem)}</h3>" + table(["sub-network", "parameters", "GFLOPs", "accuracy"], rows)
+            )
+    if not tables:
+        tables = ["<p>Not evaluated yet: <code>poa eval knn RUN</code>.</p>"]
+    return _grid(charts) + "".join(tables)
+
+
+def _pictures(directory: Path, config: ExperimentConfig, records: Records, manifest: dict[str, Any]) -> str:
+    from pipeline.report import pictures
+
+    step = records[-1]["step"] - 1
+    crops = _if_possible(
+        f"Crops of rank 0 at step {step + 1}, as the model saw them; dark patches were masked for the students.",
+        lambda: pictures.crops_as_seen(config, step, manifest["world_size"]),
+    )
+    components = _if_possible(
+        "First three principal components of the teacher's patch features, per sub-network.",
+        lambda: pictures.patch_components(config, RunModels.open(directory)),
+    )
+    return crops + components
+
+
+def _if_possible(caption: str, make: Callable[[], str]) -> str:
+    """A picture with its caption, or why there is none."""
+    try:
+        return f"<p>{escape(caption)}</p>{make()}"
+    except UserError as error:
+        print(f"warning: a picture is missing in the report: {error}", file=sys.stderr)
+        return f"<p>{escape(caption)}</p><p><i>Not available: {escape(str(error))}</i></p>"
+
+
+def _faults(directory: Path, records: Records, manifest: dict[str, Any]) -> str:
+    starts = [[s["time"], s["step"], s["world_size"], s["host"], s.get("job") or ""] for s in manifest["starts"]]
+    parts = ["<h3>Starts</h3>", table(["time", "from step", "ranks", "host", "Slurm job"], starts)]
+    bad = [[r["step"], ", ".join(r["bad"])] for r in records if "bad" in r]
+    if bad:
+        parts += ["<h3>Steps left out</h3>", table(["step", "not finite"], bad[:100])]
+    skipped = read_json_lines(directory / "skipped.jsonl")
+    if skipped:
+        counts = Counter(s["reason"] for s in skipped)
+        first = {s["reason"]: s for s in reversed(skipped)}
+        rows = [
+            [reason, n, f"{first[reason]['key']} of {first[reason]['shard']}"] for reason, n in counts.most_common()
+        ]
+        parts += ["<h3>Samples left out</h3>", table(["reason", "samples", "first"], rows)]
+    if not bad and not skipped:
+        parts.append("<p>No step and no sample was left out.</p>")
+    return "".join(parts)
+
+
+def _environment(manifest: dict[str, Any]) -> str:
+    rows = [["code", manifest["code"]], *manifest["versions"].items()]
+    rows += [["data", manifest["data"]["sha256"][:16]], ["seed", manifest["seed"]]]
+    return table(["what", "version"], rows)
+
+
+def _grid(figures: Iterable[str]) -> str:
+    return f'<div class="charts">{"".join(figures)}</div>'
+
+
+def _median(numbers: list[float]) -> float:
+    return sorted(numbers)[len(numbers) // 2]

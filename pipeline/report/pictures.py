@@ -1,0 +1,126 @@
+"""Pictures of a run: crops as the model saw them, and what its features see in images."""
+
+import base64
+import io
+from html import escape
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import resolve_data_config
+from torch import Tensor
+
+from pipeline.config import ExperimentConfig
+from pipeline.data.augment import MEAN, STD
+from pipeline.data.images import BadImage
+from pipeline.data.loader import Loader
+from pipeline.data.masks import block_masks
+from pipeline.elastic import Subnet, build
+from pipeline.eval_images import EvalImages
+from pipeline.online_eval import representative_subnets
+from pipeline.run_models import RunModels, preprocessing
+
+IMAGES = 4
+SIDE = 128
+_MASKED = 0.15  # brightness left under a mask
+
+
+def crops_as_seen(config: ExperimentConfig, step: int, world_size: int) -> str:
+    """Crops of the first images of rank 0 at a step, with the masks laid over them, as HTML.
+
+    Raises:
+        UserError: the shards are not there any more.
+    """
+    batch = config.data.batch_size
+    count = min(IMAGES, batch)
+    data = config.data.model_copy(update={"batch_size": count, "threads": 1})
+    loader = Loader(data, start_sample=step * batch * world_size)
+    try:
+        crops = next(loader)
+        globals_, locals_ = crops.global_crops.clone(), crops.local_crops.clone()
+    finally:
+        loader.close()
+    rows, columns = build(config.model).patch_grid(config.data.global_crops.size)
+    loss = config.loss
+    masks = np.zeros((2 * count, rows, columns), dtype=bool)
+    if step >= loss.ibot_start_epoch * config.optim.steps_per_epoch and loss.ibot_weight > 0:
+        drawn = block_masks(
+            config.data.seed, step, 0, 2 * batch, (rows, columns), loss.mask_probability, loss.mask_ratio
+        )
+        masks = drawn[: 2 * count].reshape(2 * count, rows, columns)
+    per_image = len(locals_) // count
+    strips = []
+    for i in range(count):
+        strip = [_picture(_darkened(globals_[2 * i + g], masks[2 * i + g])) for g in range(2)]
+        strip += [_picture(locals_[i * per_image + j], SIDE // 2) for j in range(per_image)]
+        strips.append(f'<div class="strip">{"".join(strip)}</div>')
+    return "".join(strips)
+
+
+@torch.no_grad()
+def patch_components(config: ExperimentConfig, models: RunModels) -> str:
+    """First three principal components of the teacher's patch features as colours, per size, as HTML.
+
+    Raises:
+        UserError: the shards are not there any more.
+    """
+    shards = config.eval.val or config.data.val or config.data.train
+    images = _some_images(EvalImages(shards, resolve_data_config({}, pretrained_cfg=preprocessing(config.model))))
+    if not len(images[0]):
+        return ""
+    shown, inputs = images
+    strips = [_strip("image", [_picture(x, normalized=False) for x in shown])]
+    for subnet in representative_subnets(models.grid):
+        strips.append(_strip(subnet.name, [_picture(x, normalized=False) for x in _components(models, inputs, subnet)]))
+    return "".join(strips)
+
+
+def _some_images(source: EvalImages) -> tuple[Tensor, Tensor]:
+    """A few usable images, spread over the set: in [0, 1], and as the model takes them."""
+    held: list[Tensor] = []
+    for record in range(0, len(source), max(len(source) // (4 * IMAGES), 1)):
+        try:
+            held.append(source.load(record))
+        except BadImage:
+            continue
+        if len(held) == IMAGES:
+            break
+    images = torch.stack(held) if held else torch.empty(0, 3, 1, 1, dtype=torch.uint8)
+    return images.float() / 255, source.normalize(images)
+
+
+def _components(models: RunModels, images: Tensor, subnet: Subnet) -> Tensor:
+    """`[B, 3, rows, columns]` in [0, 1]."""
+    patches = models.backbone(images, subnet).patches
+    rows, columns = models.backbone.patch_grid(images.shape[-1])
+    flat = patches.reshape(-1, patches.shape[-1]).double()
+    flat = flat - flat.mean(0)
+    _, _, axes = torch.linalg.svd(flat, full_matrices=False)
+    colours = flat @ axes[:3].T
+    low, high = colours.quantile(0.02, 0), colours.quantile(0.98, 0)
+    colours = ((colours - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
+    return colours.reshape(len(images), rows, columns, -1).permute(0, 3, 1, 2).float()
+
+
+def _darkened(crop: Tensor, mask: np.ndarray) -> Tensor:
+    size = crop.shape[-1]
+    grown = np.kron(mask, np.ones((size // mask.shape[0], size // mask.shape[1]), dtype=bool))
+    black = (torch.zeros(3) - torch.tensor(MEAN)) / torch.tensor(STD)
+    dark = _MASKED * crop + (1 - _MASKED) * black[:, None, None]
+    return torch.where(torch.from_numpy(grown), dark, crop)
+
+
+def _picture(image: Tensor, side: int = SIDE, normalized: bool = True) -> str:
+    """An `<img>` with the picture in it, `[3, H, W]`."""
+    if normalized:
+        image = image.float() * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None]
+    pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+    small = Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST)
+    buffer = io.BytesIO()
+    small.save(buffer, "PNG", optimize=True)
+    text = base64.b64encode(buffer.getvalue()).decode()
+    return f'<img width="{side}" height="{side}" alt="" src="data:image/png;base64,{text}">'
+
+
+def _strip(name: str, pictures: list[str]) -> str:
+    return f'<div class="strip"><span>{escape(name)}</span>{"".join(pictures)}</div>'
