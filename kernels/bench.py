@@ -1,7 +1,9 @@
 """Each kernel against its rivals in one run: `python -m kernels.bench [--op loss ...] [--json FILE]`.
 
-Every figure is a median over calls on rotating inputs. Bytes and FLOP count what the operation needs at least, so that a
-share of the ceilings (a copy and a matrix product measured in the same run) compares all contenders alike.
+Every figure is a median over calls on rotating inputs: time between events on a GPU, on the CPU the processor time of
+this process (which others on the machine disturb less than the wall clock). Bytes and FLOP count what the operation
+needs at least, so that a share of the ceilings (a copy and a matrix product of the same run) compares all contenders
+alike.
 """
 
 import argparse
@@ -13,6 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import date
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -67,13 +70,13 @@ class Clock:
         """Median time of `call(i)`, i counting the calls, after two that warm up."""
         for i in range(2):
             call(i)
-        return statistics.median(self._one(lambda i=i: call(i)) for i in range(self.repeats))
+        return statistics.median(self._one(partial(call, i)) for i in range(self.repeats))
 
     def _one(self, call: Callable[[], Any]) -> float:
         if self.device.type == "cpu":
-            start = time.perf_counter()
+            start = time.process_time()
             call()
-            return 1e3 * (time.perf_counter() - start)
+            return 1e3 * (time.process_time() - start)
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         # while the GPU is busy here, the CPU queues the whole call: launches cost nothing, as in a long step
         torch.cuda._sleep(20_000_000)
@@ -111,7 +114,6 @@ def ceilings(clock: Clock, dtype: torch.dtype, scale: str) -> dict[str, float]:
 
 def measure(op: str, case: Case, clock: Clock, limits: dict[str, float]) -> list[Result]:
     """All contenders of one case, the missing ones with the reason."""
-    torch.manual_seed(0)
     rotation = [case.inputs()]
     size = sum(x.nbytes for x in rotation[0])
     rotation += [case.inputs() for _ in range(min(7, ROTATED_BYTES // size))]
@@ -121,9 +123,8 @@ def measure(op: str, case: Case, clock: Clock, limits: dict[str, float]) -> list
         result = Result(op, case.name, name)
         results.append(result)
         try:
-            found = _gradients(
-                contender, tuple(x.detach().clone().requires_grad_(x.requires_grad) for x in rotation[0])
-            )
+            torch.manual_seed(0)
+            found = _gradients(contender, case.inputs())
             reference = reference or found
             result.difference = max(_difference(x, y) for x, y in zip(found, reference, strict=True))
             _time(result, contender, case, rotation, clock, limits)

@@ -3,6 +3,7 @@
 Shapes at scale "full" are those of the ViT-L and Swin-B presets with 50 images per GPU.
 """
 
+import importlib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -49,7 +50,12 @@ class Case:
 
 def cases(operation: str, scale: str, device: torch.device, dtype: torch.dtype) -> list[Case]:
     """The cases of one of `OPERATIONS` at one of `SCALES`."""
-    builders = {"loss": _loss, "sinkhorn": _sinkhorn, "attention": _attention, "ema": _ema}
+    builders: dict[str, Callable[..., Case]] = {
+        "loss": _loss,
+        "sinkhorn": _sinkhorn,
+        "attention": _attention,
+        "ema": _ema,
+    }
     found = [builders[operation](*shape, device, dtype) for shape in SHAPES[operation][scale]]
     for case in found:
         if device.type != "cuda":
@@ -107,7 +113,7 @@ def _loss(name: str, r: int, m: int, k: int, p: int, device: torch.device, dtype
     def written_out(student: Tensor, logits: Tensor, row: Tensor, col: Tensor, rows: Tensor) -> Tensor:
         target = (logits.float() / TEMPERATURE + row[:, None] + col).exp()
         log_p = torch.log_softmax(student.float() / STUDENT_TEMPERATURE, -1)
-        return -sum((target[rows[:, i]] * log_p).sum(-1) for i in range(p))
+        return -torch.stack([(target[rows[:, i]] * log_p).sum(-1) for i in range(p)]).sum(0)
 
     def factored(impl: str) -> Contender:
         def run(student: Tensor, logits: Tensor, row: Tensor, col: Tensor, rows: Tensor) -> Tensor:
@@ -116,11 +122,10 @@ def _loss(name: str, r: int, m: int, k: int, p: int, device: torch.device, dtype
         return run
 
     def liger(student: Tensor, logits: Tensor, row: Tensor, col: Tensor, rows: Tensor) -> Tensor:
-        from liger_kernel.transformers import LigerKLDIVLoss
-
+        loss = importlib.import_module("liger_kernel.transformers").LigerKLDIVLoss(reduction="sum")
         target = (logits.float() / TEMPERATURE + row[:, None] + col).exp()
         log_p = torch.log_softmax(student.float() / STUDENT_TEMPERATURE, -1)
-        return sum(LigerKLDIVLoss(reduction="sum")(log_p, target[rows[:, i]]) for i in range(p))
+        return torch.stack([loss(log_p, target[rows[:, i]]) for i in range(p)]).sum()
 
     contenders = {
         "eager, targets written out": written_out,
@@ -188,11 +193,8 @@ def _attention(
             return bias
         return (bias + mask[:, None]).repeat(b // windows, 1, 1, 1)
 
-    def heads(qkv: Tensor) -> tuple[Tensor, ...]:
-        return qkv.permute(2, 0, 3, 1, 4).unbind(0)
-
     def plain(qkv: Tensor, bias: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        q, k, v = heads(qkv)
+        q, k, v = _heads(qkv)
         scores = q @ k.mT * d**-0.5
         added = offset(bias, mask)
         p = (scores if added is None else scores + added).softmax(-1)
@@ -201,7 +203,8 @@ def _attention(
     def sdpa(backend: SDPBackend) -> Contender:
         def run(qkv: Tensor, bias: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
             with sdpa_kernel(backend):
-                out = scaled_dot_product_attention(*heads(qkv), attn_mask=offset(bias, mask))
+                q, k, v = _heads(qkv)
+                out = scaled_dot_product_attention(q, k, v, attn_mask=offset(bias, mask))
             return out.transpose(1, 2).flatten(2)
 
         return run
@@ -212,7 +215,7 @@ def _attention(
     contenders: dict[str, Contender] = {"eager": plain, "torch.compile": torch.compile(plain, dynamic=False)}
     backends = ("MATH", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION")
     contenders |= {f"SDPA {name}": sdpa(getattr(SDPBackend, name)) for name in backends}
-    contenders["FlexAttention"] = _flex(heads, windows)
+    contenders["FlexAttention"] = _flex(windows)
     contenders["triton"] = fused
     values = b * n * h * d * torch.empty((), dtype=dtype).element_size()
     flops = 4 * b * h * n * n * d
@@ -220,7 +223,13 @@ def _attention(
     return Case(shapes, inputs, contenders, 4 * values, 7 * values, flops, 2.5 * flops)
 
 
-def _flex(heads: Callable[[Tensor], tuple[Tensor, ...]], windows: int) -> Contender:
+def _heads(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Views `[B, h, N, d]` of queries, keys and values."""
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    return q, k, v
+
+
+def _flex(windows: int) -> Contender:
     from torch.nn.attention.flex_attention import flex_attention
 
     compiled = torch.compile(flex_attention, dynamic=False)
@@ -231,7 +240,8 @@ def _flex(heads: Callable[[Tensor], tuple[Tensor, ...]], windows: int) -> Conten
                 score = score + bias[h, i, j]
             return score if mask is None else score + mask[b % windows, i, j]
 
-        out = compiled(*heads(qkv), score_mod=None if bias is None and mask is None else add)
+        q, k, v = _heads(qkv)
+        out = compiled(q, k, v, score_mod=None if bias is None and mask is None else add)
         return out.transpose(1, 2).flatten(2)
 
     return run
