@@ -12,7 +12,7 @@ DALI_WHEELS = {"cuda120": 525, "cuda130": 580}  # wheel -> oldest NVIDIA driver 
 def dali_wheel() -> str:
     """Choose the DALI wheel: the two share file paths, so exactly one may be installed.
 
-    POA_DALI=cuda120|cuda130 decides; otherwise the driver does; without a driver, CUDA 13 (its CPU pipelines need none).
+    POA_DALI=cuda120|cuda130 decides, else the driver; without a driver CUDA 13, whose CPU pipelines need none.
     """
     choice = os.environ.get("POA_DALI", "")
     if choice:

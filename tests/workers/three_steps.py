@@ -1,4 +1,4 @@
-"""Three steps of the method, by the engine or by plain fp64 PyTorch; writes losses and weights to a file.
+"""Three steps (or run.max_steps) of the method, by the engine or by plain fp64 PyTorch; saves losses and weights.
 
 Usage: three_steps.py engine|plain CONFIG OUT VIRTUAL_RANKS
 
@@ -47,7 +47,7 @@ def by_engine(config: ExperimentConfig, ranks: Ranks) -> dict:
         return every[ranks.rank * share : (ranks.rank + 1) * share]
 
     trainer._masks = MethodType(masks, trainer)
-    losses = [trainer.step(step).losses for step in range(STEPS)]
+    losses = [trainer.step(step).losses for step in range(config.run.max_steps or STEPS)]
     weights = {"student": {}, "teacher": {}}
     for group in trainer.engine.groups:
         for branch, shard in (("student", group.master), ("teacher", group.ema)):
@@ -94,7 +94,7 @@ def by_plain_torch(config: ExperimentConfig, subnets: list[list[Subnet]]) -> dic
     heads = range(len(config.heads.prototypes))
     center = {kind: [torch.zeros(k).double() for k in config.heads.prototypes] for kind in ("cls", "patch")}
     losses = []
-    for step in range(STEPS):
+    for step in range(config.run.max_steps or STEPS):
         values, batch = schedules.at(step), next(loader)
         masks = torch.from_numpy(all_masks(config, step, images, grid, values))
         g, loc = batch.global_crops.double(), batch.local_crops.double()
@@ -208,7 +208,7 @@ def draws(config: ExperimentConfig, ranks: int) -> list[list[Subnet]]:
     sampler = SubnetSampler(
         grid, partial(cost.flops, config.model), ranks, config.sampling.assignment, config.data.seed
     )
-    return [[sampler.draw(step, rank) for rank in range(ranks)] for step in range(STEPS)]
+    return [[sampler.draw(step, rank) for rank in range(ranks)] for step in range(config.run.max_steps or STEPS)]
 
 
 def main() -> None:
