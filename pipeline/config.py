@@ -271,6 +271,9 @@ class OptimConfig(Section):
     layer_decay: float = Field(0.9, gt=0, le=1)
     patch_embed_lr_scale: float = Field(0.2, gt=0)
     freeze_prototypes_epochs: float = Field(1, ge=0)
+    head_warmup_epochs: float = Field(
+        0, ge=0, description="only the heads learn at first; 1 if model.init_from is set and this is not"
+    )
     clip_grad: float = Field(1.5, gt=0)
     schedule_fraction: float = Field(0.78, gt=0, le=1)
     ema: tuple[float, float] = (0.992, 0.9999)
@@ -280,6 +283,10 @@ class OptimConfig(Section):
     def _warmup_fits(self) -> "OptimConfig":
         if self.warmup_epochs >= self.epochs:
             raise ValueError(f"warmup_epochs={self.warmup_epochs:g} must be less than epochs={self.epochs}: lower it")
+        if self.head_warmup_epochs >= self.epochs:
+            raise ValueError(
+                f"head_warmup_epochs={self.head_warmup_epochs:g} must be less than epochs={self.epochs}: lower it"
+            )
         if not all(0 <= m <= 1 for m in self.ema):
             raise ValueError(f"ema={list(self.ema)} must lie within [0, 1]")
         return self
@@ -360,6 +367,15 @@ class ExperimentConfig(Section):
     eval: EvalConfig = EvalConfig()
     metrics: MetricsConfig = MetricsConfig()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _fresh_heads_learn_first(cls, values: Any) -> Any:
+        """Pretrained weights wait an epoch for the heads, unless the file says otherwise."""
+        model, optim = (values.get(name, {}) for name in ("model", "optim")) if isinstance(values, dict) else ({}, None)
+        if isinstance(model, dict) and model.get("init_from") and isinstance(optim, dict):
+            return {**values, "optim": {"head_warmup_epochs": 1, **optim}}
+        return values
+
     @model_validator(mode="after")
     def _sections_agree(self) -> "ExperimentConfig":
         crops = {"data.global_crops.size": self.data.global_crops.size}
@@ -376,6 +392,11 @@ class ExperimentConfig(Section):
             raise ValueError(
                 f"data.global_crops.size={self.data.global_crops.size} differs from "
                 f"model.image_size={self.model.image_size}: set both to the same value"
+            )
+        if self.optim.head_warmup_epochs and self.model.init_from is None:
+            raise ValueError(
+                f"optim.head_warmup_epochs={self.optim.head_warmup_epochs:g} would hold a random backbone still: "
+                "set model.init_from, or leave it out"
             )
         group = self.loss.koleo_group
         if group and self.data.batch_size % group:

@@ -191,7 +191,9 @@ class Engine:
             if gradients:
                 torch._foreach_mul_(gradients, factors[MODULES.index(group.spec.module)])
         for group, settings in zip(self.groups, self.optimizer.param_groups, strict=True):
-            frozen = group.spec.prototypes and values.prototypes_frozen
+            frozen = (group.spec.prototypes and values.prototypes_frozen) or (
+                group.spec.module == "backbone" and values.backbone_frozen
+            )
             settings["lr"] = 0.0 if frozen else values.lr * group.spec.lr_scale
             settings["weight_decay"] = values.weight_decay if group.spec.decayed and not frozen else 0.0
         self.engine.step()

@@ -14,6 +14,7 @@ from pipeline.checkpoint import BRANCHES, load_weights
 from pipeline.config import ExperimentConfig, ModelConfig, load_config
 from pipeline.data.augment import MEAN, STD
 from pipeline.elastic import Export, Grid, Subnet, build, cost
+from pipeline.elastic.pretrained import load_pretrained
 from pipeline.errors import UserError
 
 CROP_FRACTION = 0.875  # centre crop of the resized image in evaluation, as DINO's k-NN protocol has it
@@ -65,8 +66,11 @@ class RunModels:
 
     @classmethod
     def untrained(cls, config: ExperimentConfig) -> "RunModels":
-        """The network as it was initialised from the run's seed."""
-        return cls(config, None, 0, "")
+        """The network as the run began: initialised from its seed, or from `model.init_from`."""
+        models = cls(config, None, 0, "")
+        if config.model.init_from:
+            load_pretrained(models.backbone, config.model.init_from)
+        return models
 
     def module(self, subnet: Subnet) -> nn.Module:
         """A sub-network alone, in eval mode."""

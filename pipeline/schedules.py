@@ -31,6 +31,7 @@ class StepValues:
     teacher_temp: float
     ibot: bool
     prototypes_frozen: bool
+    backbone_frozen: bool
 
 
 class Schedules:
@@ -61,4 +62,5 @@ class Schedules:
             teacher_temp=linear(step, temp.start, temp.end, round(temp.warmup_epochs * per_epoch)),
             ibot=loss.ibot_weight > 0 and step >= loss.ibot_start_epoch * per_epoch,
             prototypes_frozen=step < optim.freeze_prototypes_epochs * per_epoch,
+            backbone_frozen=step < optim.head_warmup_epochs * per_epoch,
         )

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import distributed
-from pipeline.checkpoint import Checkpoints, Progress
+from pipeline.checkpoint import Checkpoints, Progress, list_checkpoints
 from pipeline.config import ExperimentConfig
 from pipeline.data.loader import Loader
 from pipeline.distributed import Ranks
@@ -51,7 +51,8 @@ def _train(config: ExperimentConfig, ranks: Ranks, stop_requested: list[int], qu
         with distributed.crash_together(ranks):
             ranks.agree(lambda: run.claim(config, job))
             watchdog.share(run.heartbeats)
-            trainer = Trainer(config, ranks, watchdog.beat)
+            fresh = not ranks.agree(lambda: list_checkpoints(run.checkpoints))
+            trainer = Trainer(config, ranks, watchdog.beat, fresh)
             checkpoints = Checkpoints(run.checkpoints, config.run.keep, ranks, run.require_ownership)
             progress = checkpoints.resume(trainer.engine, trainer.tri_branch.centering) or Progress(0, 0, {}, 0, {})
             trainer.start_data(progress.samples)

@@ -21,6 +21,7 @@ from pipeline.data.reader import Dataset, Skip
 from pipeline.distributed import Ranks
 from pipeline.elastic import Subnet, build, cost
 from pipeline.elastic.head import ProjectionHeads
+from pipeline.elastic.pretrained import load_pretrained
 from pipeline.elastic.sampling import SubnetSampler
 from pipeline.elastic.subnet import Grid
 from pipeline.engine import MODULES, Engine
@@ -99,12 +100,20 @@ class Trainer:
         config: the experiment.
         ranks: this process and its peers.
         enter: told the phase of the step that begins.
+        fresh: the run begins, from `model.init_from` if that is set; a checkpoint replaces the weights otherwise.
 
     Raises:
-        UserError: the data is missing or smaller than a global batch, or the kernels cannot run on the device.
+        UserError: the data is missing or smaller than a global batch, the kernels cannot run on the device, or
+            `model.init_from` cannot be loaded.
     """
 
-    def __init__(self, config: ExperimentConfig, ranks: Ranks, enter: Callable[[str], None] = lambda phase: None):
+    def __init__(
+        self,
+        config: ExperimentConfig,
+        ranks: Ranks,
+        enter: Callable[[str], None] = lambda phase: None,
+        fresh: bool = True,
+    ):
         self.config, self.ranks, self.enter = config, ranks, enter
         self.global_batch = config.data.batch_size * ranks.world_size
         _require_kernels(config, ranks.device)
@@ -119,6 +128,9 @@ class Trainer:
             config.data.seed,
         )
         student = build_student(config)
+        source = config.model.init_from
+        if source and fresh:
+            ranks.agree(lambda: load_pretrained(student.backbone, source))  # the engine broadcasts the weights
         if config.engine.compile:
             student.backbone.compile_blocks()
         self.engine = Engine(student, config, ranks.device)
@@ -286,7 +298,7 @@ def _open_dataset(config: ExperimentConfig, global_batch: int) -> Dataset:
 
 
 def build_student(config: ExperimentConfig) -> Branch:
-    """The student, initialised from the seed of the experiment, on the CPU in fp32."""
+    """The student, initialised at random from the seed of the experiment, on the CPU in fp32."""
     torch.manual_seed(config.data.seed)
     backbone = build(
         config.model,

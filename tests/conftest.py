@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -108,22 +109,40 @@ def labelled(request: pytest.FixtureRequest) -> dict[str, list[str]]:
 
 
 @pytest.fixture(scope="session")
-def trained_run(
+def trained_runs(
     experiment: Callable[..., dict[str, Any]], labelled: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+) -> Callable[[str], Path]:
+    """Train a tiny network of a family for eight real steps, once; gives the run directory, to be left as it is."""
+
+    @cache
+    def trained(family: str) -> Path:
+        directory = tmp_path_factory.mktemp(family)
+        tree = experiment(family, data=labelled, run={"dir": str(directory / "run"), "max_steps": 8})
+        (directory / "config.yaml").write_text(yaml.safe_dump(tree))
+        code = "import sys, pipeline.config as c, pipeline.train as t; sys.exit(t.train(c.load_config(sys.argv[1])))"
+        process = subprocess.run(
+            [sys.executable, "-c", code, str(directory / "config.yaml")],
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+        )
+        assert process.returncode == 0, process.stderr[-4000:]
+        return directory / "run"
+
+    return trained
+
+
+@pytest.fixture(scope="session")
+def trained_run(trained_runs: Callable[[str], Path]) -> Path:
     """Run directory of a tiny ViT after eight real training steps; leave it as it is, or copy it."""
-    directory = tmp_path_factory.mktemp("trained")
-    tree = experiment(data=labelled, run={"dir": str(directory / "run"), "max_steps": 8})
-    (directory / "config.yaml").write_text(yaml.safe_dump(tree))
-    code = "import sys, pipeline.config as c, pipeline.train as t; sys.exit(t.train(c.load_config(sys.argv[1])))"
-    process = subprocess.run(
-        [sys.executable, "-c", code, str(directory / "config.yaml")],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert process.returncode == 0, process.stderr[-4000:]
-    return directory / "run"
+    return trained_runs("vit")
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 @pytest.fixture

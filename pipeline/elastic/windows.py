@@ -1,5 +1,6 @@
 """Geometry of Swin's windows for maps of any size, as timm lays them out for a model built for that size."""
 
+import warnings
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -69,7 +70,9 @@ def _table_resize(size: tuple[int, int], table: int) -> Tensor:
     """timm's interpolation of a bias table as a matrix; it is linear, so its action on the identity is all of it."""
     columns = (2 * table - 1) ** 2
     shape = ((2 * size[0] - 1) * (2 * size[1] - 1), columns)
-    return resize_rel_pos_bias_table(torch.eye(columns), size, shape, (table, table))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # timm's indexing is of a kind that torch will drop
+        return resize_rel_pos_bias_table(torch.eye(columns), size, shape, (table, table))
 
 
 def to_windows(x: Tensor, geometry: Windows, shifted: bool) -> Tensor:
