@@ -30,6 +30,7 @@ def dali_wheel() -> str:
 
 DEVELOPMENT = [
     "coverage>=7.6",
+    "grafana-foundation-sdk",
     "import-linter>=2.3",
     "mypy>=1.15",
     "pre-commit>=4",
