@@ -189,17 +189,23 @@ def environment(device: torch.device) -> dict[str, str]:
     return {**found, "device": f"{model}, {torch.get_num_threads()} threads"}
 
 
-def markdown(head: dict[str, str], limits: dict[str, float], results: list[Result]) -> str:
-    """The table as Markdown, one section per case."""
-    lines = [", ".join(f"{key} {value}" for key, value in head.items()) + ".", ""]
-    lines += [
-        f"Ceilings: copy {limits['copy_bytes_per_s'] / 1e9:.1f} GB/s, "
-        f"matrix product {limits['matmul_flop_per_s'] / 1e12:.2f} TFLOP/s."
+def heading(head: dict[str, str], limits: dict[str, float]) -> str:
+    """First lines of the Markdown table."""
+    return (
+        ", ".join(f"{key} {value}" for key, value in head.items())
+        + f".\n\nCeilings: copy {limits['copy_bytes_per_s'] / 1e9:.1f} GB/s, "
+        + f"matrix product {limits['matmul_flop_per_s'] / 1e12:.2f} TFLOP/s.\n"
+    )
+
+
+def section(results: list[Result]) -> str:
+    """The Markdown table of one case."""
+    lines = [
+        f"\n### {results[0].op}: {results[0].case}\n",
+        f"| contender | {' | '.join(COLUMNS)} | note |",
+        "|---|" + "---:|" * len(COLUMNS) + "---|",
+        *map(_row, results),
     ]
-    for name in dict.fromkeys((r.op, r.case) for r in results):
-        lines += ["", f"### {name[0]}: {name[1]}", ""]
-        lines += [f"| contender | {' | '.join(COLUMNS)} | note |", "|---|" + "---:|" * len(COLUMNS) + "---|"]
-        lines += [_row(r) for r in results if (r.op, r.case) == name]
     return "\n".join(lines) + "\n"
 
 
@@ -225,15 +231,17 @@ def main(arguments: list[str] | None = None) -> int:
     scale = options.scale or ("cpu" if device.type == "cpu" else "full")
     clock = Clock(device, options.repeats)
     limits = ceilings(clock, dtype, scale)
-    results = []
+    head = {**environment(device), "dtype": str(dtype).removeprefix("torch."), "repeats": str(options.repeats)}
+    table, results = [heading(head, limits)], []
+    print(table[0])
     for op in options.op:
         for case in cases(op, scale, device, dtype):
-            results += measure(op, case, clock, limits)
-    head = {**environment(device), "dtype": str(dtype).removeprefix("torch."), "repeats": str(options.repeats)}
-    table = markdown(head, limits, results)
-    print(table)
+            found = measure(op, case, clock, limits)
+            results += found
+            table.append(section(found))
+            print(table[-1], flush=True)
     if options.markdown:
-        options.markdown.write_text(table)
+        options.markdown.write_text("".join(table))
     if options.json:
         document = {"environment": head, "ceilings": limits, "results": [asdict(r) for r in results]}
         options.json.write_text(json.dumps(document, indent=1) + "\n")
