@@ -1,412 +1,57 @@
-"""The experiment file: every key, its default (the paper's ViT run) and the checks between keys.
+"""The experiment file: reading it, overriding keys, and saying in one line what is wrong with it.
 
 Loading a config imports no torch, so it runs on a login node.
 """
 
 import difflib
+import re
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ValidationError
 
 from pipeline.errors import UserError
-
-Family = Literal["vit", "swin", "resnet"]
-Fraction = tuple[float, float]
-
-FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
-    "vit": {
-        "width": {"min": 384, "max": 1024, "step": 64},
-        "depth": {"min": 12, "max": 24, "step": 1},
-    },
-    "swin": {
-        "patch_size": 4,
-        "head_dim": 16,
-        "width": {"min": 96, "max": 128, "step": 16},
-        "depth": {"min": 6, "max": 18, "step": 1},
-        "layer_scale": None,
-    },
-    "resnet": {
-        "patch_size": 4,
-        "width": {"min": 64, "max": 128, "step": 32},
-        "depth": {"min": [3, 4, 6, 3], "max": [3, 8, 36, 3], "step": 1},
-        "layer_scale": None,
-    },
-}
-UNUSED_KEYS = {
-    "vit": ("window_size",),
-    "swin": ("layer_scale",),
-    "resnet": ("patch_size", "head_dim", "window_size", "layer_scale"),  # its stem takes every fourth pixel
-}
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
-
-
-class Span(Section):
-    """An inclusive range of integers."""
-
-    min: int = Field(gt=0)
-    max: int = Field(gt=0)
-    step: int = Field(gt=0)
-
-    @model_validator(mode="after")
-    def _ends_meet(self) -> "Span":
-        if self.min > self.max or (self.max - self.min) % self.step:
-            raise ValueError(f"{self.min}..{self.max} is not reached in steps of {self.step}: change min, max or step")
-        return self
-
-    def values(self) -> tuple[int, ...]:
-        return tuple(range(self.min, self.max + 1, self.step))
-
-
-class DepthSpan(Section):
-    """Blocks per stage: one integer (ViT; the third stage of Swin) or a list with one entry per stage."""
-
-    min: int | list[int]
-    max: int | list[int]
-    step: int = Field(1, gt=0)
-
-    @model_validator(mode="after")
-    def _same_stages(self) -> "DepthSpan":
-        if isinstance(self.min, list) != isinstance(self.max, list) or len(self._list(self.min)) != len(
-            self._list(self.max)
-        ):
-            raise ValueError("min and max must have the same number of stages")
-        for low, high in zip(self._list(self.min), self._list(self.max), strict=True):
-            Span(min=low, max=high, step=self.step if low != high else 1)
-        return self
-
-    @staticmethod
-    def _list(value: int | list[int]) -> list[int]:
-        return value if isinstance(value, list) else [value]
-
-    def ranges(self) -> tuple[tuple[int, ...], ...]:
-        pairs = zip(self._list(self.min), self._list(self.max), strict=True)
-        return tuple(tuple(range(low, high + 1, self.step)) for low, high in pairs)
-
-
-class ModelConfig(Section):
-    """The elastic backbone: the largest network and the grid of its sub-networks."""
-
-    family: Family = "vit"
-    image_size: int = Field(224, gt=0)
-    patch_size: int = Field(16, gt=0)
-    in_chans: int = Field(3, gt=0)
-    head_dim: int = Field(64, gt=0)
-    width: Span
-    depth: DepthSpan
-    drop_path: float = Field(0.2, ge=0, lt=1)
-    layer_scale: float | None = Field(1.0e-5, gt=0)
-    init_from: str | None = None
-    window_size: int = Field(7, gt=0)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _family_defaults(cls, values: Any) -> Any:
-        """Fill what is left out of the file, single keys of `width` and `depth` included."""
-        if not isinstance(values, dict):
-            return values
-        merged = {**FAMILY_DEFAULTS.get(str(values.get("family", "vit")), {}), **values}
-        for name in ("width", "depth"):
-            default = FAMILY_DEFAULTS.get(str(values.get("family", "vit")), {}).get(name)
-            if isinstance(merged.get(name), dict) and default:
-                merged[name] = {**default, **merged[name]}
-        return merged
-
-    @model_validator(mode="after")
-    def _no_idle_key(self) -> "ModelConfig":
-        """A key that the family does not read holds its default, as it does in a resolved config."""
-        for name in UNUSED_KEYS[self.family]:
-            default = FAMILY_DEFAULTS[self.family].get(name, type(self).model_fields[name].default)
-            if getattr(self, name) != default:
-                raise ValueError(f"{name}={getattr(self, name)} has no effect on {self.family}: leave it out")
-        return self
-
-    @model_validator(mode="after")
-    def _consistent(self) -> "ModelConfig":
-        if self.family != "resnet":
-            for name in ("min", "max", "step"):
-                width = getattr(self.width, name)
-                if width % self.head_dim and not (name == "step" and self.width.min == self.width.max):
-                    raise ValueError(
-                        f"width.{name}={width} is not a multiple of head_dim={self.head_dim}: "
-                        "every sub-network keeps whole heads, so change one of the two"
-                    )
-        elif self.width.min % 32 or self.width.max % 32 or (self.width.max > self.width.min and self.width.step % 32):
-            raise ValueError("ResNet widths must be multiples of 32 (groups of its GroupNorm): change width")
-        stages = len(self.depth_ranges)
-        if stages != (1 if self.family == "vit" else 4):
-            raise ValueError(f"depth has {stages} stages: {self.family} wants {1 if self.family == 'vit' else 4}")
-        if self.image_size % self.stride:
-            raise ValueError(
-                f"image_size={self.image_size} is not divisible by {self.stride} (the network's total stride): "
-                f"use {max(self.image_size // self.stride, 1) * self.stride}"
-            )
-        return self
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        return self.width.values()
-
-    @property
-    def depth_ranges(self) -> tuple[tuple[int, ...], ...]:
-        """Choices of depth, one tuple per stage."""
-        ranges = self.depth.ranges()
-        if self.family == "swin" and len(ranges) == 1:
-            return ((2,), (2,), ranges[0], (2,))
-        return ranges
-
-    @property
-    def stride(self) -> int:
-        """Pixels per side of the coarsest map; crops must be multiples of it."""
-        return self.patch_size if self.family == "vit" else self.patch_size * 8
-
-
-class SamplingConfig(Section):
-    """How often and to which rank each sub-network is given."""
-
-    small_bias: float = Field(3, ge=1)
-    assignment: Literal["balanced", "independent", "shared"] = "balanced"
-
-
-class HeadsConfig(Section):
-    """Projection heads, shared by cls and patch tokens."""
-
-    prototypes: list[int] = Field([8192, 16384, 32768, 65536], min_length=1)
-    hidden_dim: int = Field(2048, gt=0)
-    bottleneck_dim: int = Field(256, gt=0)
-    layers: int = Field(3, ge=1)
-
-    @field_validator("prototypes")
-    @classmethod
-    def _positive(cls, value: list[int]) -> list[int]:
-        if min(value) < 1:
-            raise ValueError("every head needs at least one prototype")
-        return value
-
-
-class TeacherTemperature(Section):
-    start: float = Field(0.04, gt=0)
-    end: float = Field(0.07, gt=0)
-    warmup_epochs: float = Field(30, ge=0)
-
-
-class LossConfig(Section):
-    """Weights and temperatures of the losses (DINO, iBOT, KoLeo)."""
-
-    intact_weight: float = Field(0.8, ge=0, le=1)
-    koleo_weight: float = Field(0.1, ge=0)
-    koleo_group: int | None = Field(
-        None, ge=2, description="images among which a neighbour is sought; the rank's batch"
-    )
-    ibot_weight: float = Field(1.0, ge=0)
-    ibot_start_epoch: float = Field(30, ge=0)
-    mask_probability: float = Field(0.5, ge=0, le=1)
-    mask_ratio: Fraction = (0.1, 0.5)
-    centering: Literal["sinkhorn", "softmax", "none"] = "sinkhorn"
-    student_temp: float = Field(0.1, gt=0)
-    teacher_temp: TeacherTemperature = TeacherTemperature()
-
-    @model_validator(mode="after")
-    def _ordered(self) -> "LossConfig":
-        if not 0 <= self.mask_ratio[0] <= self.mask_ratio[1] < 1:
-            raise ValueError(f"mask_ratio={list(self.mask_ratio)} must rise within [0, 1)")
-        return self
-
-
-class CropConfig(Section):
-    """Side in pixels and range of the area, as a fraction of the image's."""
-
-    size: int = Field(224, gt=0)
-    scale: Fraction = (0.32, 1.0)
-
-    @model_validator(mode="after")
-    def _scale_is_a_range(self) -> "CropConfig":
-        if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise ValueError(f"scale={list(self.scale)} must rise within (0, 1]")
-        return self
-
-
-class LocalCropConfig(CropConfig):
-    count: int = Field(8, ge=0)
-    size: int = Field(96, gt=0)
-    scale: Fraction = (0.05, 0.32)
-
-
-class DataConfig(Section):
-    """Shards, crops and augmentation. `batch_size` counts images per rank."""
-
-    train: str | list[str] = "shards/train-{000000..000999}.tar"
-    val: str | list[str] | None = None
-    batch_size: int = Field(50, gt=0)
-    global_crops: CropConfig = CropConfig()
-    local_crops: LocalCropConfig = LocalCropConfig()
-    threads: int = Field(4, gt=0)
-    seed: int = Field(0, ge=0)
-    max_pixels: int = Field(178956970, gt=0)
-    window: int = Field(16, gt=0, description="shards whose samples are permuted together")
-    hue: Literal["yiq", "hsv"] = "yiq"
-    blur: tuple[float, float, float] = Field((0.0, 0.9, 0.5), description="probability: global 1, global 2, local")
-
-    @field_validator("blur")
-    @classmethod
-    def _probabilities(cls, value: tuple[float, ...]) -> tuple[float, ...]:
-        if not all(0 <= p <= 1 for p in value):
-            raise ValueError("blur holds three probabilities within [0, 1]")
-        return value
-
-
-class OptimConfig(Section):
-    """AdamW and its schedules; pairs are (start, end)."""
-
-    epochs: int = Field(346, gt=0)
-    steps_per_epoch: int = Field(800, gt=0)
-    base_lr: float = Field(4.0e-3, gt=0, description="for a global batch of 1024; scaled by its square root")
-    min_lr: float = Field(2.0e-5, ge=0)
-    warmup_epochs: float = Field(10, ge=0)
-    weight_decay: tuple[float, float] = (0.04, 0.4)
-    layer_decay: float = Field(0.9, gt=0, le=1)
-    patch_embed_lr_scale: float = Field(0.2, gt=0)
-    freeze_prototypes_epochs: float = Field(1, ge=0)
-    head_warmup_epochs: float = Field(
-        0, ge=0, description="only the heads learn at first; 1 if model.init_from is set and this is not"
-    )
-    clip_grad: float = Field(1.5, gt=0)
-    schedule_fraction: float = Field(0.78, gt=0, le=1)
-    ema: tuple[float, float] = (0.992, 0.9999)
-    max_bad_steps: int = Field(10, gt=0)
-
-    @model_validator(mode="after")
-    def _warmup_fits(self) -> "OptimConfig":
-        if self.warmup_epochs >= self.epochs:
-            raise ValueError(f"warmup_epochs={self.warmup_epochs:g} must be less than epochs={self.epochs}: lower it")
-        if self.head_warmup_epochs >= self.epochs:
-            raise ValueError(
-                f"head_warmup_epochs={self.head_warmup_epochs:g} must be less than epochs={self.epochs}: lower it"
-            )
-        if not all(0 <= m <= 1 for m in self.ema):
-            raise ValueError(f"ema={list(self.ema)} must lie within [0, 1]")
-        return self
-
-    @property
-    def total_steps(self) -> int:
-        return self.epochs * self.steps_per_epoch
-
-    @property
-    def schedule_steps(self) -> int:
-        """Steps over which the cosines are laid out; training stops at `total_steps`."""
-        return int(self.total_steps / self.schedule_fraction)
-
-
-class EngineConfig(Section):
-    """How the step is computed; none of it changes what is computed."""
-
-    zero_stage: Literal[0, 1, 2] = 1
-    precision: Literal["bf16", "fp32"] = "bf16"
-    kernels: Literal["triton", "eager"] = "triton"
-    compile: bool = True
-    activation_checkpointing: bool = False
-
-
-class RunConfig(Section):
-    dir: str = "runs/vit_large"
-    max_steps: int | None = Field(None, gt=0, description="stop early; schedules unchanged")
-    checkpoint_every_steps: int = Field(1000, gt=0)
-    keep: int = Field(3, gt=0)
-    log_every_steps: int = Field(10, gt=0)
-    hang_timeout_seconds: float = Field(1800, gt=0)
-    requeue: bool = Field(True, description="requeue the own Slurm job after stopping on a signal")
-
-
-class CheckpointConfig(Section):
-    signal_lead_seconds: float = Field(
-        300, gt=0, description="time between Slurm's warning signal and the end of the job: N of sbatch --signal=USR1@N"
-    )
-
-
-class EvalConfig(Section):
-    every_steps: int | None = Field(None, gt=0)
-    train: str | list[str] | None = None
-    val: str | list[str] | None = None
-
-
-class MetricsConfig(Section):
-    host: str = "127.0.0.1"
-    port: int = Field(9400, ge=0, le=65535)
-    cert_file: str | None = Field(None, description="PEM certificate: serve HTTPS")
-    key_file: str | None = Field(None, description="PEM key of cert_file")
-    client_ca_file: str | None = Field(None, description="PEM authority that scrapers must be certified by")
-    targets_dir: str | None = None
-    health_every_steps: int = Field(50, gt=0, description="how often to look at targets and features")
-    tensorboard: bool = True
-
-    @model_validator(mode="after")
-    def _certificate_is_whole(self) -> "MetricsConfig":
-        if (self.cert_file is None) != (self.key_file is None):
-            raise ValueError("cert_file and key_file belong together: set both, or neither")
-        if self.client_ca_file is not None and self.cert_file is None:
-            raise ValueError("client_ca_file needs HTTPS: set cert_file and key_file too")
-        return self
-
-
-class ExperimentConfig(Section):
-    """One experiment, as described by a YAML file."""
-
-    model: ModelConfig = Field(default_factory=lambda: ModelConfig.model_validate({}))
-    sampling: SamplingConfig = SamplingConfig()
-    heads: HeadsConfig = HeadsConfig()
-    loss: LossConfig = LossConfig()
-    data: DataConfig = DataConfig()
-    optim: OptimConfig = OptimConfig()
-    engine: EngineConfig = EngineConfig()
-    run: RunConfig = RunConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    eval: EvalConfig = EvalConfig()
-    metrics: MetricsConfig = MetricsConfig()
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fresh_heads_learn_first(cls, values: Any) -> Any:
-        """Pretrained weights wait an epoch for the heads, unless the file says otherwise."""
-        model, optim = (values.get(name, {}) for name in ("model", "optim")) if isinstance(values, dict) else ({}, None)
-        if isinstance(model, dict) and model.get("init_from") and isinstance(optim, dict):
-            return {**values, "optim": {"head_warmup_epochs": 1, **optim}}
-        return values
-
-    @model_validator(mode="after")
-    def _sections_agree(self) -> "ExperimentConfig":
-        crops = {"data.global_crops.size": self.data.global_crops.size}
-        if self.data.local_crops.count:
-            crops["data.local_crops.size"] = self.data.local_crops.size
-        for key, size in crops.items():
-            if size % self.model.stride:
-                low = size // self.model.stride * self.model.stride
-                raise ValueError(
-                    f"{key}={size} is not divisible by {self.model.stride} (the network's stride): "
-                    f"use {low or self.model.stride} or {low + self.model.stride}"
-                )
-        if self.data.global_crops.size != self.model.image_size:
-            raise ValueError(
-                f"data.global_crops.size={self.data.global_crops.size} differs from "
-                f"model.image_size={self.model.image_size}: set both to the same value"
-            )
-        if self.optim.head_warmup_epochs and self.model.init_from is None:
-            raise ValueError(
-                f"optim.head_warmup_epochs={self.optim.head_warmup_epochs:g} would hold a random backbone still: "
-                "set model.init_from, or leave it out"
-            )
-        group = self.loss.koleo_group
-        if group and self.data.batch_size % group:
-            raise ValueError(
-                f"loss.koleo_group={group} does not divide data.batch_size={self.data.batch_size}: "
-                "choose a divisor, or null for the whole batch"
-            )
-        if self.loss.koleo_weight and self.data.batch_size < 2:
-            raise ValueError("KoLeo needs a neighbour: set data.batch_size to 2 or more, or loss.koleo_weight to 0")
-        return self
+from pipeline.schema import (
+    CheckpointConfig,
+    CropConfig,
+    DataConfig,
+    DepthSpan,
+    EngineConfig,
+    EvalConfig,
+    ExperimentConfig,
+    HeadsConfig,
+    LocalCropConfig,
+    LossConfig,
+    MetricsConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    SamplingConfig,
+    Span,
+)
+
+__all__ = [
+    "CheckpointConfig",
+    "CropConfig",
+    "DataConfig",
+    "DepthSpan",
+    "EngineConfig",
+    "EvalConfig",
+    "ExperimentConfig",
+    "HeadsConfig",
+    "LocalCropConfig",
+    "LossConfig",
+    "MetricsConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "RunConfig",
+    "SamplingConfig",
+    "Span",
+    "dump_config",
+    "load_config",
+    "parse_config",
+]
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> ExperimentConfig:
@@ -465,14 +110,8 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _float_resolver() -> None:
-    import re
-
-    pattern = re.compile(r"^[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9]+)[eE][-+]?[0-9]+$")
-    _Loader.add_implicit_resolver("tag:yaml.org,2002:float", pattern, list("-+0123456789."))
-
-
-_float_resolver()
+_EXPONENT = re.compile(r"^[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9]+)[eE][-+]?[0-9]+$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+0123456789."))
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
