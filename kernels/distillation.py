@@ -118,11 +118,6 @@ def column_sum(logits: Tensor, *, impl: str) -> Tensor:
     return logits.sum(0, dtype=torch.float32)
 
 
-def column_mean(logits: Tensor, *, impl: str) -> Tensor:
-    """Mean over the rows of `[M, K]` logits, M > 0: `[K]` fp32, without gradient."""
-    return column_sum(logits, impl=impl) / logits.shape[0]
-
-
 class _CrossEntropy(torch.autograd.Function):
     """The loss row by row; the forward pass also keeps d loss / d student, in place of the student's logits."""
 
