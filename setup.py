@@ -60,6 +60,7 @@ setup(
         "deepspeed>=0.19.8,<0.20",
         f"nvidia-dali-{dali_wheel()}>=2.0,<3",
         "nvidia-nvimgcodec-cu13>=0.6" if dali_wheel() == "cuda130" else "nvidia-nvimgcodec-cu12>=0.6",
+        "braceexpand>=0.1.7",
         "numpy>=1.26",
         "pillow>=10",
         "prometheus-client>=0.21",
