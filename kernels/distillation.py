@@ -119,24 +119,27 @@ def column_sum(logits: Tensor, *, impl: str) -> Tensor:
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """The loss row by row; the forward pass also keeps d loss / d student, in place of the student's logits."""
+    """The loss row by row; the forward pass keeps d loss / d student instead of the student's logits."""
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, targets: Targets, rows: Tensor, temperature: float) -> Tensor:
-        loss = student.new_empty(student.shape[0], dtype=torch.promote_types(student.dtype, torch.float32))
-        gradient = torch.empty_like(student) if ctx.needs_input_grad[0] else None
+        dtype = torch.promote_types(student.dtype, torch.float32)
+        loss = student.new_empty(student.shape[0], dtype=dtype)
+        gradient = torch.empty(student.shape, dtype=student.dtype, device=student.device)
         for part in _chunks(student):
-            target = _probabilities(targets, rows[part]).to(loss.dtype)
+            target = _probabilities(targets, rows[part]).to(dtype)[:, None]  # [groups, 1, K]
             mass = target.sum(-1, keepdim=True)
-            shifted = student[part].to(loss.dtype)
-            shifted = shifted - shifted.amax(-1, keepdim=True)
+            x = student[part].to(dtype).view(len(target), -1, student.shape[1])  # [groups, rows, K]
+            top = x.amax(-1, keepdim=True)
+            # the gradient's own memory serves as scratch where its dtype allows
+            shifted = torch.sub(x, top, out=gradient[part].view(x.shape) if student.dtype == dtype else None)
             dot = (target * shifted).sum(-1) / temperature
             exponential = shifted.div_(temperature).exp_()
             total = exponential.sum(-1, keepdim=True)
-            loss[part] = (mass * total.log()).squeeze(-1) - dot
-            if gradient is not None:
-                softmax = exponential.mul_(mass / total / temperature)
-                gradient[part] = softmax.sub_(target, alpha=1 / temperature)
+            loss[part] = ((mass * total.log()).squeeze(-1) - dot).flatten()
+            exponential.mul_(mass / total / temperature).sub_(target, alpha=1 / temperature)
+            if student.dtype != dtype:
+                gradient[part] = exponential.view(-1, student.shape[1])
         ctx.save_for_backward(gradient)
         return loss
 
@@ -148,15 +151,20 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def _probabilities(targets: Targets, rows: Tensor) -> Tensor:
-    """`[R, K]` sum of the target rows `rows` `[R, P]`; neighbours with the same targets share the exponentials."""
-    unique, inverse = torch.unique_consecutive(rows, dim=0, return_inverse=True)
+    """`[groups, K]` sums of the target rows `rows` `[R, P]`.
+
+    Neighbours that meet the same targets make a group if all groups are equally large; else every row is its own.
+    """
+    unique, counts = torch.unique_consecutive(rows, dim=0, return_counts=True)
+    if (counts != counts[0]).any():
+        unique = rows
     total: Tensor | None = None
     for index in unique.unbind(1):
         exponent = _scaled(targets.logits[index], targets.temperature, targets.col)
         probability = exponent.add_(targets.row[index, None]).exp_()
         total = probability if total is None else total.add_(probability)
     assert total is not None
-    return total if len(unique) == len(rows) else total[inverse]
+    return total
 
 
 def _scaled(logits: Tensor, temperature: float, col: Tensor | None) -> Tensor:

@@ -4,8 +4,8 @@ With E = exp(logits / T) `[B, K]` (B rows over all ranks, K prototypes) it alter
 
     u[k] = 1 / (K * sum_b E[b, k] v[b])        v[b] = 1 / (B * sum_k E[b, k] u[k])
 
-from v = 1 / B, and the targets are B * v[b] * E[b, k] * u[k]: rows sum to one, columns to about B / K. Only the vectors
-are kept, as logarithms: one read of the logits makes each half of an iteration.
+from v = 1 / B, and the targets are B * v[b] * E[b, k] * u[k]: rows sum to one, columns to about B / K. Only the
+logarithms of u and v come out; the Triton kernels write nothing of size B x K.
 Source: Cuturi 2013, as used by SwAV and DINOv2.
 """
 
@@ -17,9 +17,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kernels.dispatch import use_triton
-from kernels.distillation import row_logsumexp
 
-_CHUNK = 1 << 18
+# Exponentials handled at once in fp64: on the CPU what stays in its cache, on a GPU what bounds the memory.
+_CHUNK = {"cpu": 1 << 17, "cuda": 1 << 26}
 
 
 @torch.no_grad()
@@ -52,38 +52,71 @@ def sinkhorn(
     """
     if not logits or iterations < 1:
         raise ValueError(f"expected at least one entry and one iteration, got {len(logits)} and {iterations}")
-    use_triton(impl, logits[0])
-    rows = [entry.new_zeros(entry.shape[0], dtype=torch.float32) for entry in logits]  # v = 1 / B
+    kind = _Fused if use_triton(impl, logits[0]) else _Exponentials
+    problems = [kind(entry, temperature) for entry in logits]
+    counts = torch.tensor([len(entry) for entry in logits], dtype=torch.float64).to(logits[0].device)
+    rows = [entry.new_zeros(len(entry), dtype=torch.float32) for entry in logits]  # v = 1 / B
     cols: list[Tensor] = []
     for _ in range(iterations):
-        local = [column_logsumexp(entry, temperature, row, impl=impl) for entry, row in zip(logits, rows, strict=True)]
-        cols = _column_scalings(local, [len(row) for row in rows], group)
-        rows = [
-            row_logsumexp(entry, temperature, col, impl=impl).neg_() for entry, col in zip(logits, cols, strict=True)
-        ]
+        sums = [problem.column_sums(row) for problem, row in zip(problems, rows, strict=True)]
+        cols = _column_scalings(sums, counts, group)
+        rows = [problem.row_scaling(col) for problem, col in zip(problems, cols, strict=True)]
     return list(zip(rows, cols, strict=True))
 
 
-@torch.no_grad()
-def column_logsumexp(logits: Tensor, temperature: float, row: Tensor, *, impl: str) -> Tensor:
-    """logsumexp over the rows of logits `[M, K]` / temperature + row `[M]`: `[K]` fp32, -inf without rows."""
-    if use_triton(impl, logits):
-        from kernels.fused.reduce import column_logsumexp as fused
+class _Fused:
+    """An entry's half iterations by Triton kernels: each reads the logits once and writes vectors only."""
 
-        return fused(logits, temperature, row)
-    out = logits.new_empty(logits.shape[1], dtype=torch.float32)
-    size = max(64, _CHUNK // max(logits.shape[0], 1))
-    for start in range(0, logits.shape[1], size):
-        part = slice(start, start + size)
-        out[part] = (logits[:, part].float() / temperature).add_(row[:, None]).logsumexp(0)
-    return out
+    def __init__(self, logits: Tensor, temperature: float) -> None:
+        from kernels.fused import reduce
+
+        self.logits, self.temperature, self.reduce = logits, temperature, reduce
+
+    def column_sums(self, row: Tensor) -> Tensor:
+        """Sum over this rank's rows of exp(logits / T + row): `[K]` fp64, which has room for exp(+-700)."""
+        return self.reduce.column_logsumexp(self.logits, self.temperature, row).double().exp_()
+
+    def row_scaling(self, col: Tensor) -> Tensor:
+        """-logsumexp over the prototypes of logits / T + col: `[M]` fp32."""
+        return -self.reduce.row_logsumexp(self.logits, self.temperature, col)
 
 
-def _column_scalings(local: list[Tensor], counts: list[int], group: dist.ProcessGroup | None) -> list[Tensor]:
-    """log u of every entry from the ranks' column logsumexp, in one all-reduce of fp64 sums (room for exp(+-700))."""
-    sizes = [len(part) for part in local]
-    device = local[0].device
-    packed = torch.cat([*local, torch.tensor(counts, dtype=torch.float32).log().to(device)]).double().exp_()
+class _Exponentials:
+    """The same in plain PyTorch, which pays for an exponential more than for memory: they are taken once.
+
+    They are stored in fp32 around the middle of each row, where logits / T within +-80 of it neither overflow nor
+    vanish, and multiplied in fp64.
+    """
+
+    def __init__(self, logits: Tensor, temperature: float) -> None:
+        self.values = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
+        self.centre = logits.new_empty(len(logits), dtype=torch.float64)
+        size = max(1, _CHUNK[logits.device.type] // logits.shape[1])
+        self.parts = [slice(start, start + size) for start in range(0, len(logits), size)]
+        for part in self.parts:
+            scaled = logits[part].float() / temperature
+            centre = (scaled.amax(1) + scaled.amin(1)) / 2
+            self.centre[part] = centre
+            self.values[part] = scaled.sub_(centre[:, None]).exp_()
+
+    def column_sums(self, row: Tensor) -> Tensor:
+        v = (row + self.centre).exp_()
+        total = v.new_zeros(self.values.shape[1])
+        for part in self.parts:
+            total += v[part] @ self.values[part].double()
+        return total
+
+    def row_scaling(self, col: Tensor) -> Tensor:
+        u, sums = col.double().exp_(), torch.empty_like(self.centre)
+        for part in self.parts:
+            torch.mv(self.values[part].double(), u, out=sums[part])
+        return -(sums.log_() + self.centre).float()
+
+
+def _column_scalings(sums: list[Tensor], counts: Tensor, group: dist.ProcessGroup | None) -> list[Tensor]:
+    """log u of every entry from the ranks' column sums and row counts, in one all-reduce."""
+    sizes = [len(part) for part in sums]
+    packed = torch.cat([*sums, counts])
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(packed, group=group)
     # an entry without rows on any rank has sums of zero: any finite scaling will do
