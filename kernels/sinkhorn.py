@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kernels.dispatch import use_triton
 
-# Exponentials handled at once in fp64: on the CPU what stays in its cache, on a GPU what bounds the memory.
+# Logits handled at once: on the CPU what stays in its cache, on a GPU what bounds the memory.
 _CHUNK = {"cpu": 1 << 17, "cuda": 1 << 26}
 
 
@@ -84,33 +84,36 @@ class _Fused:
 class _Exponentials:
     """The same in plain PyTorch, which pays for an exponential more than for memory: they are taken once.
 
-    They are stored in fp32 around the middle of each row, where logits / T within +-80 of it neither overflow nor
-    vanish, and multiplied in fp64.
+    They are stored around the middle of each row, where logits / T within +-80 neither overflow fp32 nor vanish. Within
+    +-30 any two scalings differ by less than exp(60) and fp32 holds all products; beyond, they are fp64.
     """
 
     def __init__(self, logits: Tensor, temperature: float) -> None:
         self.values = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
         self.centre = logits.new_empty(len(logits), dtype=torch.float64)
         size = max(1, _CHUNK[logits.device.type] // logits.shape[1])
-        self.parts = [slice(start, start + size) for start in range(0, len(logits), size)]
-        for part in self.parts:
+        widest = 0.0
+        for part in (slice(start, start + size) for start in range(0, len(logits), size)):
             scaled = logits[part].float() / temperature
-            centre = (scaled.amax(1) + scaled.amin(1)) / 2
-            self.centre[part] = centre
+            high, low = scaled.amax(1), scaled.amin(1)
+            self.centre[part] = centre = (high + low) / 2
             self.values[part] = scaled.sub_(centre[:, None]).exp_()
+            widest = max(widest, float((high - low).max()) / 2)
+        if widest > 30:
+            self.values = self.values.double()
 
     def column_sums(self, row: Tensor) -> Tensor:
-        v = (row + self.centre).exp_()
-        total = v.new_zeros(self.values.shape[1])
-        for part in self.parts:
-            total += v[part] @ self.values[part].double()
-        return total
+        if not len(row):
+            return self.centre.new_zeros(self.values.shape[1])
+        log_v = row + self.centre
+        top = log_v.max()
+        return ((log_v - top).exp_().to(self.values.dtype) @ self.values).double() * top.exp()
 
     def row_scaling(self, col: Tensor) -> Tensor:
-        u, sums = col.double().exp_(), torch.empty_like(self.centre)
-        for part in self.parts:
-            torch.mv(self.values[part].double(), u, out=sums[part])
-        return -(sums.log_() + self.centre).float()
+        log_u = col.double()
+        top = log_u.max()
+        sums = self.values @ (log_u - top).exp_().to(self.values.dtype)
+        return -(sums.double().log_() + (top + self.centre)).float()
 
 
 def _column_scalings(sums: list[Tensor], counts: Tensor, group: dist.ProcessGroup | None) -> list[Tensor]:
