@@ -60,3 +60,11 @@ def test_dtypes_without_kernels_are_refused() -> None:
         pytest.skip("needs impl='triton' on the CPU: runs under TRITON_INTERPRET=1")
     with pytest.raises(ValueError, match=r"got torch.float64, expected float32, bfloat16 or float16"):
         column_sum(torch.zeros(2, 3, dtype=torch.float64), impl="triton")
+
+
+@pytest.mark.parametrize("value", ["1", "True", "on", "y", "yes", "0", "false", "", "2"])
+def test_interpreter_is_recognised_as_triton_does(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import triton
+
+    monkeypatch.setenv("TRITON_INTERPRET", value)
+    assert interpreted() == bool(triton.knobs.runtime.interpret)
