@@ -51,10 +51,12 @@ def _train(config: ExperimentConfig, ranks: Ranks, stop_requested: list[int], qu
         with distributed.crash_together(ranks):
             ranks.agree(lambda: run.claim(config, job))
             watchdog.share(run.heartbeats)
+            watchdog.beat("the start: model and optimizer")
             fresh = not ranks.agree(lambda: list_checkpoints(run.checkpoints))
             trainer = Trainer(config, ranks, watchdog.beat, fresh)
             checkpoints = Checkpoints(run.checkpoints, config.run.keep, ranks, run.require_ownership)
             progress = checkpoints.resume(trainer.engine, trainer.tri_branch.centering) or Progress(0, 0, {}, 0, {})
+            watchdog.beat("the start: data")
             trainer.start_data(progress.samples)
             ranks.agree(lambda: _open_records(run, config, progress, trainer))
             with (
@@ -63,7 +65,7 @@ def _train(config: ExperimentConfig, ranks: Ranks, stop_requested: list[int], qu
             ):
                 code = _loop(config, run, trainer, checkpoints, progress, stop_requested, line, watchdog, job, monitor)
                 monitor.complete = code == EXIT_DONE
-            ranks.agree(lambda: _tell_job(job, code, config.run.requeue))
+                ranks.agree(lambda: _tell_job(job, code, config.run.requeue))
             return code
     finally:
         watchdog.stop()

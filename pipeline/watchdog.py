@@ -2,7 +2,8 @@
 
 Every rank counts its beats, which all ranks make in the same order, and writes them now and then to a file of its own
 in the run directory. When a rank has waited too long it reads the others' files: a file that nobody writes any more is
-of a process that was stopped or lost, and otherwise the rank with the fewest beats is the one that all wait for.
+of a process that was stopped or lost; otherwise the rank with the fewest beats is the one that all wait for; and among
+equals it is the one whose stack is not within a collective.
 """
 
 import faulthandler
@@ -17,6 +18,7 @@ import traceback
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+_COLLECTIVE = os.path.join("torch", "distributed")  # in the file names of frames that wait for other ranks
 _GRACE_SECONDS = 5.0  # for the words of the rank that hangs, before the others end the job
 
 
@@ -102,7 +104,7 @@ class Watchdog:
         heartbeats = [own, *(read_heartbeats(self._directory, self.world_size, self.rank) if self._directory else [])]
         stopped = find_stopped(heartbeats, 3 * self.period_seconds + 1)
         waiting = [h.rank for h in heartbeats if h not in stopped]
-        if own in stopped:
+        if own in stopped or self.world_size == 1:
             _say(f"rank {self.rank} of {self.world_size} hangs: {own.silent_seconds:.0f} s in {own.phase}")
             faulthandler.dump_traceback(file=2, all_threads=True)
         elif not stopped:
@@ -134,7 +136,7 @@ def read_heartbeats(directory: Path, world_size: int, besides: int) -> list[Hear
 
 
 def find_stopped(heartbeats: list[Heartbeat], stale_seconds: float) -> list[Heartbeat]:
-    """The ranks that the others wait for; none if all of them are equally far.
+    """The ranks that the others wait for; none if nothing tells them apart.
 
     Args:
         heartbeats: one per rank, the newest written just now.
@@ -145,7 +147,10 @@ def find_stopped(heartbeats: list[Heartbeat], stale_seconds: float) -> list[Hear
     if stale:
         return stale
     fewest = min(h.beats for h in heartbeats)
-    return [h for h in heartbeats if h.beats == fewest] if any(h.beats > fewest for h in heartbeats) else []
+    behind = [h for h in heartbeats if h.beats == fewest]
+    if len(behind) == len(heartbeats):
+        behind = [h for h in heartbeats if _COLLECTIVE not in h.stack]
+    return behind if len(behind) < len(heartbeats) else []
 
 
 def _report(stopped: list[Heartbeat], own: Heartbeat, world_size: int) -> None:
@@ -154,7 +159,7 @@ def _report(stopped: list[Heartbeat], own: Heartbeat, world_size: int) -> None:
     age = own.written - first.written
     more = f"; so do {len(stopped) - 1} more" if len(stopped) > 1 else ""
     _say(
-        f"rank {first.rank} of {world_size} ({where}) stopped in {first.phase}: no sign of life for {age:.0f} s, "
+        f"rank {first.rank} of {world_size} ({where}) stopped: last seen {age:.0f} s ago in {first.phase}; "
         f"rank {own.rank} waits in {own.phase} for {own.silent_seconds:.0f} s{more}\n"
         f"Last known stack of rank {first.rank}:\n{first.stack}"
     )

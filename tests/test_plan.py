@@ -16,22 +16,8 @@ from pipeline.elastic.stochastic_depth import keep_indices
 from pipeline.forecast import communication, expected_slowest, sampler, stragglers
 from pipeline.plan import memory_estimate, plan
 
-VIT_L = Path(__file__).parent.parent / "yaml" / "vit_large.yaml"
-
-
-def paper(family: str) -> ExperimentConfig:
-    """The paper's run of a family, as far as FLOPs go."""
-    if family == "vit":
-        return load_config(VIT_L)
-    batch = {"swin": 64, "resnet": 40}[family]
-    return ExperimentConfig.model_validate(
-        {
-            "model": {"family": family},
-            "sampling": {"small_bias": 2},
-            "loss": {"mask_ratio": [0.1, 0.3]},
-            "data": {"batch_size": batch},
-        }
-    )
+PRESETS = Path(__file__).parent.parent / "yaml"
+VIT_L = PRESETS / "vit_large.yaml"
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
@@ -72,10 +58,10 @@ def test_vit_run_has_the_figures_of_the_design():
     assert found["speed"]["step_seconds"] == pytest.approx(alone * (1 + waiting["balanced"]["slowdown"]))
 
 
-@pytest.mark.parametrize("family", ["vit", "swin", "resnet"])
-def test_flops_of_the_papers_runs_equal_a_counter_on_the_real_modules(family):
+@pytest.mark.parametrize("preset", ["vit_large", "swin_base", "resnet152"])
+def test_flops_of_the_papers_runs_equal_a_counter_on_the_real_modules(preset):
     """Teacher, intact and an elastic student of a whole step on the meta device, which computes shapes alone."""
-    config = paper(family)
+    config = load_config(PRESETS / f"{preset}.yaml")
     images = config.data.batch_size
     with torch.device("meta"):
         backbone = build(config.model)

@@ -231,13 +231,13 @@ class Job:
     def log(self) -> str:
         return self.output.read_text(errors="replace") if self.output.exists() else ""
 
-    def until(self, condition, seconds: float = 150) -> None:
+    def until(self, condition, seconds: float = 900) -> None:
         deadline = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < deadline, f"after {seconds} s: {self.field('JobState')}\n{self.log[-6000:]}"
             time.sleep(0.2)
 
-    def ends(self, state: str, restarts: int, seconds: float = 150) -> None:
+    def ends(self, state: str, restarts: int, seconds: float = 900) -> None:
         """Wait for the end, which must be in this state after so many requeues."""
         self.until(lambda: self.field("JobState") in FINAL, seconds)
         found = self.field("JobState"), int(self.field("Restarts"))
@@ -246,7 +246,7 @@ class Job:
     def tasks(self, rank: int) -> list[int]:
         """Pids of a rank's Python process."""
         found = self.cluster.processes(SLURM_JOB_ID=self.id, SLURM_PROCID=rank)
-        return [pid for pid, command in found.items() if "-m pipeline" in command and "bash" not in command]
+        return [pid for pid, command in found.items() if "-m pipeline train" in command and "bash" not in command]
 
 
 def _free_ports(count: int) -> list[int]:
