@@ -43,7 +43,7 @@ def run_demo(directory: Path, overrides: tuple[str, ...] = ()) -> int:
         _say(1, "packing scikit-learn's digits into shards")
         build("sklearn:digits", shards, per_shard=500)
 
-    _say(2, f"training one ViT and its sub-networks ({config.optim.total_steps} steps)")
+    _say(2, f"training one ViT and its sub-networks ({config.run.max_steps or config.optim.total_steps} steps)")
     from pipeline.train import train
 
     code = train(config)
