@@ -52,10 +52,25 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--quiet", action="store_true", help="no progress line")
     train.set_defaults(run=_train)
 
-    from pipeline import doctor, plan
+    doctor = commands.add_parser("doctor", help="check data, disk, libraries and memory before a job")
+    _add_config(doctor)
+    doctor.add_argument("--gpus", type=int, metavar="N", help="ranks of the job (default: those at hand)")
+    doctor.add_argument("--json", action="store_true", help="machine-readable output")
+    doctor.set_defaults(run=_doctor)
 
-    doctor.add_arguments(commands.add_parser("doctor", help="check data, disk, libraries and memory before a job"))
-    plan.add_arguments(commands.add_parser("plan", help="what a run on N GPUs takes: memory, traffic, days"))
+    plan = commands.add_parser("plan", help="what a run on N GPUs takes: memory, traffic, days")
+    _add_config(plan)
+    plan.add_argument("--gpus", type=int, required=True, metavar="N", help="ranks of the run")
+    plan.add_argument("--gpu", choices=("a100", "h100", "h200"), default="h100", help="default: %(default)s")
+    plan.add_argument(
+        "--mfu",
+        type=float,
+        default=0.4,
+        metavar="SHARE",
+        help="of the peak that the step reaches (default: %(default)s)",
+    )
+    plan.add_argument("--json", action="store_true", help="machine-readable output")
+    plan.set_defaults(run=_plan)
 
     from pipeline.data import cli as shards
 
@@ -130,6 +145,18 @@ def _train(args: argparse.Namespace) -> int:
         from pipeline.train import train
 
         return train(config, quiet=args.quiet, stop_requested=stop_requested)
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from pipeline.doctor import run
+
+    return run(args)
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from pipeline.plan import run
+
+    return run(args)
 
 
 def _subnets(args: argparse.Namespace) -> int:

@@ -38,16 +38,8 @@ class Check(NamedTuple):
     fix: str = ""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """`poa doctor CONFIG [KEY=VALUE ...]`."""
-    parser.add_argument("config", metavar="CONFIG", help="experiment file")
-    parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", default=[], help="e.g. data.batch_size=64")
-    parser.add_argument("--gpus", type=int, metavar="N", help="ranks of the job (default: those at hand)")
-    parser.add_argument("--json", action="store_true", help="machine-readable output")
-    parser.set_defaults(run=_run)
-
-
-def _run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
+    """The command, with the arguments of `pipeline.cli`."""
     config = load_config(args.config, args.overrides)
     if args.gpus is not None and args.gpus < 1:
         raise UserError(f"{args.gpus} GPUs", "--gpus", "name one or more")

@@ -106,24 +106,8 @@ def describe(config: ExperimentConfig) -> str:
     return "\n".join(lines)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """`poa plan CONFIG [KEY=VALUE ...] --gpus N`."""
-    parser.add_argument("config", metavar="CONFIG", help="experiment file")
-    parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", default=[], help="e.g. data.batch_size=64")
-    parser.add_argument("--gpus", type=int, required=True, metavar="N", help="ranks of the run")
-    parser.add_argument("--gpu", choices=sorted(forecast.GPUS), default="h100", help="default: %(default)s")
-    parser.add_argument(
-        "--mfu",
-        type=float,
-        default=0.4,
-        metavar="SHARE",
-        help="of the peak that the step reaches (default: %(default)s)",
-    )
-    parser.add_argument("--json", action="store_true", help="machine-readable output")
-    parser.set_defaults(run=_run)
-
-
-def _run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
+    """The command, with the arguments of `pipeline.cli`."""
     if args.gpus < 1:
         raise UserError(f"{args.gpus} GPUs", "--gpus", "name one or more")
     if not 0 < args.mfu <= 1:
