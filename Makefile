@@ -9,7 +9,7 @@ demo: $(VENV)/.installed
 	$(BIN)/poa demo
 
 test: $(VENV)/.installed-dev lint
-	$(BIN)/pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
