@@ -36,6 +36,10 @@ MUTANTS = {
         ("or run", "and run"),
         ("> 1", "> 10"),
         ("> 1", "> 0.1"),
+        ("< 0.1", "< 0.01"),
+        ("< 0.1", "< 0.6"),
+        ("> 2", "> 20"),
+        ("> 2", "> 0.2"),
     ],
     "PoaCheckpointTooOld": [("2 *", "5 *"), ("2 *", "1 *"), (">", "<")],
     "PoaTargetGone": [("== 0", "== 1"), ('{job="poa"}', "")],
@@ -47,6 +51,7 @@ RECORD_MUTANTS = {
     "run:poa_target_entropy:ratio": [
         ("min by (run) (poa_target_entropy_nats", "max by (run) (poa_target_entropy_nats")
     ],
+    "run:poa_target_uniform_kl:min": [('{branch="teacher"}', "")],
     "run:poa_effective_rank:ratio": [('{branch!="teacher"}', ""), ('{branch!="teacher"}', '{branch="teacher"}')],
 }
 

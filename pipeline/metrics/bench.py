@@ -1,0 +1,175 @@
+"""What metrics cost: `python -m pipeline.metrics.bench CONFIG [KEY=VALUE ...]`, one process in a temporary directory.
+
+Times are CPU seconds of the training thread, which other load on the machine does not change much, and medians of wall
+time, which it does. On a CPU start it with OMP_NUM_THREADS=1, so that this thread does all the work of a step.
+"""
+
+import argparse
+import os
+import signal
+import socket
+import statistics
+import tempfile
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial, wraps
+from pathlib import Path
+from typing import Any
+
+STORM_PER_SECOND = 50
+
+
+class Spent:
+    """CPU seconds of this thread inside wrapped functions."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def wrap(self, owner: Any, *names: str) -> None:
+        for name in names:
+            setattr(owner, name, self._timed(getattr(owner, name)))
+
+    def _timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(function)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            began = time.thread_time()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.seconds += time.thread_time() - began
+
+        return timed
+
+
+@contextmanager
+def nothing(monitor: Any) -> Iterator[None]:
+    yield
+
+
+@contextmanager
+def scrape_storm(monitor: Any) -> Iterator[None]:
+    """Scrapes from another process, as fast as a misconfigured server might."""
+    with _children(_storm, monitor._exporter.port):
+        yield
+
+
+@contextmanager
+def slow_scraper(monitor: Any) -> Iterator[None]:
+    """A client that asks and then reads a byte a second."""
+    with _children(_dawdle, monitor._exporter.port):
+        yield
+
+
+@contextmanager
+def dead_endpoint(monitor: Any) -> Iterator[None]:
+    """The endpoint is killed."""
+    os.kill(monitor._exporter._process.pid, signal.SIGKILL)
+    yield
+
+
+@contextmanager
+def _children(act: Callable[[int], None], port: int) -> Iterator[None]:
+    import multiprocessing
+
+    child = multiprocessing.get_context("spawn").Process(target=act, args=(port,), daemon=True)
+    child.start()
+    time.sleep(2)  # until it has started
+    try:
+        yield
+    finally:
+        child.terminate()
+        child.join()
+
+
+def _storm(port: int) -> None:
+    def scrape() -> None:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+            answer.read()
+
+    while True:
+        threading.Thread(target=scrape).start()
+        time.sleep(1 / STORM_PER_SECOND)
+
+
+def _dawdle(port: int) -> None:
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        connection.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+        while connection.recv(1):
+            time.sleep(1)
+
+
+def measure(overrides: list[str], config_path: str, steps: int) -> str:
+    """Train in blocks, one per disturbance with quiet ones between, and report."""
+    from pipeline import distributed
+    from pipeline.checkpoint import Progress
+    from pipeline.config import load_config
+    from pipeline.files import write_atomically
+    from pipeline.metrics.health import Probe
+    from pipeline.metrics.monitor import Monitor
+    from pipeline.trainer import Trainer
+
+    with tempfile.TemporaryDirectory() as directory:
+        config = load_config(config_path, [*overrides, f"run.dir={directory}", "metrics.port=0"])
+        write_atomically(Path(directory) / "manifest.json", '{"starts": [{}], "code": "bench"}')
+        ranks = distributed.initialize()
+        trainer = Trainer(config, ranks)
+        trainer.start_data(0)
+        progress = Progress(0, 0, {}, 0, {})
+        spent = Spent()
+        spent.wrap(Probe, "teacher", "student", "reduce")
+        spent.wrap(trainer.phases, "start", "waited_for_data", "lap")
+        lines = []
+        with Monitor(config, ranks, trainer.phases, trainer.bands, progress, 10**9) as monitor:
+            spent.wrap(monitor, "step", "log", "logged")
+            run = partial(_block, trainer, monitor, progress, config.run.log_every_steps, steps)
+            run(nothing)  # warm up
+            while monitor._exporter is None or monitor._exporter.port is None:
+                run(nothing)
+            for name, disturb in (
+                ("quiet", nothing),
+                (f"{STORM_PER_SECOND} scrapes a second", scrape_storm),
+                ("quiet", nothing),
+                ("a scraper that reads a byte a second", slow_scraper),
+                ("quiet", nothing),
+                ("endpoint killed", dead_endpoint),
+            ):
+                spent.seconds = 0.0
+                cpu, wall = run(disturb)
+                lines.append(
+                    f"{name:<38} CPU {1000 * statistics.median(cpu):8.1f} ms  "
+                    f"wall {1000 * statistics.median(wall):8.1f} ms  metrics {100 * spent.seconds / sum(cpu):.2f}%"
+                )
+        trainer.close()
+        distributed.shut_down()
+    return "\n".join(lines)
+
+
+def _block(
+    trainer: Any, monitor: Any, progress: Any, log_every: int, steps: int, disturb: Callable[[Any], Any]
+) -> tuple[list[float], list[float]]:
+    """CPU and wall seconds of each step, metrics included."""
+    cpu, wall = [], []
+    with disturb(monitor):
+        for _ in range(steps):
+            began, thread = time.perf_counter(), time.thread_time()
+            report = trainer.step(progress.step)
+            progress.step += 1
+            progress.samples = trainer.loader.next_sample
+            monitor.step(progress, report)
+            if progress.step % log_every == 0:
+                monitor.logged({"step": progress.step, "time": time.time(), **monitor.log(report), **report.losses})
+            cpu.append(time.thread_time() - thread)
+            wall.append(time.perf_counter() - began)
+    return cpu, wall
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="what metrics cost")
+    parser.add_argument("config")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    parser.add_argument("--steps", type=int, default=50, help="per block")
+    arguments = parser.parse_args()
+    print(measure(arguments.overrides, arguments.config, arguments.steps))
