@@ -20,6 +20,7 @@ from pipeline.metrics.values import SnapshotCollector
 PORTS_TRIED = 100
 CLIENT_TIMEOUT_SECONDS = 10.0
 LINGER_SECONDS = 20.0
+ANSWER_SECONDS = 1.0  # a scrape is counted when it begins; its answer takes a little longer
 LARGEST_SNAPSHOT = 1 << 20
 
 
@@ -107,8 +108,10 @@ def _take_snapshots(
 def _linger(collector: SnapshotCollector, scrapes: int) -> None:
     """Let a Prometheus that has been reading see the values that came after `scrapes` scrapes, too."""
     limit = time.monotonic() + LINGER_SECONDS
-    while scrapes > 1 and collector.scrapes == scrapes and time.monotonic() < limit:
-        time.sleep(0.05)
+    if scrapes > 1:
+        while collector.scrapes == scrapes and time.monotonic() < limit:
+            time.sleep(0.05)
+        time.sleep(ANSWER_SECONDS)
 
 
 def _warn(message: str) -> None:
