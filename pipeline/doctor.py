@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, NamedTuple
 from pipeline import forecast
 from pipeline.config import ExperimentConfig, load_config
 from pipeline.elastic import cost
-from pipeline.elastic.subnet import Grid
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
@@ -292,9 +291,7 @@ def check_collectives(ranks: "Ranks", world_size: int) -> Check:
 
 
 def _checkpoint_bytes(config: ExperimentConfig) -> int:
-    model, largest = config.model, Grid(config.model).largest
-    heads = cost.head_params(config.heads, cost.feature_dim(model, largest))
-    return 4 * forecast.VECTORS * (cost.params(model, largest) + heads)
+    return 4 * forecast.VECTORS * cost.trained_params(config).total
 
 
 def _existing(path: Path) -> Path:

@@ -115,7 +115,7 @@ class Engine:
 
     def __init__(self, student: Branch, config: ExperimentConfig, device: torch.device):
         self.config, self.device = config, device
-        self.stage = effective_stage(config)
+        self.stage = config.engine.effective_stage()
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self._passes_left = 0
         dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
@@ -311,11 +311,6 @@ class Engine:
         for group in self.groups:
             for name, shape, offset in zip(group.spec.names, group.shapes, group.offsets, strict=True):
                 named[name].data = group.teacher[offset : offset + torch.Size(shape).numel()].view(shape)
-
-
-def effective_stage(config: ExperimentConfig) -> int:
-    """The ZeRO stage that runs. DeepSpeed shards the fp32 masters of bf16 even at stage 0, so that is stage 1."""
-    return max(config.engine.zero_stage, 1 if config.engine.precision == "bf16" else 0)
 
 
 def _flatten(module: nn.Module, names: tuple[str, ...]) -> Tensor:

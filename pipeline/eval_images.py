@@ -6,12 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.config import DataConfig
 from pipeline.data.images import BadImage, decode, inspect
 from pipeline.data.reader import Dataset
 
-MAX_PIXELS = (
-    178956970  # the limit beyond which Pillow speaks of a decompression bomb; also the default of data.max_pixels
-)
+MAX_PIXELS = DataConfig().max_pixels  # where no run's config says otherwise
 
 
 class EvalImages:

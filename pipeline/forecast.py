@@ -79,11 +79,10 @@ def communication(config: ExperimentConfig, ranks: int, stage: int) -> dict[str,
     Gradients are all-reduced at every stage, once per step; with sharded masters the updated weights of student and
     teacher are gathered.
     """
-    model, largest = config.model, Grid(config.model).largest
     low = 2 if config.engine.precision == "bf16" else 4
-    weights = low * (cost.params(model, largest) + cost.head_params(config.heads, cost.feature_dim(model, largest)))
+    weights = low * cost.trained_params(config).total
     share = (ranks - 1) / ranks
-    sharded = stage > 0 or config.engine.precision == "bf16"
+    sharded = config.engine.effective_stage(stage) > 0
     gathered = weights * share if sharded else 0.0
     # Sinkhorn: 3 iterations, cls and patches, one fp64 sum per prototype; centering: one
     rounds = {"sinkhorn": 3, "softmax": 1, "none": 0}[config.loss.centering]

@@ -54,12 +54,11 @@ def memory_estimate(config: ExperimentConfig, world_size: int = 1, stage: int | 
     Weights, gradients, optimizer state and logits follow from shapes; activations are an estimate for uncompiled ViT
     blocks (Swin and ResNet keep a similar multiple of their maps).
     """
-    model, largest = config.model, Grid(config.model).largest
+    largest = Grid(config.model).largest
     low = 2 if config.engine.precision == "bf16" else 4
-    stage = config.engine.zero_stage if stage is None else stage
-    sharded = stage >= 1 or config.engine.precision == "bf16"
+    sharded = config.engine.effective_stage(stage) > 0
     shard = world_size if sharded else 1
-    count = cost.params(model, largest) + cost.head_params(config.heads, cost.feature_dim(model, largest))
+    count = cost.trained_params(config).total
     copies = 4 if sharded else 3  # ZeRO-0 trains the fp32 weights themselves: no master apart from them
     rows = config.data.batch_size * (2 * (1 + cost.masked_patches(config)) + config.data.local_crops.count)
     return {
@@ -88,8 +87,7 @@ def _activations(config: ExperimentConfig, subnet: Subnet, low: int) -> float:
 def describe(config: ExperimentConfig) -> str:
     """The resolved config, the grid, and what one GPU holds: the text of `poa train --dry-run`."""
     model, largest = config.model, Grid(config.model).largest
-    backbone = cost.params(model, largest)
-    heads = cost.head_params(config.heads, cost.feature_dim(model, largest))
+    backbone, heads = cost.trained_params(config)
     step = cost.step_flops(config, Grid(model).smallest)
     memory = memory_estimate(config)
     lines = [
@@ -121,8 +119,7 @@ def plan(config: ExperimentConfig, gpus: int, gpu: str, mfu: float) -> dict[str,
     """Everything that `poa plan` shows; FLOPs and bytes, per GPU and step unless the name says otherwise."""
     model, largest = config.model, Grid(config.model).largest
     card = forecast.GPUS[gpu]
-    backbone = cost.params(model, largest)
-    heads = cost.head_params(config.heads, cost.feature_dim(model, largest))
+    backbone, heads = cost.trained_params(config)
     waiting = forecast.stragglers(config, gpus)
     step = cost.step_flops(config, largest)
     flops = {"teacher": step.teacher, "intact": step.intact, "elastic_mean": waiting["shared"]["mean"]}

@@ -302,6 +302,11 @@ class EngineConfig(Section):
     compile: bool = True
     activation_checkpointing: bool = False
 
+    def effective_stage(self, zero_stage: int | None = None) -> int:
+        """The ZeRO stage that runs, for `zero_stage` if given: DeepSpeed shards masters of bf16 even at stage 0."""
+        stage = self.zero_stage if zero_stage is None else zero_stage
+        return max(stage, 1 if self.precision == "bf16" else 0)
+
 
 class RunConfig(Section):
     dir: str = "runs/vit_large"

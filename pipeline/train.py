@@ -241,5 +241,5 @@ def _open_records(run: RunDirectory, config: ExperimentConfig, progress: Progres
     run.rewind(progress.step, progress.samples)
     if progress.step:
         print(f"resuming {run.path} at step {progress.step}", file=sys.stderr)
-    if config.engine.precision == "bf16" and config.engine.zero_stage == 0:
+    if config.engine.effective_stage() != config.engine.zero_stage:
         print("note: bf16 shards its fp32 masters even at ZeRO stage 0: running stage 1", file=sys.stderr)

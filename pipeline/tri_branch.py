@@ -182,18 +182,16 @@ class TriBranch:
 
     def _inputs(self, crops: Crops, subnet: Subnet, step: int, rank: int, branch: int) -> tuple:
         images, masks = crops.student_inputs()
-        keep = None
-        if self.config.model.drop_path > 0:
-            keep = keep_indices(
-                self.config.data.seed,
-                step,
-                rank,
-                branch,
-                self.config.model.drop_path,
-                [len(x) for x in images],
-                self.drop_draws,
-                self.device,
-            )
+        keep = keep_indices(
+            self.config.data.seed,
+            step,
+            rank,
+            branch,
+            self.config.model.drop_path,
+            [len(x) for x in images],
+            self.drop_draws,
+            self.device,
+        )
         return images, subnet, masks, crops.masked, keep
 
     def _self_distillation(

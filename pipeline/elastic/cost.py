@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from pipeline.config import ExperimentConfig, HeadsConfig, ModelConfig
-from pipeline.elastic.subnet import Subnet
+from pipeline.elastic.subnet import Subnet, largest_subnet
 
 RESNET_PLANES = (64, 128, 256, 512)
 RESNET_EXPANSION = 4
@@ -69,6 +69,24 @@ def head_params(config: HeadsConfig, in_dim: int) -> int:
     return sum(mlp + count * config.bottleneck_dim for count in config.prototypes)
 
 
+class TrainedParams(NamedTuple):
+    """Parameters that a run trains."""
+
+    backbone: int
+    heads: int
+
+    @property
+    def total(self) -> int:
+        return self.backbone + self.heads
+
+
+def trained_params(config: ExperimentConfig) -> TrainedParams:
+    """Parameters of the largest network and of its projection heads."""
+    largest = largest_subnet(config.model)
+    dim = feature_dim(config.model, largest)
+    return TrainedParams(params(config.model, largest), head_params(config.heads, dim))
+
+
 def head_flops(config: HeadsConfig, in_dim: int) -> float:
     """FLOPs of the projection heads for one token in the forward pass."""
     widths = [in_dim, *[config.hidden_dim] * (config.layers - 1), config.bottleneck_dim]
@@ -96,7 +114,7 @@ def step_flops(config: ExperimentConfig, subnet: Subnet, masked: float | None = 
     images, model = config.data.batch_size, config.model
     global_rows = 2 * images * (1 + (masked_patches(config) if masked is None else masked))
     rows = global_rows + images * config.data.local_crops.count
-    largest = Subnet(model.widths[-1], tuple(choices[-1] for choices in model.depth_ranges))
+    largest = largest_subnet(model)
     work = _WORK[model.family]
 
     def student(net: Subnet) -> float:

@@ -14,7 +14,7 @@ from pipeline.config import ModelConfig
 from pipeline.elastic.backbone import Backbone, ElasticBlock, Features
 from pipeline.elastic.layers import ELASTIC, ElasticConv2d, ElasticGroupNorm, make_elastic
 from pipeline.elastic.maps import mask_grid, put_mask_token, spread
-from pipeline.elastic.subnet import Subnet, kept_blocks
+from pipeline.elastic.subnet import Subnet, kept_blocks, largest_subnet
 
 STRIDE = 32
 STAGES = ("layer1", "layer2", "layer3", "layer4")
@@ -137,7 +137,7 @@ def build(
     config: ModelConfig, *, kernels: str, activation_checkpointing: bool, call_skipped_blocks: bool
 ) -> ElasticResNet:
     """Build an elastic ResNet; see `pipeline.elastic.build`. It has no attention, so `kernels` changes nothing."""
-    subnet = Subnet(config.widths[-1], tuple(choices[-1] for choices in config.depth_ranges))
+    subnet = largest_subnet(config)
     model = ElasticResNet(block=Bottleneck, norm_layer="groupnorm", **resnet_args(config, subnet))
     make_elastic(model, {**ELASTIC, GroupNorm: ElasticGroupNorm, Bottleneck: ElasticBottleneck})
     for block in model.elastic_blocks():

@@ -42,6 +42,11 @@ class Subnet:
         return self.name
 
 
+def largest_subnet(config: "ModelConfig") -> Subnet:
+    """The full network: the intact student."""
+    return Subnet(config.widths[-1], tuple(choices[-1] for choices in config.depth_ranges))
+
+
 class Grid:
     """All sub-networks of a model, with the frequency at which training draws them.
 

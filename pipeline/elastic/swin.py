@@ -23,7 +23,7 @@ from pipeline.elastic.layers import (
 )
 from pipeline.elastic.maps import mask_grid, put_mask_token, spread
 from pipeline.elastic.stochastic_depth import Kept, Layout, add_branch, kept_rows
-from pipeline.elastic.subnet import Subnet, kept_blocks_by_parity
+from pipeline.elastic.subnet import Subnet, kept_blocks_by_parity, largest_subnet
 from pipeline.elastic.windows import Windows, from_windows, to_windows, windows
 
 
@@ -210,7 +210,7 @@ def build(
     config: ModelConfig, *, kernels: str, activation_checkpointing: bool, call_skipped_blocks: bool
 ) -> ElasticSwin:
     """Build an elastic Swin; see `pipeline.elastic.build`."""
-    subnet = Subnet(config.widths[-1], tuple(choices[-1] for choices in config.depth_ranges))
+    subnet = largest_subnet(config)
     model = ElasticSwin(**swin_args(config, subnet))
     make_elastic(
         model,
