@@ -6,6 +6,7 @@ Run it alone on a login node, or the way the job will run (torchrun, srun): then
 import argparse
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -26,6 +27,8 @@ _GIB = 1 << 30
 _SAMPLES = 64  # images that are decoded, spread over the shards
 _PROBE_BYTES = 32 << 20
 _SKEW_SECONDS = 2.0
+_DRIVER = Path("/proc/driver/nvidia/version")  # there as long as the kernel module is loaded, in containers too
+OLDEST_DRIVER = {"nvidia-dali-cuda120": 525, "nvidia-dali-cuda130": 580}  # setup.py chooses by it
 
 
 class Check(NamedTuple):
@@ -75,6 +78,7 @@ def examine(config: ExperimentConfig, ranks: "Ranks", world_size: int) -> list[C
     """
     on_main: dict[str, Callable[[], Check]] = {
         "software": lambda: check_software(config),
+        "driver": check_driver,
         "device": lambda: check_device(config),
         "memory": lambda: check_memory(config, world_size),
         "shards": lambda: check_shards(config, world_size),
@@ -125,6 +129,23 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+def check_driver(loaded: Path = _DRIVER) -> Check:
+    """Which NVIDIA driver is loaded, and is it new enough for the DALI wheel that is installed?"""
+    try:
+        text = loaded.read_text(encoding="utf-8")
+    except OSError:
+        return Check("driver", "pass", "no NVIDIA driver on this machine")
+    version = re.search(r"Kernel Module.*?\s(\d+)(\.\d+)+\s", text)
+    if not version:
+        return Check("driver", "warn", f"NVIDIA, of a version that {loaded} does not tell", "see nvidia-smi")
+    finding = f"NVIDIA {version[0].split()[-1]}"
+    for wheel, oldest in OLDEST_DRIVER.items():
+        if _version(wheel) and int(version[1]) < oldest:
+            fix = f"install a driver {oldest} or newer, or another wheel of DALI (POA_DALI, see the README)"
+            return Check("driver", "fail", f"{finding}; {wheel} needs {oldest} or newer", fix)
+    return Check("driver", "pass", finding)
 
 
 def check_device(config: ExperimentConfig) -> Check:

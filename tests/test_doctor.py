@@ -1,8 +1,11 @@
 """The doctor finds what it is asked to find, says what to do, and fails only where the job would."""
 
+import ast
 import json
+import re
 import subprocess
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +15,19 @@ from pipeline import distributed
 from pipeline.cli import main
 from pipeline.config import load_config
 from pipeline.data.shards import build
-from pipeline.doctor import Check, check_collectives, check_disk, check_images, check_lead, check_shards, table
+from pipeline.doctor import (
+    OLDEST_DRIVER,
+    Check,
+    check_collectives,
+    check_disk,
+    check_driver,
+    check_images,
+    check_lead,
+    check_shards,
+    table,
+)
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -31,9 +46,36 @@ def write(experiment, tmp_path) -> Callable:
 def test_sound_experiment_passes(write, capsys):
     assert main(["doctor", str(write()), "--json"]) == 0
     checks = json.loads(capsys.readouterr().out)
-    names = ["software", "device", "memory", "shards", "images", "run directory", "disk", "signal lead"]
+    names = ["software", "driver", "device", "memory", "shards", "images", "run directory", "disk", "signal lead"]
     assert [check["name"] for check in checks] == [*names, "clocks", "all-reduce"]
     assert {check["status"] for check in checks} <= {"pass", "warn"}
+
+
+# what NVIDIA's two kernel modules write
+PROPRIETARY = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  {}  Sat Aug 19 01:15:15 UTC 2023\n"
+OPEN = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  {}  Release Build  (dvs-builder@U22-I3)  Tue Jul 22\n"
+GCC = "GCC version:  gcc version 12.3.0 (Ubuntu 12.3.0-1ubuntu1~22.04)\n"
+
+
+@pytest.mark.parametrize("text", [PROPRIETARY, OPEN])
+def test_driver_is_named_and_one_too_old_for_the_dali_wheel_fails(text, tmp_path):
+    loaded = tmp_path / "version"
+    loaded.write_text(text.format("999.65.06") + GCC)
+    assert check_driver(loaded) == Check("driver", "pass", "NVIDIA 999.65.06")
+    loaded.write_text(text.format("470.57.02") + GCC)  # older than either wheel wants
+    old = check_driver(loaded)
+    assert old.status == "fail"
+    assert old.finding.startswith("NVIDIA 470.57.02; nvidia-dali-cuda")
+
+
+def test_no_driver_is_said_plainly(tmp_path):
+    assert check_driver(tmp_path / "version") == Check("driver", "pass", "no NVIDIA driver on this machine")
+
+
+def test_dali_is_held_against_the_drivers_that_setup_chooses_it_by():
+    (wheels,) = re.findall(r"^DALI_WHEELS = ({.*})", (ROOT / "setup.py").read_text(), re.MULTILINE)
+    chosen_by = {f"nvidia-dali-{wheel}": oldest for wheel, oldest in ast.literal_eval(wheels).items()}
+    assert chosen_by == OLDEST_DRIVER
 
 
 def test_missing_shards_fail_with_the_way_out_and_the_other_checks_go_on(write, capsys):
