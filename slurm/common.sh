@@ -54,12 +54,10 @@ prepare() {
 
 # train_and_requeue [ARG ...]: train; requeue the job if it stopped well or got further than the attempt before.
 train_and_requeue() {
-    local terminated=0 ends deadline before after code why
+    local terminated=0 before after code why
     prepare
     if [ -e "$POA_JOB_DIR/done" ]; then say "already done"; exit 0; fi
     trap 'terminated=1' TERM # scancel, requeue, preemption, time limit: outlive it to see what became of the ranks
-    ends=$(squeue -h -j "$POA_JOB" -o %e 2>/dev/null)
-    deadline=$(date -d "${ends:-none}" +%s 2>/dev/null || echo 9999999999) # `date -d ""` would be midnight
     before=$(cat "$POA_JOB_DIR/progress" 2>/dev/null || echo 0)
     say "$SLURM_NTASKS tasks on $SLURM_JOB_NODELIST, rendezvous at $MASTER_ADDR:$MASTER_PORT"
 
@@ -79,8 +77,8 @@ train_and_requeue() {
             ;;
     esac
     # Requeueing now would bring a cancelled job back to life; Slurm requeues preempted ones by itself. Only a time
-    # limit, which sends the same signal, is ours to mend.
-    if [ "$terminated" = 1 ] && [ "$(date +%s)" -lt "$deadline" ]; then
+    # limit, which sends the same signal, is ours to mend. (When it ends cannot be known beforehand: limits are changed.)
+    if [ "$terminated" = 1 ] && [ "$(job_field Reason)" != TimeLimit ]; then
         say "$why; ended by Slurm"
         exit 1
     fi
