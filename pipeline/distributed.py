@@ -96,7 +96,8 @@ def initialize(timeout_seconds: float = 1800) -> Ranks:
         if prefix:
             environ["MASTER_ADDR"], environ["MASTER_PORT"]
     except (KeyError, ValueError) as error:
-        raise UserError(f"{error} is missing or no number", "environment", "launch with torchrun or srun") from error
+        fix = "launch with torchrun or a script of slurm/, which set it"
+        raise UserError(f"{error} is missing or no number", "environment", fix) from error
     # DeepSpeed reads these even when the process group exists already
     _set_variables({"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(local_rank)})
     device = _device(local_rank)
