@@ -36,7 +36,7 @@ class Cluster:
         cpus: per node; they bound how many tasks run at a time.
     """
 
-    def __init__(self, directory: Path, nodes: int = 4, cpus: int = 3):
+    def __init__(self, directory: Path, nodes: int = 10, cpus: int = 3):
         self.directory, self.cpus = directory, cpus
         self.nodes = [f"n{i + 1}" for i in range(nodes)]
         self.config = directory / "slurm.conf"
@@ -86,6 +86,16 @@ class Cluster:
         """SIGKILL slurmd alone; what it started lives on."""
         self._daemons[node].kill()
         self._daemons[node].wait()
+
+    def crash_node(self, node: str) -> None:
+        """What a power cut does: slurmd, its step daemons and everything they started are gone at once."""
+        tasks = [Path(f"/proc/{pid}") for pid in self.processes(SLURMD_NODENAME=node)]
+        parents = {Path("/proc", (task / "stat").read_text().rpartition(")")[2].split()[1]) for task in tasks}
+        steps = [parent for parent in parents if b"slurmstepd" in (parent / "cmdline").read_bytes()]
+        self.kill_daemon(node)
+        for process in (*steps, *tasks):  # steps first, so that none tells of its dead tasks
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(process.name), signal.SIGKILL)
 
     def processes(self, **variables: object) -> dict[int, str]:
         """Command lines by pid of the cluster's processes whose environment has these values."""
@@ -164,10 +174,12 @@ class Cluster:
             "PropagateResourceLimits": "NONE",
             "SelectType": "select/cons_tres",
             "SelectTypeParameters": "CR_Core",
+            "PreemptType": "preempt/partition_prio",
+            "PreemptMode": "REQUEUE",
             "SchedulerParameters": "sched_min_interval=0,sched_interval=2,bf_interval=2,batch_sched_delay=0",
             "JobRequeue": 1,
             "ReturnToService": 2,
-            "KillWait": 5,
+            "KillWait": 30,
             "UnkillableStepTimeout": 120,
             "SlurmdTimeout": 10,
             "BatchStartTimeout": 10,
@@ -181,7 +193,8 @@ class Cluster:
                 f"NodeName={node} NodeHostname=localhost NodeAddr=127.0.0.{i + 1} Port={port} CPUs={self.cpus} "
                 f"RealMemory=64000 Gres=gpu:{self.cpus} State=UNKNOWN"
             )
-        lines.append(f"PartitionName=debug Nodes={','.join(self.nodes)} Default=YES MaxTime=INFINITE State=UP")
+        lines.append("PartitionName=debug Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1")
+        lines.append("PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10")  # preempts the other
         self.config.write_text("\n".join(lines) + "\n")
         for name in ("state", *(f"spool.{node}" for node in self.nodes)):
             (d / name).mkdir()
@@ -226,6 +239,9 @@ class Job:
     def field(self, name: str) -> str:
         match = re.search(rf"\b{name}=(\S+)", self.cluster.run("scontrol", "-o", "show", "job", self.id))
         return match[1] if match else ""
+
+    def nodes(self) -> set[str]:
+        return set(self.cluster.run("scontrol", "show", "hostnames", self.field("NodeList")).split())
 
     @property
     def log(self) -> str:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from slurm_cluster import Cluster, Job
+from slurm_cluster import FINAL, Cluster, Job
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(1500)]
 
@@ -29,7 +29,9 @@ LONG = 240
 ENDLESS = "run.max_steps=100000"
 SAVE_EVERY = 10
 AGREED = ("loss", "lr", "momentum", "grad_norm", "subnet", "images")
-TWO_NODES = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--nodelist=n1,n2"]
+ACROSS = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1"]
+TWO_NODES = [*ACROSS, "--nodelist=n1,n2"]
+WITHIN = ["--nodes=1", "--ntasks-per-node=2", "--gpus-per-node=2"]
 
 
 class Lab:
@@ -97,7 +99,8 @@ class Run:
         return path.read_text().count("\n") if path.exists() else 0
 
     def reaches(self, step: int) -> None:
-        self.job.until(lambda: self.steps >= step)
+        self.job.until(lambda: self.steps >= step or self.job.field("JobState") in FINAL)
+        assert self.steps >= step, self.job.log[-6000:]
 
     def is_complete(self) -> None:
         """The last step is reached, and the records are those of the undisturbed run."""
@@ -132,6 +135,15 @@ def undisturbed(lab: Lab) -> None:
     assert yaml.safe_load((run.directory / "config.yaml").read_text())["run"]["max_steps"] == STEPS
     evaluation.ends("COMPLETED", 0)
     assert "32x2" in json.loads((run.directory / "eval" / "knn.json").read_text())
+
+
+def doctor(lab: Lab) -> None:
+    """The doctor on two nodes, started like the job."""
+    run = lab.submit("doctor", script="doctor")
+    run.job.ends("COMPLETED", 0)
+    assert re.search(r"^0: pass  all-reduce +2 ranks at hand \(gloo\)", run.job.log, re.MULTILINE)
+    assert re.search(r"^0: pass  clocks +2 ranks within", run.job.log, re.MULTILINE)
+    assert not re.search("^1: (pass|warn|fail)", run.job.log, re.MULTILINE)  # one table
 
 
 def four_ranks(lab: Lab) -> None:
@@ -191,6 +203,63 @@ def time_limit(lab: Lab) -> None:
     assert "requeueing" in run.job.log
 
 
+def stopped_at_its_limit(lab: Lab, name: str) -> tuple[Run, int]:
+    """A run at its time limit, of which Slurm gives no warning; its rank 1, the pid given, is stopped.
+
+    Slurm looks at limits every 30 s; a stopped run leaves the processors to the others until then.
+    """
+    # the script asks for USR1, while this signal has no effect; on nodes of their own, stopped runs are in nobody's way
+    run = lab.submit(name, options=[*ACROSS, "--nodelist=n9,n10", "--signal=CONT@1"])
+    run.reaches(12)
+    (pid,) = run.job.tasks(1)
+    os.kill(pid, signal.SIGSTOP)
+    lab.cluster.run("scontrol", "update", f"jobid={run.job.id}", "EndTime=now+2")
+    return run, pid
+
+
+def limit_with_time_to_save(lab: Lab) -> None:
+    run, _ = stopped_at_its_limit(lab, "unwarned")  # Slurm wakes it, then sends TERM
+    run.job.until(lambda: int(run.job.field("Restarts")) >= 1, 180)
+    lab.cluster.run("scontrol", "update", f"jobid={run.job.id}", "timelimit=30")
+    run.job.ends("COMPLETED", 1)
+    run.is_complete()
+    assert "DUE TO TIME LIMIT" in run.job.log
+    (stopped,) = re.findall(r"stopped on a signal after saving step (\d+)", run.job.log)
+    assert run.resumed_at() == [int(stopped)]
+    assert int(stopped) >= 12  # and not the checkpoint before
+    assert "requeueing" in run.job.log
+
+
+def limit_without_time_to_save(lab: Lab) -> None:
+    run, pid = stopped_at_its_limit(lab, "overrun")
+    with contextlib.suppress(ProcessLookupError):  # until KILL
+        while True:
+            os.kill(pid, signal.SIGSTOP)
+            time.sleep(0.005)
+    run.job.ends("TIMEOUT", 0, 60)
+    assert "stopped on a signal" not in run.job.log
+    assert "requeueing" not in run.job.log
+    again = lab.submit("overrun")
+    again.job.ends("COMPLETED", 0)
+    again.is_complete()
+    (resumed,) = again.resumed_at()
+    assert resumed % SAVE_EVERY == 0
+
+
+def preemption(lab: Lab) -> None:
+    """A job of higher priority wants the node that the run is on."""
+    run = lab.submit("preempted", ENDLESS, options=[*WITHIN, "--nodelist=n5"])
+    run.reaches(12)
+    urgent = ["--partition=urgent", "--nodelist=n5", "--exclusive", "--output=/dev/null", "--wrap=true"]
+    lab.cluster.run("sbatch", *urgent)
+    run.goes_on()
+    assert int(run.job.field("Restarts")) == 1
+    assert "DUE TO PREEMPTION" in run.job.log
+    stopped, *_ = re.findall(r"stopped on a signal after saving step (\d+)", run.job.log)
+    assert run.resumed_at() == [int(stopped)]
+    assert int(stopped) >= 12
+
+
 def scancel(lab: Lab) -> None:
     run = lab.submit("cancelled")
     run.reaches(12)
@@ -234,7 +303,7 @@ def killed_daemon(lab: Lab) -> None:
     run = lab.submit(
         "daemon",
         ENDLESS,
-        options=["--nodes=1", "--ntasks-per-node=2", "--gpus-per-node=2", "--exclude=n1,n2"],
+        options=[*WITHIN, "--exclude=n[1-2,5-10]"],
     )
     run.reaches(12)
     node = run.job.field("NodeList")
@@ -246,6 +315,22 @@ def killed_daemon(lab: Lab) -> None:
         run.goes_on()
     finally:
         lab.cluster.start_node(node)
+    (resumed,) = run.resumed_at()
+    assert resumed % SAVE_EVERY == 0
+
+
+def crashed_node(lab: Lab) -> None:
+    """A node dies with all that runs on it; the batch script and rank 0 are on another, and a third one is free."""
+    run = lab.submit("crashed", options=[*ACROSS, "--exclude=n[1-5,9-10]"])
+    run.reaches(12)
+    (dead,) = run.job.nodes() - {run.job.field("BatchHost")}
+    lab.cluster.crash_node(dead)
+    try:
+        run.job.ends("COMPLETED", 1)
+        assert dead not in run.job.nodes()
+    finally:
+        lab.cluster.start_node(dead)
+    run.is_complete()
     (resumed,) = run.resumed_at()
     assert resumed % SAVE_EVERY == 0
 
@@ -293,8 +378,12 @@ def sweep(lab: Lab) -> None:
 SCENARIOS: dict[str, Callable[[Lab], None]] = {
     scenario.__name__: scenario
     for scenario in (
-        time_limit,  # the one that waits longest goes first
+        time_limit,  # those that wait longest go first
+        limit_without_time_to_save,
+        limit_with_time_to_save,
+        crashed_node,
         killed_daemon,
+        preemption,
         stopped_rank,
         full_disk,
         requeue,
@@ -305,6 +394,7 @@ SCENARIOS: dict[str, Callable[[Lab], None]] = {
         sweep,
         undisturbed,
         four_ranks,
+        doctor,
     )
 }
 
