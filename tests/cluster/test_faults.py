@@ -232,8 +232,9 @@ def limit_with_time_to_save(lab: Lab) -> None:
 
 def limit_without_time_to_save(lab: Lab) -> None:
     run, pid = stopped_at_its_limit(lab, "overrun")
+    deadline = time.monotonic() + 240
     with contextlib.suppress(ProcessLookupError):  # until KILL
-        while True:
+        while time.monotonic() < deadline:
             os.kill(pid, signal.SIGSTOP)
             time.sleep(0.005)
     run.job.ends("TIMEOUT", 0, 60)
