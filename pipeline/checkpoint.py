@@ -1,17 +1,20 @@
 """Checkpoints: atomic, checksummed, retained by count, independent of the number of ranks and the ZeRO stage.
 
 A checkpoint is a directory `step_00001000` with one `shard_RRRRR.safetensors` per rank and a `manifest.json`, written
-last. A shard holds, for every parameter group g, the rank's part of the flat fp32 vectors `g.master`, `g.ema`,
-`g.exp_avg` and `g.exp_avg_sq`; shard 0 also holds the centers. The manifest names the parameters in each vector, so any
-number of ranks can read it, and `load_weights` needs no training engine at all.
+last. A shard holds, for every parameter group g, the rank's pieces of the flat fp32 vectors `g.master`, `g.ema`,
+`g.exp_avg` and `g.exp_avg_sq`, one after the other, and in `g.pieces` (int64 `[P, 2]`) where each begins in the vector
+and how long it is; shard 0 also holds the centers. The manifest names the parameters in each vector, so any number of
+ranks at any ZeRO stage can read it, and `load_weights` needs no training engine at all.
 """
 
 import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +24,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline.distributed import Ranks
-from pipeline.engine import Engine, FlatGroup
+from pipeline.engine.core import Engine
+from pipeline.engine.groups import FlatGroup, Piece
 from pipeline.errors import UserError
 from pipeline.files import sha256, sync, write_atomically
 from pipeline.losses import Centering
 
-FORMAT = 1
+FORMAT = 2
 VECTORS = ("master", "ema", "exp_avg", "exp_avg_sq")
 BRANCHES = {"teacher": "ema", "student": "master"}
 
@@ -126,10 +130,12 @@ class Checkpoints:
         name = f"shard_{self.ranks.rank:05d}.safetensors"
         tensors: dict[str, Tensor] = {}
         for index, group in enumerate(engine.groups):
-            part = _own_part(group, self.ranks.rank, self.ranks.world_size)
+            pieces = _own_pieces(group, engine.replicated, self.ranks)
+            places = torch.tensor([(p.start, p.length) for p in pieces], dtype=torch.int64).reshape(-1, 2)
+            tensors[f"{index}.pieces"] = places
             vectors = {"master": group.master, "ema": group.ema, **engine.moments(group)}
             for key, vector in vectors.items():
-                tensors[f"{index}.{key}"] = vector.detach()[part].cpu().contiguous()
+                tensors[f"{index}.{key}"] = _joined([vector.detach()[p.here] for p in pieces])
         if self.ranks.is_main:
             tensors |= {
                 f"center.{kind}.{h}": center.cpu()
@@ -211,49 +217,80 @@ def load_weights(root: Path, branch: str) -> tuple[dict[str, Tensor], dict[str, 
         if problem is None:
             manifest = read_manifest(path)
             weights: dict[str, Tensor] = {}
-            for index, group in enumerate(manifest["groups"]):
-                flat = _read_vector(path, manifest, index, BRANCHES[branch], 0, group["numel"])
+            wholes = [[Piece(0, 0, group["numel"])] for group in manifest["groups"]]
+            vectors = _read(path, manifest, wholes, [group["numel"] for group in manifest["groups"]], BRANCHES[branch])
+            for flat, group in zip(vectors, manifest["groups"], strict=True):
                 for name, shape, offset in zip(group["names"], group["shapes"], group["offsets"], strict=True):
-                    weights[name] = flat[offset : offset + torch.Size(shape).numel()].view(shape)
+                    weights[name] = flat[BRANCHES[branch]][offset : offset + torch.Size(shape).numel()].view(shape)
             return weights, manifest
         print(f"warning: checkpoint {path} is damaged: {problem}; trying the one before", file=sys.stderr)
     raise UserError("no intact checkpoint", str(root), "train first, or name another run")
 
 
 def _describe(group: FlatGroup) -> dict[str, Any]:
-    return {"names": group.spec.names, "shapes": group.shapes, "offsets": group.offsets, "numel": group.numel}
+    spec = group.spec
+    return {"names": spec.names, "shapes": spec.shapes, "offsets": spec.offsets, "numel": spec.numel}
 
 
-def _own_part(group: FlatGroup, rank: int, world_size: int) -> slice:
-    """The part of `group.master` that this rank saves: all of a shard, an equal share of a replica."""
-    if len(group.master) < len(group.teacher) or world_size == 1:
-        return slice(0, len(group.master))
-    share = -(-len(group.master) // world_size)
-    return slice(rank * share, (rank + 1) * share)
+def _own_pieces(group: FlatGroup, replicated: bool, ranks: Ranks) -> Sequence[Piece]:
+    """What this rank saves: all of a shard, an equal share of a replica."""
+    if not replicated:
+        return group.pieces
+    share = -(-group.spec.numel // ranks.world_size)
+    start = ranks.rank * share
+    length = min(share, group.spec.numel - start)
+    return [Piece(start, start, length)] if length > 0 else []
 
 
-def _read_vector(path: Path, manifest: dict[str, Any], index: int, key: str, start: int, stop: int) -> Tensor:
-    """Elements [start, stop) of a group's vector from the shards that hold them; zeros where it is padding."""
-    out = torch.zeros(stop - start)
-    position = 0
+def _joined(parts: list[Tensor]) -> Tensor:
+    return torch.cat(parts).cpu().contiguous() if parts else torch.empty(0)
+
+
+def _read(
+    path: Path, manifest: dict[str, Any], wanted: Sequence[Sequence[Piece]], lengths: Sequence[int], *keys: str
+) -> list[dict[str, Tensor]]:
+    """Per group, vectors by key with the wanted pieces filled in, and zeros where no piece is (padding).
+
+    Raises:
+        ValueError: the shards do not hold every element that is wanted.
+    """
+    out = [{key: torch.zeros(length) for key in keys} for length in lengths]
+    missing = sum(piece.length for pieces in wanted for piece in pieces)
     for rank in range(manifest["world_size"]):
         with safe_open(path / f"shard_{rank:05d}.safetensors", framework="pt") as file:
-            part = file.get_slice(f"{index}.{key}")
-            length = part.get_shape()[0]
-            low, high = max(start, position), min(stop, position + length)
-            if low < high:
-                out[low - start : high - start] = part[low - position : high - position]
-        position += length
+            for index, pieces in enumerate(wanted):
+                for here, there in _overlaps(pieces, file.get_tensor(f"{index}.pieces").tolist()):
+                    missing -= here.stop - here.start
+                    for key in keys:
+                        out[index][key][here] = file.get_slice(f"{index}.{key}")[there]
+    if missing:
+        raise ValueError(f"{path}: {missing} elements are in none of the shards")
     return out
+
+
+def _overlaps(wanted: Sequence[Piece], saved: Sequence[tuple[int, int]]) -> Iterator[tuple[slice, slice]]:
+    """Places in a shard with the places of the same elements in a saved one; both list their pieces in rising order."""
+    ends = list(accumulate(length for _, length in saved))
+    begins = [start for start, _ in saved]
+    for piece in wanted:
+        stop = piece.start + piece.length
+        for i in range(max(bisect_right(begins, piece.start) - 1, 0), len(saved)):
+            start, length = saved[i]
+            low, high = max(piece.start, start), min(stop, start + length)
+            if start >= stop:
+                break
+            if low < high:
+                here, there = piece.local - piece.start, ends[i] - length - start
+                yield slice(low + here, high + here), slice(low + there, high + there)
 
 
 def _restore(engine: Engine, centering: Centering, path: Path, manifest: dict[str, Any]) -> None:
     ours = json.loads(json.dumps([_describe(group) for group in engine.groups]))
     if ours != manifest["groups"]:
         raise UserError("the checkpoint is of another model or optimizer", str(path), "use another run directory")
-    for index, group in enumerate(engine.groups):
-        start, stop = group.start, group.start + len(group.master)
-        shard = {key: _read_vector(path, manifest, index, key, start, stop) for key in VECTORS}
+    wanted = [group.pieces for group in engine.groups]
+    shards = _read(path, manifest, wanted, [len(group.master) for group in engine.groups], *VECTORS)
+    for index, shard in enumerate(shards):
         engine.restore(index, shard, manifest["optimizer_steps"])
     with safe_open(path / "shard_00000.safetensors", framework="pt") as file:
         for kind, heads in centering.center.items():

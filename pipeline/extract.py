@@ -109,7 +109,7 @@ def load_proof_images(config: "ExperimentConfig", shards: str | Sequence[str], c
     import torch
 
     from pipeline.data.images import BadImage
-    from pipeline.eval_images import EvalImages
+    from pipeline.evaluate.images import EvalImages
     from pipeline.run_models import preprocessing
 
     source = EvalImages(shards, preprocessing(config.model), config.data.max_pixels)

@@ -76,19 +76,20 @@ def stragglers(config: ExperimentConfig, ranks: int) -> dict[str, dict[str, floa
 def communication(config: ExperimentConfig, ranks: int, stage: int) -> dict[str, float]:
     """Bytes that a GPU sends per step, by ring algorithms: 2 n (R-1)/R to all-reduce n bytes, half of it to gather.
 
-    Gradients are all-reduced at every stage, once per step; with sharded masters the updated weights of student and
-    teacher are gathered.
+    Up to stage 2 gradients are all-reduced once per step; with sharded masters the updated weights of student and
+    teacher are gathered. At stage 3 both students' gradients are scattered, and weights are gathered for every pass:
+    forward and backward of two students, forward of the teacher.
     """
     low = 2 if config.engine.precision == "bf16" else 4
     weights = low * cost.trained_params(config).total
     share = (ranks - 1) / ranks
-    sharded = config.engine.effective_stage(stage) > 0
-    gathered = weights * share if sharded else 0.0
+    stage = config.engine.effective_stage(stage)
+    gathered = weights * share if stage else 0.0
     # Sinkhorn: 3 iterations, cls and patches, one fp64 sum per prototype; centering: one
     rounds = {"sinkhorn": 3, "softmax": 1, "none": 0}[config.loss.centering]
     return {
         "gradients": 2.0 * weights * share,
-        "student weights": gathered,
+        "student weights": gathered * (4 if stage == 3 else 1),
         "teacher weights": gathered,
         "targets": 2.0 * share * rounds * 2 * 8 * sum(config.heads.prototypes),
     }

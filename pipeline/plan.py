@@ -8,6 +8,7 @@ from pipeline import forecast
 from pipeline.config import EngineConfig, ExperimentConfig, dump_config, load_config
 from pipeline.elastic import cost
 from pipeline.elastic.subnet import Grid, Subnet
+from pipeline.engine.sizes import BUCKET
 from pipeline.errors import UserError
 
 _GIB = 1 << 30
@@ -56,19 +57,28 @@ def memory_estimate(config: ExperimentConfig, world_size: int = 1, stage: int | 
     """
     largest = Grid(config.model).largest
     low = 2 if config.engine.precision == "bf16" else 4
-    sharded = config.engine.effective_stage(stage) > 0
-    shard = world_size if sharded else 1
+    stage = config.engine.effective_stage(stage)
     count = cost.trained_params(config).total
-    copies = 4 if sharded else 3  # ZeRO-0 trains the fp32 weights themselves: no master apart from them
+    shards = world_size if stage == 3 else 1
+    block = cost.largest_block_params(config.model) if stage == 3 else 0
+    bucket = min(block, BUCKET)
     rows = config.data.batch_size * (2 * (1 + cost.masked_patches(config)) + config.data.local_crops.count)
     return {
-        "weights (student, teacher)": 2.0 * low * count,
-        "gradients": 1.0 * low * count,
-        "fp32 master, AdamW, EMA": 4.0 * copies * count / shard,
+        "weights (student, teacher)": 2.0 * low * count / shards,
+        "gathered weights (estimate)": 1.0 * low * min(count, block + bucket),  # one in use, one fetched ahead
+        "gradients": 1.0 * low * (count / shards + bucket),
+        "fp32 master, AdamW, EMA": 0.0 if config.engine.offload_optimizer else state_bytes(config, world_size, stage),
         "activations (estimate)": _activations(config, largest, low),
         # student's logits with their gradient, the intact student's copy, and the teacher's
         "logits": 4.0 * low * rows * sum(config.heads.prototypes),
     }
+
+
+def state_bytes(config: ExperimentConfig, world_size: int, stage: int) -> float:
+    """Bytes of a rank's fp32 masters, moments and EMA, on the GPU or, offloaded, in the host's memory."""
+    count = cost.trained_params(config).total
+    # ZeRO-0 trains the fp32 weights themselves: no master apart from them
+    return 4.0 * 3 * count if stage == 0 else 4.0 * 4 * count / world_size
 
 
 def _activations(config: ExperimentConfig, subnet: Subnet, low: int) -> float:
@@ -125,6 +135,7 @@ def plan(config: ExperimentConfig, gpus: int, gpu: str, mfu: float) -> dict[str,
     flops = {"teacher": step.teacher, "intact": step.intact, "elastic_mean": waiting["shared"]["mean"]}
     stages = get_args(EngineConfig.model_fields["zero_stage"].annotation)
     memory = {str(stage): memory_estimate(config, gpus, stage) for stage in stages}
+    offloaded = state_bytes(config, gpus, config.engine.effective_stage()) if config.engine.offload_optimizer else 0.0
     return {
         "gpus": gpus,
         "gpu": gpu,
@@ -145,6 +156,7 @@ def plan(config: ExperimentConfig, gpus: int, gpu: str, mfu: float) -> dict[str,
             for stage, parts in memory.items()
         },
         "card_memory": card.memory,
+        "host_memory": offloaded,
         "communication": {str(stage): forecast.communication(config, gpus, stage) for stage in stages},
         "speed": forecast.speed(config, gpus, card, mfu),
         "steps": config.optim.total_steps,
@@ -184,6 +196,7 @@ def plan_text(p: dict[str, Any]) -> str:
         "",
         f"GiB per GPU by ZeRO stage (the card has {p['card_memory'] / _GIB:.0f}; activations are an estimate)",
         *_columns(p["memory"], ("total", "fits")),
+        *([f"  and in the host's memory {p['host_memory'] / _GIB:.2f} per GPU"] if p["host_memory"] else []),
         "",
         "GiB that a GPU sends per step by ZeRO stage (ring algorithms)",
         *_columns(p["communication"], ()),
@@ -205,11 +218,11 @@ def _passes(data: dict[str, Any]) -> str:
 
 def _columns(table: dict[str, dict[str, Any]], besides: tuple[str, ...]) -> list[str]:
     purposes = [name for name in next(iter(table.values())) if name not in besides]
-    rows = [f"  {'':<26}" + "".join(f"{'stage ' + stage:>10}" for stage in table)]
+    rows = [f"  {'':<28}" + "".join(f"{'stage ' + stage:>10}" for stage in table)]
     for name in purposes:
-        rows.append(f"  {name:<26}" + "".join(f"{column[name] / _GIB:>10.2f}" for column in table.values()))
+        rows.append(f"  {name:<28}" + "".join(f"{column[name] / _GIB:>10.2f}" for column in table.values()))
     total = [sum(column[name] for name in purposes) for column in table.values()]
-    rows.append(f"  {'total':<26}" + "".join(f"{size / _GIB:>10.2f}" for size in total))
+    rows.append(f"  {'total':<28}" + "".join(f"{size / _GIB:>10.2f}" for size in total))
     if "fits" in besides:
-        rows.append(f"  {'fits':<26}" + "".join(f"{'yes' if c['fits'] else 'NO':>10}" for c in table.values()))
+        rows.append(f"  {'fits':<28}" + "".join(f"{'yes' if c['fits'] else 'NO':>10}" for c in table.values()))
     return rows

@@ -296,11 +296,20 @@ class OptimConfig(Section):
 class EngineConfig(Section):
     """How the step is computed; none of it changes what is computed."""
 
-    zero_stage: Literal[0, 1, 2] = 1
+    zero_stage: Literal[0, 1, 2, 3] = 1
     precision: Literal["bf16", "fp32"] = "bf16"
     kernels: Literal["triton", "eager"] = "triton"
     compile: bool = True
     activation_checkpointing: bool = False
+    offload_optimizer: Literal["cpu"] | None = Field(
+        None, description="keep fp32 masters, moments and EMA in host memory and update them there; ZeRO stage 1 and up"
+    )
+
+    @model_validator(mode="after")
+    def _offload_needs_shards(self) -> "EngineConfig":
+        if self.offload_optimizer and self.effective_stage() == 0:
+            raise ValueError("offload_optimizer needs a ZeRO stage of 1 or more: set engine.zero_stage")
+        return self
 
     def effective_stage(self, zero_stage: int | None = None) -> int:
         """The ZeRO stage that runs, for `zero_stage` if given: DeepSpeed shards masters of bf16 even at stage 0."""

@@ -11,9 +11,9 @@ from pipeline.checkpoint import Checkpoints, Progress, list_checkpoints
 from pipeline.config import ExperimentConfig
 from pipeline.data.loader import Loader
 from pipeline.distributed import Ranks
+from pipeline.evaluate.online import OnlineEvaluation
 from pipeline.job import Job, stop_signals
 from pipeline.metrics.monitor import Monitor
-from pipeline.online_eval import OnlineEvaluation
 from pipeline.progress import ProgressLine
 from pipeline.run import RunDirectory, fingerprint
 from pipeline.trainer import StepReport, Trainer
@@ -107,7 +107,8 @@ def _loop(
         if evaluation.due(progress.step):
             watchdog.beat(f"the evaluation of step {progress.step}")
             began = time.perf_counter()
-            accuracies = evaluation.accuracies(trainer.engine.teacher.backbone, progress.step)
+            with trainer.engine.whole_teacher() as teacher:
+                accuracies = evaluation.accuracies(teacher.backbone, progress.step)
             monitor.knn(progress.step, accuracies, time.perf_counter() - began)
         due = progress.step % config.run.log_every_steps == 0 or progress.step == end
         if due or report.bad:

@@ -21,10 +21,12 @@ from pipeline.data.reader import Dataset, Skip
 from pipeline.distributed import Ranks
 from pipeline.elastic import Subnet, build, cost
 from pipeline.elastic.head import ProjectionHeads
+from pipeline.elastic.layers import recut_in_backward
 from pipeline.elastic.pretrained import load_pretrained
 from pipeline.elastic.sampling import SubnetSampler
 from pipeline.elastic.subnet import Grid
-from pipeline.engine import MODULES, Engine
+from pipeline.engine.core import Engine
+from pipeline.engine.groups import MODULES
 from pipeline.errors import UserError
 from pipeline.metrics.bands import Bands
 from pipeline.metrics.families import BANDS
@@ -300,10 +302,14 @@ def _open_dataset(config: ExperimentConfig, global_batch: int) -> Dataset:
 def build_student(config: ExperimentConfig) -> Branch:
     """The student, initialised at random from the seed of the experiment, on the CPU in fp32."""
     torch.manual_seed(config.data.seed)
+    sharded = config.engine.effective_stage() == 3
     backbone = build(
         config.model,
         kernels=config.engine.kernels,
         activation_checkpointing=config.engine.activation_checkpointing,
+        sharded=sharded,
     )
     heads = ProjectionHeads(backbone.feature_dim(backbone.grid.largest), config.heads)
+    if sharded:
+        recut_in_backward(heads)
     return Branch(backbone, heads)

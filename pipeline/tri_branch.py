@@ -90,7 +90,7 @@ class Branch(nn.Module):
         Returns:
             The logits, and the un-projected cls tokens `[2B, D]` of the global crops.
         """
-        features = self.backbone.forward_crops(images, subnet, masks, keep)
+        features = self.backbone(images, subnet, masks, keep)
         cls, patches = features[0]
         local = features[1].cls if len(features) > 1 else cls[:0]
         chosen = patches.reshape(-1, patches.shape[-1]).index_select(0, masked)
@@ -126,7 +126,9 @@ class TriBranch:
         self.impl = config.engine.kernels
         self.centering = Centering(config.loss.centering, config.heads.prototypes, device, self.impl)
 
-    def teacher_targets(self, teacher: Branch, crops: Crops, values: StepValues) -> TeacherTargets:
+    def teacher_targets(
+        self, teacher: Callable[..., tuple[Logits, Tensor]], crops: Crops, values: StepValues
+    ) -> TeacherTargets:
         """Run the teacher on the unmasked global crops."""
         with torch.no_grad():
             logits, cls = teacher([crops.global_], self.full, [None], crops.masked)

@@ -145,21 +145,22 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-@pytest.fixture
-def launch(tmp_path: Path) -> Callable[..., list[str]]:
+@pytest.fixture(scope="session")
+def launch(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[str]]:
     """Run a Python script as several ranks; returns what each printed, fails if one failed."""
 
     def run(script: Path, ranks: int, *args: object, timeout: float = 240) -> list[str]:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
+        directory = tmp_path_factory.mktemp("launch")
         shared = {"WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
         processes = [
             subprocess.Popen(
                 [sys.executable, str(script), *map(str, args)],
                 env={**os.environ, "PYTHONPATH": str(ROOT)}
                 | {name: str(value) for name, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()},
-                cwd=tmp_path,
+                cwd=directory,
                 text=True,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,

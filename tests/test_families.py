@@ -8,7 +8,7 @@ import timm
 import torch
 
 from pipeline.cli import main
-from pipeline.eval_images import EvalImages
+from pipeline.evaluate.images import EvalImages
 from pipeline.extract import TOLERANCE
 from pipeline.run_models import RunModels, preprocessing
 

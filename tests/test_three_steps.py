@@ -1,6 +1,7 @@
 """The step under DeepSpeed against plain fp64 PyTorch that knows neither ranks nor factored targets."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -9,21 +10,70 @@ import yaml
 WORKER = Path(__file__).parent / "workers" / "three_steps.py"
 RANKS = 2
 TOLERANCE = 1e-6  # relative; fp32 against fp64 was measured at 6e-8 for weights and 5e-8 for losses
-PLAIN: dict[str, dict] = {}  # results of the plain implementation, computed once
+pytestmark = pytest.mark.timeout(1500)
 
 
-def run(launch, tmp_path, mode, ranks, tree):
-    path, out = tmp_path / f"{mode}.yaml", tmp_path / f"{mode}.pt"
-    path.write_text(yaml.safe_dump(tree))
-    launch(WORKER, ranks, mode, path, out, RANKS)
-    return torch.load(out)
+class Case(NamedTuple):
+    family: str
+    stage: int
+    centering: str = "sinkhorn"
+    assignment: str = "independent"
+    offload: str | None = None
+    checkpointing: bool = False
+    precision: str = "fp32"
+
+    def __str__(self) -> str:
+        return "-".join(str(value) for value in self if value)
+
+    def tree(self, experiment):
+        return experiment(
+            self.family,
+            loss={"centering": self.centering, "ibot_start_epoch": 0.5},  # the first step without masked patches
+            sampling={"assignment": self.assignment},
+            engine={
+                "zero_stage": self.stage,
+                "precision": self.precision,
+                "activation_checkpointing": self.checkpointing,
+                "offload_optimizer": self.offload,
+            },
+        )
 
 
-def plain(launch, tmp_path, tree):
-    key = yaml.safe_dump({**tree, "engine": None})
-    if key not in PLAIN:
-        PLAIN[key] = run(launch, tmp_path, "plain", 1, tree)
-    return PLAIN[key]
+CASES = [
+    Case("vit", 0),
+    Case("vit", 1),
+    Case("vit", 2, checkpointing=True),
+    Case("vit", 3),
+    Case("vit", 1, "softmax", offload="cpu"),
+    Case("vit", 3, "softmax", "shared", "cpu", checkpointing=True),
+    *(Case("swin", stage, checkpointing=stage == 2) for stage in range(3)),
+    Case("swin", 3, assignment="balanced"),
+    Case("resnet", 0),
+    Case("resnet", 1),
+    Case("resnet", 2, offload="cpu", checkpointing=True),
+    Case("resnet", 3),
+]
+BF16 = [Case("vit", 2, precision="bf16"), Case("vit", 3, precision="bf16")]
+
+
+def run(launch, directory, mode, ranks, trees):
+    """Results by the trees' keys; one process group computes them all, since its start takes longer than a step."""
+    files = {key: (directory / f"{mode}{i}.yaml", directory / f"{mode}{i}.pt") for i, key in enumerate(trees)}
+    for key, (path, _) in files.items():
+        path.write_text(yaml.safe_dump(trees[key]))
+    launch(WORKER, ranks, mode, RANKS, *(name for pair in files.values() for name in pair), timeout=1400)
+    return {key: torch.load(out) for key, (_, out) in files.items()}
+
+
+@pytest.fixture(scope="module")
+def outcomes(launch, experiment, tmp_path_factory):
+    """By case, what the engine made and what plain fp64 PyTorch makes of the same experiment."""
+    directory = tmp_path_factory.mktemp("three_steps")
+    trees = {case: case.tree(experiment) for case in [*CASES, *BF16]}
+    kinds = {case: (case.family, case.centering, case.assignment) for case in trees}
+    plain = run(launch, directory, "plain", 1, {kinds[case]: tree for case, tree in trees.items()})
+    found = run(launch, directory, "engine", RANKS, trees)
+    return {case: (found[case], plain[kinds[case]]) for case in trees}
 
 
 def relative_error(found, expected):
@@ -31,32 +81,9 @@ def relative_error(found, expected):
     return float((difference / sum(w.square().sum() for w in expected.values())).sqrt())
 
 
-@pytest.mark.parametrize(
-    ("family", "stage", "centering"),
-    [
-        ("vit", 0, "sinkhorn"),
-        ("vit", 1, "sinkhorn"),
-        ("vit", 2, "sinkhorn"),
-        ("vit", 1, "softmax"),
-        ("swin", 1, "sinkhorn"),
-        ("resnet", 2, "sinkhorn"),
-        *(
-            pytest.param(family, stage, "sinkhorn", marks=pytest.mark.slow)
-            for family, stage in [("swin", 0), ("swin", 2), ("resnet", 0), ("resnet", 1)]
-        ),
-    ],
-)
-def test_two_ranks_with_different_subnets_equal_one_plain_process(
-    launch, tmp_path, experiment, family, stage, centering
-):
-    tree = experiment(
-        family,
-        loss={"centering": centering, "ibot_start_epoch": 0.5},  # the first step without masked patches
-        sampling={"assignment": "independent"},
-        engine={"zero_stage": stage, "activation_checkpointing": stage == 2},
-    )
-    expected = plain(launch, tmp_path, tree)
-    found = run(launch, tmp_path, "engine", RANKS, tree)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_two_ranks_with_different_subnets_equal_one_plain_process(outcomes, case):
+    found, expected = outcomes[case]
     for step, losses in enumerate(expected["losses"]):
         for term, value in losses.items():
             assert found["losses"][step][term] == pytest.approx(value, rel=1e-5, abs=1e-6), (step, term)
@@ -68,11 +95,9 @@ def test_two_ranks_with_different_subnets_equal_one_plain_process(
             assert torch.allclose(ours.double(), theirs, atol=1e-6)
 
 
-def test_bf16_follows_fp32_within_rounding(launch, tmp_path, experiment):
-    tree = experiment(loss={"ibot_start_epoch": 0.5}, sampling={"assignment": "independent"})
-    expected = plain(launch, tmp_path, tree)
-    tree["engine"] |= {"zero_stage": 2, "precision": "bf16"}
-    found = run(launch, tmp_path, "engine", RANKS, tree)
+@pytest.mark.parametrize("case", BF16, ids=str)
+def test_bf16_follows_fp32_within_rounding(outcomes, case):
+    found, expected = outcomes[case]
     for step, losses in enumerate(expected["losses"]):
         assert found["losses"][step]["total"] == pytest.approx(losses["total"], rel=0.02)
     assert relative_error(found["student"], expected["student"]) < 0.02
@@ -89,10 +114,10 @@ def test_interpreted_triton_kernels_train_like_the_eager_ones(launch, tmp_path, 
         optim={"warmup_epochs": 0, "freeze_prototypes_epochs": 0},
         run={"max_steps": 1},
     )
-    eager = run(launch, tmp_path, "engine", 1, tree)
+    eager = run(launch, tmp_path, "engine", 1, {"eager": tree})["eager"]
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     tree["engine"]["kernels"] = "triton"
-    triton = run(launch, tmp_path, "engine", 1, tree)
+    triton = run(launch, tmp_path, "engine", 1, {"triton": tree})["triton"]
     for ours, theirs in zip(triton["losses"], eager["losses"], strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6)
     for branch in ("student", "teacher"):  # one update, so the gradients agree

@@ -40,7 +40,7 @@ def to(run, step, **more):
     return {"overrides": [f"run.dir={run}", f"run.max_steps={step}"], **more}
 
 
-@pytest.mark.parametrize(("family", "stage"), [("vit", 0), ("vit", 2), ("swin", 1), ("resnet", 1)])
+@pytest.mark.parametrize(("family", "stage"), [("vit", 0), ("vit", 2), ("vit", 3), ("swin", 1), ("resnet", 1)])
 def test_a_stopped_and_resumed_run_writes_the_same_metrics(train, tmp_path, experiment, family, stage):
     tree = experiment(family, engine={"zero_stage": stage}, model={"drop_path": 0.3}, loss={"centering": "softmax"})
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -95,8 +95,13 @@ def test_a_damaged_checkpoint_is_passed_over_loudly(train, tmp_path, experiment)
     assert values(flipped) == values(run)
 
 
-def test_bad_steps_change_nothing_are_counted_and_stop_the_run(launch, tmp_path, experiment):
-    tree = experiment(optim={"max_bad_steps": 3}, run={"dir": str(tmp_path / "run"), "checkpoint_every_steps": 100})
+@pytest.mark.parametrize(
+    "engine", [{"zero_stage": 1}, {"zero_stage": 2, "offload_optimizer": "cpu"}, {"zero_stage": 3}], ids=str
+)
+def test_bad_steps_change_nothing_are_counted_and_stop_the_run(launch, tmp_path, experiment, engine):
+    tree = experiment(
+        optim={"max_bad_steps": 3}, run={"dir": str(tmp_path / "run"), "checkpoint_every_steps": 100}, engine=engine
+    )
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(tree))
     outputs = launch(Path(__file__).parent / "workers" / "bad_steps.py", 2, path, tmp_path / "out.json")

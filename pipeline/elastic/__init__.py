@@ -19,7 +19,7 @@ def build(
     *,
     kernels: str = "eager",
     activation_checkpointing: bool = False,
-    call_skipped_blocks: bool = False,
+    sharded: bool = False,
 ) -> "Backbone":
     """Build the largest network of a family, randomly initialised by timm's own scheme.
 
@@ -27,7 +27,8 @@ def build(
         config: family, sizes and grid. `init_from` is not read here: see `pipeline.elastic.pretrained`.
         kernels: implementation of attention, "eager" or "triton".
         activation_checkpointing: recompute each block in the backward pass instead of keeping its activations.
-        call_skipped_blocks: call also the blocks that a sub-network leaves out (ZeRO-3 needs every rank to).
+        sharded: for weights that are gathered while they are used (ZeRO-3): call also the blocks that a sub-network
+            leaves out, since all ranks gather together, and keep no slice of a weight for the backward pass.
     """
     from importlib import import_module
 
@@ -36,7 +37,7 @@ def build(
         config,
         kernels=kernels,
         activation_checkpointing=activation_checkpointing,
-        call_skipped_blocks=call_skipped_blocks,
+        sharded=sharded,
     )
 
 

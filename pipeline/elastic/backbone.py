@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pipeline.config import ModelConfig
-from pipeline.elastic.layers import ElasticLayer, leading
+from pipeline.elastic.layers import ElasticLayer, leading, recut_in_backward
 from pipeline.elastic.subnet import Grid, Subnet
 
 
@@ -49,19 +49,30 @@ class ElasticBlock(nn.Module):
     checkpointed = False
     compiled: str | None = None  # backend of torch.compile
 
-    def _body(self, x: Tensor, *args: Any) -> Tensor:
-        raise NotImplementedError
+    _body: Callable[..., Any]  # (self, *xs, **options), per family
 
-    def forward(self, x: Tensor, *args: Any, active: bool = True) -> Tensor:
-        """The block, or a copy of `x` where the sub-network leaves it out."""
+    def forward(self, *xs: Tensor, active: bool = True, **options: Any) -> Any:
+        """The block, or a copy of its inputs where the sub-network leaves it out.
+
+        Args:
+            xs: one tensor, or one per crop group: a block is called once per pass, since ZeRO-3 reduces its gradients
+                when the call's backward pass ends.
+            active: whether the sub-network has this block.
+            options: of `_body`.
+
+        Returns:
+            One tensor for one tensor, else a tuple.
+        """
         if not active:
-            return x.clone()  # a new tensor, so that the hooks of this module bracket it in the backward pass
+            # new tensors, so that the hooks of this module bracket them in the backward pass
+            copies = tuple(x.clone() for x in xs)
+            return copies[0] if len(copies) == 1 else copies
         body: Callable[..., Tensor] = type(self)._body
         if self.compiled:
             body = _compiled_body(cast(Any, type(self)), self.compiled)
         if self.checkpointed and torch.is_grad_enabled():
-            return checkpoint(body, self, x, *args, use_reentrant=False)
-        return body(self, x, *args)
+            return checkpoint(body, self, *xs, use_reentrant=False, **options)
+        return body(self, *xs, **options)
 
 
 @cache
@@ -82,16 +93,18 @@ class Backbone(nn.Module):
     pool: str
     num_layers: int
     num_draws: int
-    call_skipped_blocks: bool
+    sharded: bool
     mask_token: nn.Parameter
 
-    def _configure(self, config: ModelConfig, mask_width: int, call_skipped_blocks: bool, checkpointed: bool) -> None:
+    def _configure(self, config: ModelConfig, mask_width: int, sharded: bool, checkpointed: bool) -> None:
         self.config = config
         self.grid = Grid(config)
-        self.call_skipped_blocks = call_skipped_blocks
+        self.sharded = sharded
         self.mask_token = nn.Parameter(torch.zeros(1, mask_width))
         for block in self.elastic_blocks():
             block.checkpointed = checkpointed
+        if sharded:
+            recut_in_backward(self)
 
     # -- per family -------------------------------------------------------------------------------------------------
 
@@ -144,9 +157,21 @@ class Backbone(nn.Module):
 
     # -- shared -----------------------------------------------------------------------------------------------------
 
-    def forward(self, images: Tensor, subnet: Subnet | None = None, masks: Tensor | None = None) -> Features:
-        """Features of `images` `[B, C, H, W]` by `subnet` (the full network if None); masks bool `[B, N]`."""
-        return self.forward_crops([images], subnet or self.grid.largest, [masks])[0]
+    def forward(
+        self,
+        images: Tensor | Sequence[Tensor],
+        subnet: Subnet | None = None,
+        masks: Any = None,
+        keep: Sequence[Tensor] | None = None,
+    ) -> Features | list[Features]:
+        """Features of `images` `[B, C, H, W]` by `subnet` (the full network if None); masks bool `[B, N]`.
+
+        With a sequence of crop groups, `forward_crops` by way of the module's hooks, which ZeRO-3 needs.
+        """
+        subnet = subnet or self.grid.largest
+        if isinstance(images, Tensor):
+            return self.forward_crops([images], subnet, [masks])[0]
+        return self.forward_crops(images, subnet, masks, keep)
 
     def is_patch_embed(self, name: str) -> bool:
         """Whether a parameter belongs to the patch embedding, whose learning rate has a factor of its own."""

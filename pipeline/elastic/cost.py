@@ -50,6 +50,15 @@ def params(config: ModelConfig, subnet: Subnet) -> int:
     return _PARAMS[config.family](config, subnet)
 
 
+def largest_block_params(config: ModelConfig) -> int:
+    """Parameters of the largest block of the largest network."""
+    full = largest_subnet(config)
+    fewer = [
+        Subnet(full.width, (*full.depths[:i], depth - 1, *full.depths[i + 1 :])) for i, depth in enumerate(full.depths)
+    ]
+    return max(params(config, full) - params(config, subnet) for subnet in fewer)
+
+
 def flops(config: ModelConfig, subnet: Subnet, image_size: int | None = None) -> float:
     """FLOPs of a forward pass over one square image, of the training size if `image_size` is None."""
     return sum(_WORK[config.family](config, subnet, image_size or config.image_size))

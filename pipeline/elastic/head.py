@@ -26,7 +26,7 @@ class ProjectionHead(nn.Module):
     def __init__(self, in_dim: int, prototypes: int, config: "HeadsConfig"):
         super().__init__()
         widths = [config.hidden_dim] * (config.layers - 1) + [config.bottleneck_dim]
-        linears = [ElasticLinear(in_dim, widths[0]), *(nn.Linear(*sizes) for sizes in pairwise(widths))]
+        linears = [ElasticLinear(*sizes) for sizes in pairwise([in_dim, *widths])]
         self.mlp = nn.Sequential(*[layer for linear in linears for layer in (linear, nn.GELU())][:-1])
         self.prototypes = nn.Parameter(torch.empty(prototypes, config.bottleneck_dim))
         for linear in linears:

@@ -5,8 +5,10 @@ its output width, and holds no state about either. `sliced` is the one slicing r
 with what it returns, and export writes the same tensors into a smaller timm model.
 """
 
-from typing import Protocol, cast, runtime_checkable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
 
+import torch
 import torch.nn.functional as F
 from timm.layers import LayerNorm, LayerScale, Mlp, PatchEmbed
 from torch import Tensor, nn
@@ -35,20 +37,53 @@ def leading_weight(weight: Tensor, out: int, inputs: int, out_groups: int = 1, i
     return leading(weight, inputs, dim=1, groups=in_groups) * (full_inputs / inputs)
 
 
-@runtime_checkable
-class ElasticLayer(Protocol):
+class ElasticLayer(nn.Module):
     """A layer whose parameters can be cut: to (out, inputs) channels of a weight, or to the channels of a vector."""
 
-    def sliced(self, *shape: int) -> dict[str, Tensor]: ...
+    recut = False
+    """Keep no cut parameter for the backward pass, but cut it again there: a slice would keep a gathered weight alive
+    (ZeRO-3)."""
+
+    def sliced(self, *shape: int) -> dict[str, Tensor]:
+        """The parameters cut to a shape, by name."""
+        raise NotImplementedError
+
+    def saving(self, parameters: dict[str, Tensor], *shape: int) -> AbstractContextManager[Any]:
+        """Around the computation with `parameters`, which is `sliced(*shape)`."""
+        # the compiler and checkpointing keep no slices, or keep them for a moment
+        if not self.recut or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return nullcontext()
+        names = {p.data_ptr(): name for name, p in parameters.items()}
+
+        def pack(saved: Tensor) -> Any:
+            name = names.get(saved.data_ptr())
+            return saved if name is None else (name, saved.shape, saved.stride())
+
+        def unpack(kept: Any) -> Tensor:
+            if isinstance(kept, Tensor):
+                return kept
+            name, size, stride = kept
+            again = self.sliced(*shape)[name]
+            return again.as_strided(size, stride, again.storage_offset())
+
+        return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
-class ElasticLinear(nn.Linear):
+def recut_in_backward(model: nn.Module) -> None:
+    """Let every elastic layer of a model cut its parameters again in the backward pass; see `ElasticLayer.recut`."""
+    for module in model.modules():
+        if isinstance(module, ElasticLayer):
+            module.recut = True
+
+
+class ElasticLinear(ElasticLayer, nn.Linear):
     """Linear layer whose output (input) channels form `out_groups` (`in_groups`) parts that are cut alike."""
 
     out_groups = 1
     in_groups = 1
 
-    def sliced(self, out: int, inputs: int) -> dict[str, Tensor]:
+    def sliced(self, *shape: int) -> dict[str, Tensor]:
+        out, inputs = shape
         weight = leading_weight(self.weight, out, inputs, self.out_groups, self.in_groups)
         if self.bias is None:
             return {"weight": weight}
@@ -56,8 +91,10 @@ class ElasticLinear(nn.Linear):
 
     def forward(self, x: Tensor, out: int | None = None) -> Tensor:
         """`[..., inputs]` -> `[..., out]`; all of the outputs if `out` is None."""
-        p = self.sliced(out or self.out_features, x.shape[-1])
-        return F.linear(x, p["weight"], p.get("bias"))
+        shape = (out or self.out_features, x.shape[-1])
+        p = self.sliced(*shape)
+        with self.saving(p, *shape):
+            return F.linear(x, p["weight"], p.get("bias"))
 
 
 class ElasticQKV(ElasticLinear):
@@ -72,31 +109,35 @@ class ElasticReduction(ElasticLinear):
     in_groups = 4
 
 
-class ElasticConv2d(nn.Conv2d):
+class ElasticConv2d(ElasticLayer, nn.Conv2d):
     """Convolution without channel groups."""
 
-    def sliced(self, out: int, inputs: int) -> dict[str, Tensor]:
+    def sliced(self, *shape: int) -> dict[str, Tensor]:
+        out, inputs = shape
         weight = leading_weight(self.weight, out, inputs)
         return {"weight": weight} if self.bias is None else {"weight": weight, "bias": leading(self.bias, out)}
 
     def forward(self, x: Tensor, out: int | None = None) -> Tensor:
         """`[B, inputs, H, W]` -> `[B, out, H', W']`; all of the outputs if `out` is None."""
-        p = self.sliced(out or self.out_channels, x.shape[1])
-        padding = cast(tuple[int, int], self.padding)
-        return F.conv2d(x, p["weight"], p.get("bias"), self.stride, padding, self.dilation)
+        shape = (out or self.out_channels, x.shape[1])
+        p, padding = self.sliced(*shape), cast(tuple[int, int], self.padding)
+        with self.saving(p, *shape):
+            return F.conv2d(x, p["weight"], p.get("bias"), self.stride, padding, self.dilation)
 
 
-class ElasticLayerNorm(nn.LayerNorm):
+class ElasticLayerNorm(ElasticLayer, nn.LayerNorm):
     """LayerNorm over the active channels."""
 
     groups = 1
 
-    def sliced(self, channels: int) -> dict[str, Tensor]:
+    def sliced(self, *shape: int) -> dict[str, Tensor]:
+        (channels,) = shape
         return {name: leading(p, channels, groups=self.groups) for name, p in self.named_parameters(recurse=False)}
 
     def forward(self, x: Tensor) -> Tensor:
         p = self.sliced(x.shape[-1])
-        return F.layer_norm(x, (x.shape[-1],), p["weight"], p["bias"], self.eps)
+        with self.saving(p, x.shape[-1]):
+            return F.layer_norm(x, (x.shape[-1],), p["weight"], p["bias"], self.eps)
 
 
 class ElasticMergedNorm(ElasticLayerNorm):
@@ -105,25 +146,30 @@ class ElasticMergedNorm(ElasticLayerNorm):
     groups = 4
 
 
-class ElasticGroupNorm(nn.GroupNorm):
+class ElasticGroupNorm(ElasticLayer, nn.GroupNorm):
     """GroupNorm with its number of groups spread over the active channels."""
 
-    def sliced(self, channels: int) -> dict[str, Tensor]:
+    def sliced(self, *shape: int) -> dict[str, Tensor]:
+        (channels,) = shape
         return {name: leading(p, channels) for name, p in self.named_parameters(recurse=False)}
 
     def forward(self, x: Tensor) -> Tensor:
         p = self.sliced(x.shape[1])
-        return F.group_norm(x, self.num_groups, p["weight"], p["bias"], self.eps)
+        with self.saving(p, x.shape[1]):
+            return F.group_norm(x, self.num_groups, p["weight"], p["bias"], self.eps)
 
 
-class ElasticLayerScale(LayerScale):
+class ElasticLayerScale(ElasticLayer, LayerScale):
     """Learned factor per channel."""
 
-    def sliced(self, channels: int) -> dict[str, Tensor]:
-        return {"gamma": leading(self.gamma, channels)}
+    def sliced(self, *shape: int) -> dict[str, Tensor]:
+        (channels,) = shape
+        return {"gamma": leading(cast(Tensor, self.gamma), channels)}
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.sliced(x.shape[-1])["gamma"]
+        p = self.sliced(x.shape[-1])
+        with self.saving(p, x.shape[-1]):
+            return x * p["gamma"]
 
 
 class ElasticMlp(Mlp):

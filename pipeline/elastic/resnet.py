@@ -36,8 +36,12 @@ class ElasticBottleneck(ElasticBlock, Bottleneck):
     downsample: nn.Module | None
     full_width: int
 
-    def _body(self, x: Tensor, width: int, kept: Tensor | None) -> Tensor:
-        """`[B, C, H, W]` -> `[B, C', H', W']`; `width` as in Subnet, `kept` int64 indices of the images to compute."""
+    def _body(self, *xs: Tensor, width: int, kept: Sequence[Tensor | None]) -> Tensor | tuple[Tensor, ...]:
+        """Per crop group `[B, C, H, W]` -> `[B, C', H', W']`; `kept` int64 indices of the images to compute."""
+        out = tuple(self._one(x, width, chosen) for x, chosen in zip(xs, kept, strict=True))
+        return out[0] if len(out) == 1 else out
+
+    def _one(self, x: Tensor, width: int, kept: Tensor | None) -> Tensor:
         mid = self.conv1.out_channels * width // self.full_width
         shortcut = x if self.downsample is None else self.downsample(x)
         y = x if kept is None else x.index_select(0, kept)
@@ -75,19 +79,17 @@ class ElasticResNet(Backbone, ResNet):
         keep: Sequence[Tensor] | None = None,
     ) -> list[Features]:
         self._check(subnet)
-        none = [None] * len(crops)
-        groups = zip(crops, masks or none, keep or none, strict=True)
-        return [self._forward_group(images, subnet, mask, kept) for images, mask, kept in groups]
-
-    def _forward_group(self, images: Tensor, subnet: Subnet, mask: Tensor | None, keep: Tensor | None) -> Features:
-        x, done = self._stem(images, mask), 0
+        maps = [self._stem(x, mask) for x, mask in zip(crops, masks or [None] * len(crops), strict=True)]
+        done = 0
         for stage, depth in zip(self._stages(), subnet.depths, strict=True):
             active = kept_blocks(depth, len(stage))
             for i, block in enumerate(stage):
-                if i in active or self.call_skipped_blocks:
-                    x = block(x, subnet.width, None if keep is None else keep[done + i], active=i in active)
+                if i in active or self.sharded:
+                    kept = [k[done + i] for k in keep] if keep else [None] * len(crops)
+                    out = block(*maps, width=subnet.width, kept=kept, active=i in active)
+                    maps = [out] if len(crops) == 1 else list(out)
             done += len(stage)
-        return Features(self.global_pool(x), spread(x.permute(0, 2, 3, 1)))
+        return [Features(self.global_pool(x), spread(x.permute(0, 2, 3, 1))) for x in maps]
 
     def _stem(self, images: Tensor, mask: Tensor | None) -> Tensor:
         """`[B, C, H, W]` -> `[B, 64, H/4, W/4]`, masked cells replaced."""
@@ -133,9 +135,7 @@ def resnet_args(config: ModelConfig, subnet: Subnet) -> dict[str, Any]:
     }
 
 
-def build(
-    config: ModelConfig, *, kernels: str, activation_checkpointing: bool, call_skipped_blocks: bool
-) -> ElasticResNet:
+def build(config: ModelConfig, *, kernels: str, activation_checkpointing: bool, sharded: bool) -> ElasticResNet:
     """Build an elastic ResNet; see `pipeline.elastic.build`. It has no attention, so `kernels` changes nothing."""
     subnet = largest_subnet(config)
     model = ElasticResNet(block=Bottleneck, norm_layer="groupnorm", **resnet_args(config, subnet))
@@ -144,5 +144,5 @@ def build(
         block.full_width = subnet.width
     model.num_layers = len(model.elastic_blocks()) + 1
     model.num_draws = len(model.elastic_blocks())
-    model._configure(config, STEM_CHANNELS, call_skipped_blocks, activation_checkpointing)
+    model._configure(config, STEM_CHANNELS, sharded, activation_checkpointing)
     return model

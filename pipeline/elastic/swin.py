@@ -74,7 +74,7 @@ class ElasticSwinBlock(ElasticBlock, SwinTransformerBlock):
     shifted: bool
 
     def _body(
-        self, x: Tensor, layout: Layout, geometries: Sequence[Windows], kept: tuple[Kept | None, Kept | None]
+        self, *xs: Tensor, layout: Layout, geometries: Sequence[Windows], kept: tuple[Kept | None, Kept | None]
     ) -> Tensor:
         def attend(tokens: Tensor, tokens_layout: Layout) -> Tensor:
             maps = _maps(self.norm1(tokens), tokens_layout)
@@ -89,6 +89,7 @@ class ElasticSwinBlock(ElasticBlock, SwinTransformerBlock):
         def feed_forward(tokens: Tensor, _: Layout) -> Tensor:
             return self.mlp(self.norm2(tokens))
 
+        (x,) = xs
         x = add_branch(x, layout, attend, kept[0])
         return add_branch(x, layout, feed_forward, kept[1])
 
@@ -152,9 +153,9 @@ class ElasticSwin(Backbone, SwinTransformer):
         table = stage.blocks[0].attn.window_size[0]
         geometries = tuple(windows(*sides, self.config.window_size, table, x.device) for _, *sides in layout)
         for i, block in enumerate(stage.blocks):
-            if i in active or self.call_skipped_blocks:
+            if i in active or self.sharded:
                 pair = (kept[2 * i], kept[2 * i + 1]) if kept else (None, None)
-                x = block(x, layout, geometries, pair, active=i in active)
+                x = block(x, layout=layout, geometries=geometries, kept=pair, active=i in active)
         return x
 
     def _embed(self, images: Tensor, mask: Tensor | None, width: int) -> Tensor:
@@ -206,9 +207,7 @@ def swin_args(config: ModelConfig, subnet: Subnet) -> dict[str, Any]:
     }
 
 
-def build(
-    config: ModelConfig, *, kernels: str, activation_checkpointing: bool, call_skipped_blocks: bool
-) -> ElasticSwin:
+def build(config: ModelConfig, *, kernels: str, activation_checkpointing: bool, sharded: bool) -> ElasticSwin:
     """Build an elastic Swin; see `pipeline.elastic.build`."""
     subnet = largest_subnet(config)
     model = ElasticSwin(**swin_args(config, subnet))
@@ -231,5 +230,5 @@ def build(
             stage.downsample.reduction.__class__ = ElasticReduction
     model.num_layers = len(model.elastic_blocks()) + 1
     model.num_draws = 2 * len(model.elastic_blocks())
-    model._configure(config, subnet.width, call_skipped_blocks, activation_checkpointing)
+    model._configure(config, subnet.width, sharded, activation_checkpointing)
     return model

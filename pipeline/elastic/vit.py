@@ -45,13 +45,14 @@ class ElasticViTBlock(ElasticBlock, Block):
     ls2: nn.Module
     mlp: nn.Module
 
-    def _body(self, x: Tensor, layout: Layout, kept: tuple[Kept | None, Kept | None]) -> Tensor:
+    def _body(self, *xs: Tensor, layout: Layout, kept: tuple[Kept | None, Kept | None]) -> Tensor:
         def attend(tokens: Tensor, tokens_layout: Layout) -> Tensor:
             return self.ls1(self.attn(self.norm1(tokens), tokens_layout))
 
         def feed_forward(tokens: Tensor, _: Layout) -> Tensor:
             return self.ls2(self.mlp(self.norm2(tokens)))
 
+        (x,) = xs
         x = add_branch(x, layout, attend, kept[0])
         return add_branch(x, layout, feed_forward, kept[1])
 
@@ -86,8 +87,9 @@ class ElasticViT(Backbone, VisionTransformer):
         kept = kept_rows(keep, layout)
         active = kept_blocks(subnet.depths[0], len(self.blocks))
         for i, block in enumerate(self.blocks):
-            if i in active or self.call_skipped_blocks:
-                x = block(x, layout, (kept[2 * i], kept[2 * i + 1]) if kept else (None, None), active=i in active)
+            if i in active or self.sharded:
+                pair = (kept[2 * i], kept[2 * i + 1]) if kept else (None, None)
+                x = block(x, layout=layout, kept=pair, active=i in active)
         tokens = self.norm(x).split([batch * count for batch, count in layout])
         views = [group.view(*sides, -1) for group, sides in zip(tokens, layout, strict=True)]
         return [Features(view[:, 0], view[:, 1:]) for view in views]
@@ -146,9 +148,7 @@ def vit_args(config: ModelConfig, subnet: Subnet) -> dict[str, Any]:
     }
 
 
-def build(
-    config: ModelConfig, *, kernels: str, activation_checkpointing: bool, call_skipped_blocks: bool
-) -> ElasticViT:
+def build(config: ModelConfig, *, kernels: str, activation_checkpointing: bool, sharded: bool) -> ElasticViT:
     """Build an elastic ViT; see `pipeline.elastic.build`."""
     subnet = Subnet(config.widths[-1], (config.depth_ranges[0][-1],))
     model = ElasticViT(**vit_args(config, subnet))
@@ -158,5 +158,5 @@ def build(
         block.attn.qkv.__class__ = ElasticQKV
     model.num_layers = len(model.blocks) + 1
     model.num_draws = 2 * len(model.blocks)
-    model._configure(config, subnet.width, call_skipped_blocks, activation_checkpointing)
+    model._configure(config, subnet.width, sharded, activation_checkpointing)
     return model

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pipeline.data.images import BadImage
 from pipeline.distributed import Ranks
-from pipeline.eval_images import EvalImages
+from pipeline.evaluate.images import EvalImages
 
 BATCH_SIZE = 64
 

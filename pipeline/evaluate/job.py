@@ -15,8 +15,8 @@ from pipeline.data.reader import Dataset
 from pipeline.distributed import Ranks
 from pipeline.elastic import Subnet
 from pipeline.errors import UserError
-from pipeline.eval_images import MAX_PIXELS, EvalImages
 from pipeline.evaluate.features import LabelledFeatures, extract_features
+from pipeline.evaluate.images import MAX_PIXELS, EvalImages
 from pipeline.evaluate.knn import knn_accuracy
 from pipeline.evaluate.linear import linear_accuracy
 from pipeline.evaluate.targets import PIXELS, UNTRAINED, Target, directory_target, is_run, pixels_target, run_target

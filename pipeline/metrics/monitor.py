@@ -19,7 +19,7 @@ from pipeline.checkpoint import Progress
 from pipeline.config import ExperimentConfig
 from pipeline.distributed import Ranks
 from pipeline.elastic import Grid, cost
-from pipeline.engine import MODULES
+from pipeline.engine.groups import MODULES
 from pipeline.metrics.bands import Bands
 from pipeline.metrics.exporter import Exporter
 from pipeline.metrics.families import BANDS, BUSY_PHASES, PHASES

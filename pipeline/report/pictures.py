@@ -16,8 +16,8 @@ from pipeline.data.images import BadImage
 from pipeline.data.loader import Loader
 from pipeline.data.masks import block_masks
 from pipeline.elastic import Subnet, build
-from pipeline.eval_images import EvalImages
-from pipeline.online_eval import representative_subnets
+from pipeline.evaluate.images import EvalImages
+from pipeline.evaluate.online import representative_subnets
 from pipeline.run_models import RunModels, preprocessing
 
 IMAGES = 4

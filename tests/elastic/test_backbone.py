@@ -143,7 +143,7 @@ def test_features_do_not_depend_on_the_order_of_calls(backbone):
     assert torch.equal(backbone(images, backbone.grid.smallest).cls, first)
 
 
-@pytest.mark.parametrize("option", ["activation_checkpointing", "call_skipped_blocks"])
+@pytest.mark.parametrize("option", ["activation_checkpointing", "sharded"])
 def test_ways_to_run_blocks_change_no_bit(option, family, tiny_config, scramble):
     plain = trainable(family, tiny_config, scramble)
     other = trainable(family, tiny_config, scramble, **{option: True})
@@ -157,7 +157,7 @@ def test_ways_to_run_blocks_change_no_bit(option, family, tiny_config, scramble)
 def test_skipped_blocks_are_called_if_asked(family, tiny_config):
     calls = {}
     for option in (False, True):
-        model = build(tiny_config(family), call_skipped_blocks=option)
+        model = build(tiny_config(family), sharded=option)
         counter = []
         for block in model.elastic_blocks():
             block.register_forward_hook(lambda *_, counter=counter: counter.append(1))

@@ -14,8 +14,8 @@ from timm.data import create_transform, resolve_data_config
 from timm.models import save_for_hf
 
 from pipeline import load_subnet
-from pipeline.eval_images import EvalImages
 from pipeline.evaluate.features import extract_features
+from pipeline.evaluate.images import EvalImages
 from pipeline.evaluate.job import Job, evaluate
 from pipeline.evaluate.targets import Candidate, Target, directory_target, run_target
 from pipeline.extract import extract

@@ -12,7 +12,7 @@ import torch
 import pipeline.train
 from pipeline import losses
 from pipeline.config import load_config
-from pipeline.engine import Engine
+from pipeline.engine.core import Engine
 from pipeline.trainer import Trainer
 
 BAD_STEPS = {1, 3, 4, 5}
@@ -30,7 +30,8 @@ def poisoned_ibot(*args, **kwargs):
 
 def state(engine: Engine) -> list[torch.Tensor]:
     tensors = [t for g in engine.groups for t in (g.master, g.ema, g.teacher, *engine.moments(g).values())]
-    return [t.detach().clone() for t in [*tensors, *engine.engine.module.parameters()]]
+    weights = [getattr(p, "ds_tensor", p) for p in engine.engine.module.parameters()]  # ZeRO-3 holds a shard
+    return [t.detach().clone() for t in [*tensors, *weights]]
 
 
 def watched_step(self, number, *args):

@@ -5,8 +5,8 @@ import sys
 import torch
 
 from pipeline import distributed, load_subnet
-from pipeline.eval_images import EvalImages
 from pipeline.evaluate.features import extract_features
+from pipeline.evaluate.images import EvalImages
 from pipeline.evaluate.job import evaluate
 from pipeline.evaluate.targets import run_target
 from pipeline.run_models import RunModels

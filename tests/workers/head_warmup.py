@@ -6,7 +6,7 @@ import torch
 
 from pipeline import distributed
 from pipeline.config import load_config
-from pipeline.engine import Engine
+from pipeline.engine.core import Engine
 from pipeline.trainer import Trainer
 
 STEPS = 4

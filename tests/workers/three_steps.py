@@ -1,6 +1,6 @@
 """Three steps (or run.max_steps) of the method, by the engine or by plain fp64 PyTorch; saves losses and weights.
 
-Usage: three_steps.py engine|plain CONFIG OUT VIRTUAL_RANKS
+Usage: three_steps.py engine|plain VIRTUAL_RANKS CONFIG OUT [CONFIG OUT ...]
 
 `plain` knows nothing of DeepSpeed, of factored targets or of ranks: one process computes what `VIRTUAL_RANKS` ranks
 should, from materialised targets, as the formulas of the paper read.
@@ -8,8 +8,10 @@ should, from materialised targets, as the formulas of the paper read.
 
 import copy
 import sys
+from contextlib import nullcontext
 from types import MethodType
 
+import deepspeed
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,7 +22,7 @@ from pipeline.data.loader import Loader
 from pipeline.data.masks import block_masks
 from pipeline.distributed import Ranks
 from pipeline.elastic import Subnet
-from pipeline.engine import MODULES, parameter_groups
+from pipeline.engine.groups import MODULES, parameter_groups
 from pipeline.schedules import Schedules, StepValues
 from pipeline.trainer import Trainer, build_student
 
@@ -50,12 +52,20 @@ def by_engine(config: ExperimentConfig, ranks: Ranks) -> dict:
     losses = [trainer.step(step).losses for step in range(config.run.max_steps or STEPS)]
     weights = {"student": {}, "teacher": {}}
     for group in trainer.engine.groups:
+        spec = group.spec
         for branch, shard in (("student", group.master), ("teacher", group.ema)):
-            flat = torch.cat(ranks.gather(shard.detach().cpu())) if len(shard) < len(group.teacher) else shard.detach()
-            for name, shape, offset in zip(group.spec.names, group.shapes, group.offsets, strict=True):
-                weights[branch][name] = flat[offset : offset + torch.Size(shape).numel()].view(shape).clone()
-    teacher = {name: p.detach().clone() for name, p in trainer.engine.teacher.named_parameters()}
-    student = {name: p.detach().clone() for name, p in trainer.engine.engine.module.named_parameters()}
+            flat = torch.full((spec.numel,), torch.nan)
+            for pieces, part in ranks.gather((group.pieces, shard.detach().cpu())):
+                for piece in pieces:
+                    flat[piece.there] = part[piece.here]
+            for name, shape, offset, size in zip(spec.names, spec.shapes, spec.offsets, spec.sizes, strict=True):
+                weights[branch][name] = flat[offset : offset + size].view(shape).clone()
+    with trainer.engine.whole_teacher() as branch:
+        teacher = {name: p.detach().clone() for name, p in branch.named_parameters()}
+    net = trainer.engine.engine.module
+    sharded = config.engine.zero_stage == 3
+    with deepspeed.zero.GatheredParameters(list(net.parameters())) if sharded else nullcontext():
+        student = {name: p.detach().clone() for name, p in net.named_parameters()}
     trainer.close()
     return {
         "losses": losses,
@@ -212,17 +222,16 @@ def draws(config: ExperimentConfig, ranks: int) -> list[list[Subnet]]:
 
 
 def main() -> None:
-    mode, path, out, virtual = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
-    config = load_config(path)
+    mode, virtual, *files = sys.argv[1:]
     torch.set_num_threads(1)
-    if mode == "plain":
-        torch.save(by_plain_torch(config, draws(config, virtual)), out)
-        return
-    ranks = distributed.initialize()
-    result = by_engine(config, ranks)
-    if ranks.is_main:
-        torch.save(result, out)
-    distributed.shut_down()
+    ranks = distributed.initialize() if mode == "engine" else None
+    for path, out in zip(files[::2], files[1::2], strict=True):
+        config = load_config(path)
+        result = by_engine(config, ranks) if ranks else by_plain_torch(config, draws(config, int(virtual)))
+        if ranks is None or ranks.is_main:
+            torch.save(result, out)
+    if ranks:
+        distributed.shut_down()
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import torch
 from pipeline import distributed
 from pipeline.checkpoint import Checkpoints, Progress
 from pipeline.config import dump_config, load_config
-from pipeline.engine import Engine
+from pipeline.engine.core import Engine
 from pipeline.losses import Centering
 from pipeline.trainer import build_student
 

@@ -1,0 +1,129 @@
+"""ZeRO-3: weights of student and teacher in shards too, gathered block by block while they are used.
+
+A rank owns an interval of every parameter. The teacher is a second DeepSpeed engine without optimizer. Every rank calls
+every block, since gathering is collective; see `ElasticBlock` and `pipeline.elastic.layers` for what that asks of them.
+"""
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pipeline.config import ExperimentConfig
+from pipeline.engine.groups import FlatGroup, GroupSpec, Piece
+from pipeline.engine.layouts import Layout, adamw, deepspeed, initialize, settings, working_dtype
+from pipeline.engine.sizes import BUCKET, PERSISTENT
+from pipeline.tri_branch import Branch
+
+_STAGE = 3
+_GATHERING = {
+    "stage3_param_persistence_threshold": PERSISTENT,
+    "stage3_max_reuse_distance": 0,  # no weight stays gathered from the forward to the backward pass
+    "sub_group_size": 10**15,  # one flat vector per parameter group
+    "memory_efficient_linear": False,  # it would replace torch's linear everywhere; our layers see to it themselves
+}
+
+
+class ParameterShards(Layout):
+    """The student and its teacher at stage 3.
+
+    The weights are cut up where they were made, on the CPU; a device never holds a whole network.
+    """
+
+    def __init__(self, student: Branch, specs: list[GroupSpec], config: ExperimentConfig, device: torch.device):
+        teacher = copy.deepcopy(student).eval().requires_grad_(False)
+        self._offloaded = config.engine.offload_optimizer is not None
+        # the bucket for gradients is allocated once and for all; they come, and weights go, block by block
+        bucket = min(BUCKET, max(sum(p.numel() for p in b.parameters()) for b in student.backbone.elastic_blocks()))
+        for branch in (student, teacher):
+            _cut_up(branch.to(working_dtype(config)), config)
+        optimizer = adamw(student, specs, torch.device("cpu") if self._offloaded else device)
+        zero = {**_GATHERING, "reduce_bucket_size": bucket, "stage3_prefetch_bucket_size": bucket}
+        self.engine = initialize(student, optimizer, config, _STAGE, **zero)
+        self._teacher_engine = initialize(teacher, None, config, _STAGE, **zero)
+        self.teacher = self._teacher_engine
+        self._zero = self.engine.optimizer
+        named = (dict(student.named_parameters()), dict(teacher.named_parameters()))
+        self.groups = [self._group(i, spec, *named) for i, spec in enumerate(specs)]
+        in_blocks = {id(p) for block in student.backbone.elastic_blocks() for p in block.parameters()}
+        self._late: list[Any] = [p for p in named[0].values() if id(p) not in in_blocks]
+        self._hold_back(True)
+
+    def _group(self, index: int, spec: GroupSpec, student: dict[str, Any], teacher: dict[str, Any]) -> FlatGroup:
+        params = [student[name] for name in spec.names]
+        assert [id(p) for p in self._zero.fp16_groups[index]] == [id(p) for p in params]
+        master = self._zero.fp32_partitioned_groups_flat[index]
+        pieces, local = [], 0
+        for offset, size, parameter in zip(spec.offsets, spec.sizes, params, strict=True):
+            share = parameter.ds_tensor.ds_numel
+            begin = dist.get_rank() * share
+            if begin < size:
+                pieces.append(Piece(local, offset + begin, min(share, size - begin)))
+            local += share
+        assert master.dtype == torch.float32
+        assert len(master) == local
+        copies = self._zero.fp16_partitioned_groups_flat[index].detach().clone()
+        local = 0
+        for name in spec.names:
+            shard = teacher[name].ds_tensor
+            shard.data = copies[local : local + shard.ds_numel]
+            local += shard.ds_numel
+        return FlatGroup(spec, master, master.detach().clone(), copies, pieces, [(master, slice(None))])
+
+    def after_backward(self) -> None:
+        """Reduce the gradients outside of blocks, in one order on all ranks.
+
+        DeepSpeed reduces a bucket when the next gradient does not fit. A block's gradients come in the order of its
+        parameters, those of others as autograd gets to them, which slicing changes: ranks of different widths would
+        fill their buckets with different parameters.
+        """
+        self._hold_back(False)
+        for parameter in self._late:
+            self._zero.reduce_ready_partitions_and_remove_grads(parameter)
+        self._hold_back(True)
+        self._zero.independent_gradient_partition_epilogue()
+
+    def _hold_back(self, held: bool) -> None:
+        for parameter in self._late:
+            parameter.ds_grad_is_ready = not held
+
+    def gradients(self) -> list[Sequence[Tensor]]:
+        if self._offloaded:
+            return [[group.master.grad] for group in self.groups if group.master.grad is not None]
+        return [self._zero.averaged_gradients.get(i) or () for i in range(len(self.groups))]
+
+    def forget_gradients(self) -> None:
+        # what DeepSpeed's own step does when it finds an overflow
+        self._zero._pre_step()
+        self._zero._partition_all_parameters()
+        self._zero._overflow_clean_up(None)
+
+    def publish_student(self) -> None:
+        for group, flat in zip(self.groups, self._zero.fp16_partitioned_groups_flat, strict=True):
+            flat.copy_(group.master.detach())
+        self._zero._partition_all_parameters()  # what is gathered is old
+
+    def publish_teacher(self) -> None:
+        self._teacher_engine.optimizer.empty_partition_cache()
+
+    @contextmanager
+    def whole_teacher(self) -> Iterator[Branch]:
+        branch = cast(Branch, self._teacher_engine.module)
+        with deepspeed().zero.GatheredParameters(list(branch.parameters())):
+            yield branch
+
+    def destroy(self) -> None:
+        self._teacher_engine.destroy()
+        super().destroy()
+
+
+def _cut_up(branch: Branch, config: ExperimentConfig) -> None:
+    """Replace every parameter by this rank's shard of it, one after the other; rank 0's values count."""
+    ds = deepspeed()
+    # gathered as a whole: a rank that skips a block has no hooks of its own inside it
+    ds.utils.set_z3_leaf_modules(branch, sorted({type(b) for b in branch.backbone.elastic_blocks()}, key=str))
+    ds.zero.Init(module=branch, config_dict_or_path=settings(config, _STAGE))

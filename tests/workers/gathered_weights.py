@@ -1,0 +1,57 @@
+"""Which gathered weights are alive when a backward pass begins, under ZeRO-3: `gathered_weights.py OUT CONFIG...`."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from pipeline import distributed
+from pipeline.config import load_config
+from pipeline.engine import zero3
+from pipeline.trainer import Trainer
+
+zero3.BUCKET = 1  # gradients are reduced one by one
+initialize = zero3.initialize
+nothing_early = {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 0}
+zero3.initialize = lambda *args, **zero: initialize(*args, **(zero | nothing_early))
+
+
+def watch(path: Path, ranks: distributed.Ranks) -> list[list[str]]:
+    """Per backward pass of two steps, the parameters whose gathered weights the forward pass left alive."""
+    trainer = Trainer(load_config(path), ranks)
+    trainer.start_data(0)
+    net, seen, alive = trainer.engine.engine.module, [], []
+
+    def used(module: torch.nn.Module, *_: object) -> None:
+        for parameter in module.parameters(recurse=False):
+            if parameter.numel():  # gathered
+                seen.append((names[parameter], StorageWeakRef(parameter.untyped_storage())))
+
+    names = {parameter: name for name, parameter in net.named_parameters()}
+    for module in net.modules():
+        module.register_forward_pre_hook(used)
+    backward = trainer.engine.backward
+
+    def checked(loss: torch.Tensor) -> None:
+        intact = len(alive) % 2 == 0  # the elastic student leaves blocks out
+        assert not intact or {name for name, _ in seen} == set(names.values()), "a parameter was not watched"
+        alive.append(sorted({name for name, storage in seen if not storage.expired()}))
+        seen.clear()
+        backward(loss)
+
+    trainer.engine.backward = checked  # type: ignore[method-assign]
+    for step in range(2):
+        trainer.step(step)
+        seen.clear()
+    trainer.close()
+    return alive
+
+
+if __name__ == "__main__":
+    world = distributed.initialize()
+    results = {Path(path).stem: watch(Path(path), world) for path in sys.argv[2:]}
+    if world.is_main:
+        Path(sys.argv[1]).write_text(json.dumps(results))
+    distributed.shut_down()

@@ -1,0 +1,31 @@
+"""Two steps of a rank that may allocate so many bytes beside its libraries: `limited_memory.py CONFIG BYTES`."""
+
+import resource
+import sys
+from pathlib import Path
+
+import deepspeed  # noqa: F401  (before the memory is measured)
+import nvidia.dali  # noqa: F401
+
+from pipeline import distributed
+from pipeline.config import load_config
+from pipeline.trainer import Trainer
+
+
+def data_bytes() -> int:
+    """Private memory that this process asked for: what the limit counts."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines["VmData"].split()[0]) * 1024
+
+
+config, budget = load_config(sys.argv[1]), int(sys.argv[2])
+ranks = distributed.initialize()
+limit = data_bytes() + budget
+resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+trainer = Trainer(config, ranks)
+trainer.start_data(0)
+for step in range(2):
+    trainer.step(step)
+print(f"{limit - data_bytes()} bytes were left")
+trainer.close()
+distributed.shut_down()
