@@ -36,6 +36,19 @@ def test_a_network_too_large_for_a_rank_trains(launch, tmp_path, experiment, mon
         tree["engine"]["zero_stage"] = stage
         (tmp_path / f"{stage}.yaml").write_text(yaml.safe_dump(tree))
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "262144")  # freed memory goes back to the system, and counts no more
-    with pytest.raises(AssertionError, match="allocate memory|bad_alloc"):
+    with pytest.raises(AssertionError, match=r"allocate memory|bad_alloc"):
         launch(WORKERS / "limited_memory.py", 2, tmp_path / "0.yaml", BUDGET)
     launch(WORKERS / "limited_memory.py", 2, tmp_path / "3.yaml", BUDGET)
+
+
+def test_online_evaluation_sees_the_whole_teacher(launch, tmp_path, experiment, digits):
+    shards = {"train": str(digits / "train-000000.tar"), "val": str(digits / "val-000000.tar")}
+    tree = experiment(eval={"every_steps": 2, **shards}, run={"max_steps": 4}, sampling={"assignment": "independent"})
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+    found = {}
+    for stage in (1, 3):
+        keys = [f"run.dir={tmp_path / str(stage)}", f"engine.zero_stage={stage}"]
+        launch(WORKERS / "record_positions.py", 2, tmp_path / "records", tmp_path / "config.yaml", *keys)
+        found[stage] = (tmp_path / str(stage) / "eval" / "online_knn.jsonl").read_text()
+    assert found[3].count("\n") == 2
+    assert found[3] == found[1]

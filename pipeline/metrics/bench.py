@@ -1,7 +1,8 @@
 """What metrics cost: `python -m pipeline.metrics.bench CONFIG [KEY=VALUE ...]`, one process in a temporary directory.
 
-Times are CPU seconds of the training thread, which other load on the machine does not change much, and medians of wall
-time, which it does. On a CPU start it with OMP_NUM_THREADS=1, so that this thread does all the work of a step.
+CPU seconds are those of the training thread, which other load on the machine does not change much. Wall time drifts
+with that load, so that disturbances alternate with quiet blocks in many rounds, and each is held against the quiet
+blocks before and after it. On a CPU start it with OMP_NUM_THREADS=1, so that this thread does all the work of a step.
 """
 
 import argparse
@@ -102,8 +103,8 @@ def _dawdle(port: int) -> None:
             time.sleep(1)
 
 
-def measure(overrides: list[str], config_path: str, steps: int) -> str:
-    """Train in blocks, one per disturbance with quiet ones between, and report."""
+def measure(overrides: list[str], config_path: str, steps: int, rounds: int) -> str:
+    """Train in blocks of some steps, disturbed ones between quiet ones, for some rounds, and report."""
     from pipeline import distributed
     from pipeline.checkpoint import Progress
     from pipeline.config import load_config
@@ -122,30 +123,33 @@ def measure(overrides: list[str], config_path: str, steps: int) -> str:
         spent = Spent()
         spent.wrap(Probe, "teacher", "student", "reduce")
         spent.wrap(trainer.phases, "start", "waited_for_data", "lap")
-        lines = []
         with Monitor(config, ranks, trainer.phases, trainer.bands, progress, 10**9) as monitor:
             spent.wrap(monitor, "step", "log", "logged")
             run = partial(_block, trainer, monitor, progress, config.run.log_every_steps, steps)
             run(nothing)  # warm up
             while monitor._exporter is None or monitor._exporter.port is None:
                 run(nothing)
-            for name, disturb in (
-                ("quiet", nothing),
-                (f"{STORM_PER_SECOND} scrapes a second", scrape_storm),
-                ("quiet", nothing),
-                ("a scraper that reads a byte a second", slow_scraper),
-                ("quiet", nothing),
-                ("endpoint killed", dead_endpoint),
-                ("quiet", nothing),
-            ):
-                spent.seconds = 0.0
+            spent.seconds = 0.0
+            cpu, wall = run(nothing)
+            total, quiet = sum(cpu), statistics.median(wall)
+            ratios: dict[str, list[float]] = {}
+            kinds = {
+                "nothing": nothing,
+                f"{STORM_PER_SECOND} scrapes a second": scrape_storm,
+                "a scraper that reads a byte a second": slow_scraper,
+            }
+            for name, disturb in [*kinds.items()] * rounds + [("endpoint killed", dead_endpoint)]:
                 cpu, wall = run(disturb)
-                lines.append(
-                    f"{name:<38} CPU {1000 * statistics.median(cpu):8.1f} ms  "
-                    f"wall {1000 * statistics.median(wall):8.1f} ms  metrics {100 * spent.seconds / sum(cpu):.2f}%"
-                )
+                cpu_after, wall_after = run(nothing)
+                total, after = total + sum(cpu) + sum(cpu_after), statistics.median(wall_after)
+                ratios.setdefault(name, []).append(2 * statistics.median(wall) / (quiet + after))
+                quiet = after
         trainer.close()
         distributed.shut_down()
+    lines = [f"metrics: {100 * spent.seconds / total:.2f}% of the training thread's CPU time", "wall time of a step:"]
+    for name, found in ratios.items():
+        low, middle, high = min(found), statistics.median(found), max(found)
+        lines.append(f"  {name:<38} {middle - 1:+7.1%}  ({low - 1:+.1%} to {high - 1:+.1%} in {len(found)} rounds)")
     return "\n".join(lines)
 
 
@@ -174,5 +178,6 @@ if __name__ == "__main__":
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     parser.add_argument("--steps", type=int, default=50, help="per block")
+    parser.add_argument("--rounds", type=int, default=8)
     arguments = parser.parse_args()
-    print(measure(arguments.overrides, arguments.config, arguments.steps))
+    print(measure(arguments.overrides, arguments.config, arguments.steps, arguments.rounds))
