@@ -106,20 +106,31 @@ def test_bf16_follows_fp32_within_rounding(outcomes, case):
 
 
 def test_interpreted_triton_kernels_train_like_the_eager_ones(launch, tmp_path, experiment, monkeypatch):
-    tree = experiment(  # the interpreter is slow: one step, its update at the full learning rate
-        model={"image_size": 16, "width": {"min": 16, "max": 32, "step": 16}, "depth": {"min": 1, "max": 2, "step": 1}},
-        heads={"prototypes": [24], "hidden_dim": 32, "bottleneck_dim": 16},
-        loss={"ibot_start_epoch": 0},
-        data={"batch_size": 2, "global_crops": {"size": 16}, "local_crops": {"count": 1, "size": 8}},
-        optim={"warmup_epochs": 0, "freeze_prototypes_epochs": 0},
-        run={"max_steps": 1},
-    )
-    eager = run(launch, tmp_path, "engine", 1, {"eager": tree})["eager"]
+    def tree(family, size, local, **model):
+        return experiment(  # the interpreter is slow: one step, its update at the full learning rate
+            family,
+            model={"image_size": size, "depth": {"min": 1, "max": 2, "step": 1}, **model},
+            heads={"prototypes": [24], "hidden_dim": 32, "bottleneck_dim": 16},
+            loss={"ibot_start_epoch": 0},
+            data={"batch_size": 2, "global_crops": {"size": size}, "local_crops": {"count": 1, "size": local}},
+            optim={"warmup_epochs": 0, "freeze_prototypes_epochs": 0},
+            run={"max_steps": 1},
+        )
+
+    trees = {
+        "vit": tree("vit", 16, 8, width={"min": 16, "max": 32, "step": 16}),
+        "swin": tree(
+            "swin", 32, 32, head_dim=16, width={"min": 16, "max": 32, "step": 16}
+        ),  # a map of 8 x 8: shifted windows
+    }
+    eager = run(launch, tmp_path, "engine", 1, trees)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    tree["engine"]["kernels"] = "triton"
-    triton = run(launch, tmp_path, "engine", 1, {"triton": tree})["triton"]
-    for ours, theirs in zip(triton["losses"], eager["losses"], strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6)
-    for branch in ("student", "teacher"):  # one update, so the gradients agree
-        expected = {name: weight.double() for name, weight in eager[branch].items()}
-        assert relative_error(triton[branch], expected) < TOLERANCE
+    for each in trees.values():
+        each["engine"]["kernels"] = "triton"
+    triton = run(launch, tmp_path, "engine", 1, trees)
+    for family in trees:
+        for ours, theirs in zip(triton[family]["losses"], eager[family]["losses"], strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6)
+        for branch in ("student", "teacher"):  # one update, so the gradients agree
+            expected = {name: weight.double() for name, weight in eager[family][branch].items()}
+            assert relative_error(triton[family][branch], expected) < TOLERANCE

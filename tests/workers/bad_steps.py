@@ -1,6 +1,7 @@
 """Two ranks of which one computes a loss that is not finite in some steps.
 
-Usage: bad_steps.py CONFIG OUT; OUT receives the exit code and whether each bad step left all state as it was.
+Usage: bad_steps.py OUT CONFIG...; OUT receives, per config, the exit code and whether each bad step left all state as
+it was.
 """
 
 import json
@@ -10,7 +11,7 @@ import sys
 import torch
 
 import pipeline.train
-from pipeline import losses
+from pipeline import distributed, losses
 from pipeline.config import load_config
 from pipeline.engine.core import Engine
 from pipeline.trainer import Trainer
@@ -46,11 +47,16 @@ def watched_step(self, number, *args):
 def main() -> None:
     torch.set_num_threads(1)
     losses.ibot, Trainer.step = poisoned_ibot, watched_step
-    config = load_config(sys.argv[1], ["loss.ibot_start_epoch=0"])
-    code = pipeline.train.train(config)
+    shut_down, distributed.shut_down = distributed.shut_down, lambda: None  # one process group for all runs
+    results = []
+    for path in sys.argv[2:]:
+        unchanged.clear()
+        code = pipeline.train.train(load_config(path, ["loss.ibot_start_epoch=0"]))
+        results.append({"code": code, "unchanged": list(unchanged)})
+    shut_down()
     if os.environ["RANK"] == "0":
-        with open(sys.argv[2], "w") as file:
-            json.dump({"code": code, "unchanged": unchanged[-3:]}, file)
+        with open(sys.argv[1], "w") as file:
+            json.dump(results, file)
 
 
 if __name__ == "__main__":
