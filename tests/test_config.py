@@ -56,6 +56,10 @@ def test_single_keys_of_a_section_keep_the_other_defaults():
         ({"loss": {"koleo_group": 7}}, ["loss.koleo_group=7", "data.batch_size=50", "divisor"]),
         ({"data": {"batch_size": 1}}, ["data.batch_size", "loss.koleo_weight"]),
         ({"engine": {"precision": "fp64"}}, ["engine.precision", "'bf16' or 'fp32'"]),
+        (
+            {"engine": {"precision": "fp32", "zero_stage": 0, "offload_optimizer": "cpu"}},
+            ["offload_optimizer", "set engine.zero_stage"],
+        ),
         ({"model": {"width": {"min": "wide"}}}, ["model.width.min", "'wide'", "integer"]),
         ({"model": {"family": "resnet", "width": {"min": 48, "max": 48, "step": 32}}}, ["multiples of 32"]),
     ],
