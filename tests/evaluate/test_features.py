@@ -134,12 +134,12 @@ def test_awkward_images_are_read_or_left_out_as_they_should(odd):
 
 def test_two_ranks_get_what_one_process_gets(trained_run, labelled, val_images, models, launch, tmp_path):
     run = shutil.copytree(trained_run, tmp_path / "run")
-    launch(WORKER, 2, run, *labelled["val"])
+    launch(WORKER, 2, tmp_path / "found", run, *labelled["val"])
     alone = extract_features({"64x4": models["64x4"]}, val_images)
     shards = {"train": labelled["val"], "val": labelled["val"]}
     results = {method: evaluate(run, method, **shards, subnets=["64x4"]) for method in ("knn", "linear")}
     for rank in (0, 1):
-        found = torch.load(tmp_path / f"rank{rank}.pt")
+        found = torch.load(tmp_path / f"found.{rank}")
         assert torch.equal(found["labels"], alone.labels)
         assert torch.allclose(found["features"], alone.features["64x4"], atol=1e-5)
         assert {method: found[method] for method in results} == results

@@ -1,4 +1,4 @@
-"""One of several ranks that evaluate a run together: RUN SHARDS..."""
+"""One of several ranks that evaluate a run together: OUT RUN SHARDS..., writes OUT.RANK."""
 
 import sys
 
@@ -11,7 +11,7 @@ from pipeline.evaluate.job import evaluate
 from pipeline.evaluate.targets import run_target
 from pipeline.run_models import RunModels
 
-run, *shards = sys.argv[1:]
+out, run, *shards = sys.argv[1:]
 ranks = distributed.initialize()
 preprocessing = run_target(RunModels.open(run), None, "teacher").preprocessing
 found = extract_features({"64x4": load_subnet(run, "64x4")}, EvalImages(shards, preprocessing), ranks=ranks)
@@ -20,5 +20,5 @@ results = {
     for method in ("knn", "linear")
 }
 record = {"labels": found.labels, "features": found.features["64x4"], **results}
-torch.save(record, f"rank{ranks.rank}.pt")
+torch.save(record, f"{out}.{ranks.rank}")
 distributed.shut_down()
