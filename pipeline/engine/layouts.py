@@ -12,7 +12,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -166,7 +166,8 @@ class FlatShards(Layout):
 
     def gradients(self) -> list[Sequence[Tensor]]:
         if self._offloaded:
-            return [[group.master.grad] for group in self.groups if group.master.grad is not None]
+            self._zero._wait_for_offload_copies()  # they come from the device on a stream of their own
+            return [[cast(Tensor, group.master.grad)] for group in self.groups]
         return [self._zero.averaged_gradients.get(i) or () for i in range(len(self.groups))]
 
     def forget_gradients(self) -> None:

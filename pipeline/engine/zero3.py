@@ -93,7 +93,7 @@ class ParameterShards(Layout):
 
     def gradients(self) -> list[Sequence[Tensor]]:
         if self._offloaded:
-            return [[group.master.grad] for group in self.groups if group.master.grad is not None]
+            return [[cast(Tensor, group.master.grad)] for group in self.groups]
         return [self._zero.averaged_gradients.get(i) or () for i in range(len(self.groups))]
 
     def forget_gradients(self) -> None:
