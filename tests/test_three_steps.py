@@ -66,7 +66,7 @@ def run(launch, directory, mode, ranks, trees):
 
 
 @pytest.fixture(scope="module")
-def outcomes(launch, experiment, tmp_path_factory):
+def results(launch, experiment, tmp_path_factory):
     """By case, what the engine made and what plain fp64 PyTorch makes of the same experiment."""
     directory = tmp_path_factory.mktemp("three_steps")
     trees = {case: case.tree(experiment) for case in [*CASES, *BF16]}
@@ -82,8 +82,8 @@ def relative_error(found, expected):
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_two_ranks_with_different_subnets_equal_one_plain_process(outcomes, case):
-    found, expected = outcomes[case]
+def test_two_ranks_with_different_subnets_equal_one_plain_process(results, case):
+    found, expected = results[case]
     for step, losses in enumerate(expected["losses"]):
         for term, value in losses.items():
             assert found["losses"][step][term] == pytest.approx(value, rel=1e-5, abs=1e-6), (step, term)
@@ -96,8 +96,8 @@ def test_two_ranks_with_different_subnets_equal_one_plain_process(outcomes, case
 
 
 @pytest.mark.parametrize("case", BF16, ids=str)
-def test_bf16_follows_fp32_within_rounding(outcomes, case):
-    found, expected = outcomes[case]
+def test_bf16_follows_fp32_within_rounding(results, case):
+    found, expected = results[case]
     for step, losses in enumerate(expected["losses"]):
         assert found["losses"][step]["total"] == pytest.approx(losses["total"], rel=0.02)
     assert relative_error(found["student"], expected["student"]) < 0.02

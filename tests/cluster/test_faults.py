@@ -420,7 +420,8 @@ def lab(cluster: Cluster, experiment, tmp_path_factory: pytest.TempPathFactory) 
 @pytest.fixture(scope="module")
 def outcomes(lab: Lab, request: pytest.FixtureRequest):
     """The selected scenarios, all under way."""
-    selected = {item.callspec.params["scenario"] for item in request.session.items if "outcomes" in item.fixturenames}
+    own = [item for item in request.session.items if item.path == request.path and "outcomes" in item.fixturenames]
+    selected = {item.callspec.params["scenario"] for item in own}
     with ThreadPoolExecutor(len(SCENARIOS)) as pool:
         started: dict[str, Future] = {}
         for name, scenario in SCENARIOS.items():
