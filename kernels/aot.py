@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from kernels.fused import attention, distillation, ema, reduce
+from kernels.fused import attention, distillation, ema, reduce, residual
 
 ARCHITECTURES = (80, 90, 100)
 # What one thread block may have on the smallest device of an architecture, in bytes.
@@ -109,6 +109,10 @@ def cases(dtype: torch.dtype, presets_only: bool = False) -> Iterator[tuple[str,
     for tokens, dim, with_bias, with_mask in PRESET_ATTENTION + (() if presets_only else OTHER_ATTENTION):
         name = f"attention N={tokens} D={dim}{' bias' if with_bias else ''}{' mask' if with_mask else ''}"
         yield name, partial(_attention, dtype, tokens, dim, with_bias, with_mask)
+    for channels in (1024,) if presets_only else (1024, 100):
+        yield f"residual C={channels} LayerScale", partial(_residual, dtype, channels, True, False)
+        yield f"residual C={channels}", partial(_residual, dtype, channels, False, False)
+        yield f"residual C={channels} factors", partial(_residual, dtype, channels, True, True)
     yield "ema", partial(_ema, dtype)
 
 
@@ -162,6 +166,16 @@ def _attention(dtype: torch.dtype, tokens: int, dim: int, with_bias: bool, with_
     bias = torch.zeros(6, tokens, tokens, dtype=dtype, requires_grad=True) if with_bias else None
     mask = torch.zeros(4, tokens, tokens, dtype=dtype) if with_mask else None
     out, _ = attention.attention(qkv, bias, mask)
+    out.sum().backward()
+
+
+def _residual(dtype: torch.dtype, channels: int, scaled: bool, per_row: bool) -> None:
+    x = torch.zeros(8, channels, dtype=dtype, requires_grad=True)
+    branch = torch.zeros(6, channels, dtype=dtype, requires_grad=True)
+    gamma = torch.zeros(channels, dtype=dtype) if scaled else None
+    positions = torch.zeros(8, dtype=torch.int32)
+    factors = torch.ones(6, 1) if per_row else None
+    out = residual.add_rows(x, branch, torch.arange(6), positions, gamma, factors, 1.25)
     out.sum().backward()
 
 

@@ -11,15 +11,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import layer_norm, scaled_dot_product_attention
 
 from kernels.attention import attention
 from kernels.distillation import Targets, cross_entropy
 from kernels.ema import ema_update_
+from kernels.residual import add_rows, row_positions
 from kernels.sinkhorn import sinkhorn
 
 SCALES = ("full", "cpu", "tiny")
-OPERATIONS = ("loss", "sinkhorn", "attention", "ema")
+OPERATIONS = ("loss", "sinkhorn", "attention", "residual", "norm", "ema")
 TEMPERATURE, STUDENT_TEMPERATURE = 0.06, 0.1
 Contender = Callable[..., Tensor]
 
@@ -54,11 +55,13 @@ def cases(operation: str, scale: str, device: torch.device, dtype: torch.dtype) 
         "loss": _loss,
         "sinkhorn": _sinkhorn,
         "attention": _attention,
+        "residual": _residual,
+        "norm": _norm,
         "ema": _ema,
     }
     found = [builders[operation](*shape, device, dtype) for shape in SHAPES[operation][scale]]
     for case in found:
-        if device.type != "cuda":
+        if device.type != "cuda" and "triton" in case.contenders:
             del case.contenders["triton"]
             case.missing["triton"] = "no GPU"
     return found
@@ -98,6 +101,18 @@ SHAPES: dict[str, dict[str, list]] = {
         "cpu": [("ViT 224", 8, 197, 6, 64, 0, False), ("ViT 96", 32, 37, 6, 64, 0, False)],
         "tiny": [("Swin shifted windows", 4, 9, 2, 16, 2, True)],
     },
+    # tokens, of them kept, channels, LayerScale, a factor per row
+    "residual": {
+        "full": [("ViT-L", 34500, 27600, 1024, True, False), ("Swin-B stage 3", 34000, 27200, 512, False, False)],
+        "cpu": [("ViT-S", 3450, 2760, 384, True, False)],
+        "tiny": [("ViT", 12, 9, 16, True, True)],
+    },
+    # tokens, channels of the sub-network, of the largest network
+    "norm": {
+        "full": [("ViT-L", 27600, 640, 1024), ("ViT-L", 27600, 640, 640)],
+        "cpu": [("ViT-S", 2760, 256, 384), ("ViT-S", 2760, 256, 256)],
+        "tiny": [("ViT", 9, 16, 24)],
+    },
     "ema": {"full": [(1 << 28,)], "cpu": [(1 << 23,)], "tiny": [(1 << 10,)]},
 }
 
@@ -133,14 +148,20 @@ def _loss(name: str, r: int, m: int, k: int, p: int, device: torch.device, dtype
         "eager, factored": factored("eager"),
         "triton": factored("triton"),
     }
-    missing = {}
-    if device.type == "cuda" and importlib.util.find_spec("liger_kernel"):
-        contenders["Liger KLDiv"] = liger
-    else:
-        missing["Liger KLDiv"] = "no GPU" if device.type == "cpu" else "liger_kernel is not installed"
+    missing = _add_liger(contenders, "Liger KLDiv", liger, device)
     size = torch.empty((), dtype=dtype).element_size()
     reads = (r + m) * k * size
     return Case(f"{name} R={r} M={m} K={k} P={p}", inputs, contenders, reads, reads + r * k * size, missing=missing)
+
+
+def _add_liger(contenders: dict[str, Contender], name: str, liger: Contender, device: torch.device) -> dict[str, str]:
+    """Add a rival from Liger-Kernel, or return it with the reason why it is missing."""
+    if device.type == "cpu":
+        return {name: "no GPU"}
+    if not importlib.util.find_spec("liger_kernel"):
+        return {name: "liger_kernel is not installed"}
+    contenders[name] = liger
+    return {}
 
 
 def _sinkhorn(
@@ -245,6 +266,62 @@ def _flex(windows: int) -> Contender:
         return out.transpose(1, 2).flatten(2)
 
     return run
+
+
+def _residual(
+    name: str, t: int, r: int, c: int, scaled: bool, per_row: bool, device: torch.device, dtype: torch.dtype
+) -> Case:
+    def inputs() -> tuple[Tensor, ...]:
+        x, branch = (torch.randn(n, c, device=device).to(dtype).requires_grad_() for n in (t, r))
+        rows = torch.randperm(t, device=device)[:r].sort().values
+        gamma = torch.randn(c, device=device).to(dtype).requires_grad_(scaled)
+        factor = torch.linspace(1.2, 1.3, r, device=device)[:, None]
+        return x, branch, rows, row_positions(rows, t), factor, gamma
+
+    def named(impl: str) -> Contender:
+        def run(x: Tensor, branch: Tensor, rows: Tensor, positions: Tensor, factor: Tensor, gamma: Tensor) -> Tensor:
+            chosen = factor if per_row else 1.25
+            return add_rows(x, branch, rows, positions, chosen, gamma if scaled else None, impl=impl)
+
+        return run
+
+    def gather(x: Tensor, branch: Tensor, rows: Tensor, positions: Tensor, factor: Tensor, gamma: Tensor) -> Tensor:
+        added = branch * (factor.to(dtype) if per_row else 1.25) * (gamma if scaled else 1)
+        return x + torch.where(positions[:, None] < 0, 0, added[positions.clamp_min(0)])
+
+    plain = named("eager")
+    contenders = {
+        "eager": plain,
+        "eager, gather": gather,
+        "torch.compile": torch.compile(plain, dynamic=False),
+        "torch.compile, gather": torch.compile(gather, dynamic=False),
+        "triton": named("triton"),
+    }
+    row_bytes = c * torch.empty((), dtype=dtype).element_size()
+    shapes = f"{name} T={t} R={r} C={c}{' LayerScale' if scaled else ''}"
+    # backward: the gradient of x is that of the sum, no copy; that of LayerScale needs the branch once more
+    return Case(shapes, inputs, contenders, (2 * t + r) * row_bytes, (2 + scaled) * r * row_bytes)
+
+
+def _norm(name: str, t: int, width: int, full: int, device: torch.device, dtype: torch.dtype) -> Case:
+    """LayerNorm over the first channels of its parameters; `full` = `width` is the same without slicing."""
+
+    def inputs() -> tuple[Tensor, ...]:
+        x = torch.randn(t, width, device=device).to(dtype).requires_grad_()
+        weight, bias = (torch.randn(full, device=device).to(dtype).requires_grad_() for _ in range(2))
+        return x, weight, bias
+
+    def plain(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return layer_norm(x, (width,), weight[:width], bias[:width], 1e-6)
+
+    def liger(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        norm = importlib.import_module("liger_kernel.transformers.functional").liger_layer_norm
+        return norm(x, weight[:width], bias[:width], 1e-6)
+
+    contenders: dict[str, Contender] = {"eager": plain, "torch.compile": torch.compile(plain, dynamic=False)}
+    missing = _add_liger(contenders, "Liger LayerNorm", liger, device)
+    values = t * width * torch.empty((), dtype=dtype).element_size()
+    return Case(f"{name} T={t} C={width} of {full}", inputs, contenders, 2 * values, 3 * values, missing=missing)
 
 
 def _ema(size: int, device: torch.device, dtype: torch.dtype) -> Case:

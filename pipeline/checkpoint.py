@@ -243,7 +243,9 @@ def _own_pieces(group: FlatGroup, replicated: bool, ranks: Ranks) -> Sequence[Pi
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
-    return torch.cat(parts).cpu().contiguous() if parts else torch.empty(0)
+    """One contiguous vector on the CPU; a device never holds a second copy of it."""
+    parts = [part.cpu() for part in parts]
+    return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts or [torch.empty(0)])
 
 
 def _read(

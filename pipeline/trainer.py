@@ -27,6 +27,7 @@ from pipeline.elastic.sampling import SubnetSampler
 from pipeline.elastic.subnet import Grid
 from pipeline.engine.core import Engine
 from pipeline.engine.groups import MODULES
+from pipeline.engine.layouts import working_dtype
 from pipeline.errors import UserError
 from pipeline.metrics.bands import Bands
 from pipeline.metrics.families import BANDS
@@ -141,7 +142,7 @@ class Trainer:
         self.tri_branch = TriBranch(config, self.grid.largest, backbone.num_draws, ranks.device)
         self.phases = self.tri_branch.phases
         self.bands = Bands(config.model, self.grid)
-        self.dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
+        self.dtype = working_dtype(config)
         self.loader: Loader
         self.skips: list[Skip] = []
 

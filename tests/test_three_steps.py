@@ -28,6 +28,7 @@ class Case(NamedTuple):
     def tree(self, experiment):
         return experiment(
             self.family,
+            model={"drop_path": 0.3},  # the two groups of crops keep different shares of their images
             loss={"centering": self.centering, "ibot_start_epoch": 0.5},  # the first step without masked patches
             sampling={"assignment": self.assignment},
             engine={
@@ -109,7 +110,7 @@ def test_interpreted_triton_kernels_train_like_the_eager_ones(launch, tmp_path, 
     def tree(family, size, local, **model):
         return experiment(  # the interpreter is slow: one step, its update at the full learning rate
             family,
-            model={"image_size": size, "depth": {"min": 1, "max": 2, "step": 1}, **model},
+            model={"image_size": size, "drop_path": 0.5, "depth": {"min": 1, "max": 2, "step": 1}, **model},
             heads={"prototypes": [24], "hidden_dim": 32, "bottleneck_dim": 16},
             loss={"ibot_start_epoch": 0},
             data={"batch_size": 2, "global_crops": {"size": size}, "local_crops": {"count": 1, "size": local}},

@@ -49,9 +49,9 @@ class ElasticBlock(nn.Module):
     checkpointed = False
     compiled: str | None = None  # backend of torch.compile
 
-    _body: Callable[..., Any]  # (self, *xs, **options), per family
+    _body: Callable[..., tuple[Tensor, ...]]  # (self, *xs, **options), per family
 
-    def forward(self, *xs: Tensor, active: bool = True, **options: Any) -> Any:
+    def forward(self, *xs: Tensor, active: bool = True, **options: Any) -> tuple[Tensor, ...]:
         """The block, or a copy of its inputs where the sub-network leaves it out.
 
         Args:
@@ -61,13 +61,12 @@ class ElasticBlock(nn.Module):
             options: of `_body`.
 
         Returns:
-            One tensor for one tensor, else a tuple.
+            As many tensors as `xs`.
         """
         if not active:
             # new tensors, so that the hooks of this module bracket them in the backward pass
-            copies = tuple(x.clone() for x in xs)
-            return copies[0] if len(copies) == 1 else copies
-        body: Callable[..., Tensor] = type(self)._body
+            return tuple(x.clone() for x in xs)
+        body: Callable[..., tuple[Tensor, ...]] = type(self)._body
         if self.compiled:
             body = _compiled_body(cast(Any, type(self)), self.compiled)
         if self.checkpointed and torch.is_grad_enabled():
@@ -76,7 +75,7 @@ class ElasticBlock(nn.Module):
 
 
 @cache
-def _compiled_body(block: Any, backend: str) -> Callable[..., Tensor]:
+def _compiled_body(block: Any, backend: str) -> Callable[..., tuple[Tensor, ...]]:
     return torch.compile(block._body, dynamic=False, fullgraph=True, backend=backend)
 
 

@@ -36,10 +36,9 @@ class ElasticBottleneck(ElasticBlock, Bottleneck):
     downsample: nn.Module | None
     full_width: int
 
-    def _body(self, *xs: Tensor, width: int, kept: Sequence[Tensor | None]) -> Tensor | tuple[Tensor, ...]:
+    def _body(self, *xs: Tensor, width: int, kept: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
         """Per crop group `[B, C, H, W]` -> `[B, C', H', W']`; `kept` int64 indices of the images to compute."""
-        out = tuple(self._one(x, width, chosen) for x, chosen in zip(xs, kept, strict=True))
-        return out[0] if len(out) == 1 else out
+        return tuple(self._one(x, width, chosen) for x, chosen in zip(xs, kept, strict=True))
 
     def _one(self, x: Tensor, width: int, kept: Tensor | None) -> Tensor:
         mid = self.conv1.out_channels * width // self.full_width
@@ -86,8 +85,7 @@ class ElasticResNet(Backbone, ResNet):
             for i, block in enumerate(stage):
                 if i in active or self.sharded:
                     kept = [k[done + i] for k in keep] if keep else [None] * len(crops)
-                    out = block(*maps, width=subnet.width, kept=kept, active=i in active)
-                    maps = [out] if len(crops) == 1 else list(out)
+                    maps = block(*maps, width=subnet.width, kept=kept, active=i in active)
             done += len(stage)
         return [Features(self.global_pool(x), spread(x.permute(0, 2, 3, 1))) for x in maps]
 

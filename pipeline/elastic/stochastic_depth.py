@@ -4,11 +4,15 @@ A residual branch runs on a random subset of the images of each crop group, and 
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from kernels.residual import add_rows, row_positions
+from pipeline.elastic.layers import ElasticLayerScale
 
 Layout = tuple[tuple[int, ...], ...]  # per crop group: images, then rows and columns, or tokens, of each
 
@@ -18,11 +22,13 @@ class Kept(NamedTuple):
 
     Attributes:
         rows: `[R]` int64 rows of the packed tokens.
+        positions: `[T]` int32, their inverse.
         layout: crop groups of the kept rows.
         scale: B / kept; a tensor `[R, 1]` where crop groups differ in it.
     """
 
     rows: Tensor
+    positions: Tensor
     layout: Layout
     scale: float | Tensor
 
@@ -94,14 +100,27 @@ def kept_rows(keep: Sequence[Tensor] | None, layout: Layout) -> list[Kept] | Non
     if len(set(ratios)) > 1:
         scale = torch.cat([torch.full((r.shape[1], 1), x, device=r.device) for r, x in zip(rows, ratios, strict=True)])
     kept_layout = tuple((count, *sides) for count, (_, *sides) in zip(counts, layout, strict=True))
-    return [Kept(draw, kept_layout, scale) for draw in torch.cat(rows, dim=1)]
+    draws = torch.cat(rows, dim=1)
+    return [Kept(*pair, kept_layout, scale) for pair in zip(draws, row_positions(draws, start), strict=True)]
 
 
-def add_branch(x: Tensor, layout: Layout, branch: Callable[[Tensor, Layout], Tensor], kept: Kept | None) -> Tensor:
-    """x + branch(x) over packed tokens `[T, C]`, the branch computed on the kept rows only."""
+def add_branch(
+    x: Tensor,
+    layout: Layout,
+    branch: Callable[[Tensor, Layout], Tensor],
+    kept: Kept | None,
+    layer_scale: nn.Module | None = None,
+    *,
+    kernels: str,
+) -> Tensor:
+    """x + layer_scale(branch(x)) over packed tokens `[T, C]`, the branch computed on the kept rows only."""
     if kept is None:
-        return x + branch(x, layout)
-    residual = branch(x.index_select(0, kept.rows), kept.layout)
-    if isinstance(kept.scale, Tensor):
-        return x.index_add(0, kept.rows, residual * kept.scale.to(residual.dtype))
-    return x.index_add(0, kept.rows, residual, alpha=kept.scale)
+        out = branch(x, layout)
+        return x + (out if layer_scale is None else layer_scale(out))
+    out = branch(x.index_select(0, kept.rows), kept.layout)
+    add = partial(add_rows, x, out, kept.rows, kept.positions, kept.scale, impl=kernels)
+    if not isinstance(layer_scale, ElasticLayerScale):
+        return add()
+    parameters = layer_scale.sliced(x.shape[-1])
+    with layer_scale.saving(parameters, x.shape[-1]):
+        return add(parameters["gamma"])

@@ -74,8 +74,8 @@ class ElasticSwinBlock(ElasticBlock, SwinTransformerBlock):
     shifted: bool
 
     def _body(
-        self, *xs: Tensor, layout: Layout, geometries: Sequence[Windows], kept: tuple[Kept | None, Kept | None]
-    ) -> Tensor:
+        self, x: Tensor, *, layout: Layout, geometries: Sequence[Windows], kept: tuple[Kept | None, Kept | None]
+    ) -> tuple[Tensor]:
         def attend(tokens: Tensor, tokens_layout: Layout) -> Tensor:
             maps = _maps(self.norm1(tokens), tokens_layout)
             groups = [to_windows(x, geometry, self.shifted) for x, geometry in zip(maps, geometries, strict=True)]
@@ -89,9 +89,8 @@ class ElasticSwinBlock(ElasticBlock, SwinTransformerBlock):
         def feed_forward(tokens: Tensor, _: Layout) -> Tensor:
             return self.mlp(self.norm2(tokens))
 
-        (x,) = xs
-        x = add_branch(x, layout, attend, kept[0])
-        return add_branch(x, layout, feed_forward, kept[1])
+        x = add_branch(x, layout, attend, kept[0], kernels=self.attn.kernels)
+        return (add_branch(x, layout, feed_forward, kept[1], kernels=self.attn.kernels),)
 
 
 class ElasticPatchMerging(PatchMerging):
@@ -155,7 +154,7 @@ class ElasticSwin(Backbone, SwinTransformer):
         for i, block in enumerate(stage.blocks):
             if i in active or self.sharded:
                 pair = (kept[2 * i], kept[2 * i + 1]) if kept else (None, None)
-                x = block(x, layout=layout, geometries=geometries, kept=pair, active=i in active)
+                (x,) = block(x, layout=layout, geometries=geometries, kept=pair, active=i in active)
         return x
 
     def _embed(self, images: Tensor, mask: Tensor | None, width: int) -> Tensor:

@@ -45,16 +45,15 @@ class ElasticViTBlock(ElasticBlock, Block):
     ls2: nn.Module
     mlp: nn.Module
 
-    def _body(self, *xs: Tensor, layout: Layout, kept: tuple[Kept | None, Kept | None]) -> Tensor:
+    def _body(self, x: Tensor, *, layout: Layout, kept: tuple[Kept | None, Kept | None]) -> tuple[Tensor]:
         def attend(tokens: Tensor, tokens_layout: Layout) -> Tensor:
-            return self.ls1(self.attn(self.norm1(tokens), tokens_layout))
+            return self.attn(self.norm1(tokens), tokens_layout)
 
         def feed_forward(tokens: Tensor, _: Layout) -> Tensor:
-            return self.ls2(self.mlp(self.norm2(tokens)))
+            return self.mlp(self.norm2(tokens))
 
-        (x,) = xs
-        x = add_branch(x, layout, attend, kept[0])
-        return add_branch(x, layout, feed_forward, kept[1])
+        x = add_branch(x, layout, attend, kept[0], self.ls1, kernels=self.attn.kernels)
+        return (add_branch(x, layout, feed_forward, kept[1], self.ls2, kernels=self.attn.kernels),)
 
 
 class ElasticViT(Backbone, VisionTransformer):
@@ -89,7 +88,7 @@ class ElasticViT(Backbone, VisionTransformer):
         for i, block in enumerate(self.blocks):
             if i in active or self.sharded:
                 pair = (kept[2 * i], kept[2 * i + 1]) if kept else (None, None)
-                x = block(x, layout=layout, kept=pair, active=i in active)
+                (x,) = block(x, layout=layout, kept=pair, active=i in active)
         tokens = self.norm(x).split([batch * count for batch, count in layout])
         views = [group.view(*sides, -1) for group, sides in zip(tokens, layout, strict=True)]
         return [Features(view[:, 0], view[:, 1:]) for view in views]

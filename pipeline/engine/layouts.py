@@ -10,7 +10,7 @@ import logging
 import os
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
@@ -38,7 +38,7 @@ class Layout(ABC):
     """
 
     engine: Any
-    teacher: Callable[..., Any]
+    teacher: Any
     groups: list[FlatGroup]
     replicated = False
 
@@ -74,9 +74,10 @@ class Layout(ABC):
     def publish_teacher(self) -> None:
         """Rebuild the teacher on every rank from `FlatGroup.teacher`."""
 
-    @abstractmethod
-    def whole_teacher(self) -> AbstractContextManager[Branch]:
+    @contextmanager
+    def whole_teacher(self) -> Iterator[Branch]:
         """The teacher with all of its weights on every rank, whose values must not be changed. Collective."""
+        yield self.teacher
 
     def destroy(self) -> None:
         self.engine.destroy()
@@ -90,8 +91,10 @@ class Replicated(Layout):
     def __init__(self, student: Branch, specs: list[GroupSpec], config: ExperimentConfig, device: torch.device):
         student.to(device)
         teacher = copy.deepcopy(student).eval().requires_grad_(False)
-        flats = [_flatten(student, spec.names) for spec in specs]
-        self.engine = initialize(student, adamw(student, specs, device), config, 0)
+        initial = dict(student.named_parameters())
+        flats = [torch.cat([initial[name].detach().reshape(-1) for name in spec.names]) for spec in specs]
+        _make_views(student, specs, flats)
+        self.engine = initialize(student, adamw(student, specs, config, device), config, 0)
         self._named: dict[str, nn.Parameter] = dict(self.engine.module.named_parameters())
         self.groups = []
         for spec, flat in zip(specs, flats, strict=True):
@@ -101,8 +104,8 @@ class Replicated(Layout):
             ]
             everything = [Piece(0, 0, spec.numel)]
             self.groups.append(FlatGroup(spec, flat, flat.clone(), flat.clone(), everything, params))
-        _make_views(teacher, self.groups, [group.teacher for group in self.groups])
-        self.teacher: Branch = teacher
+        _make_views(teacher, specs, [group.teacher for group in self.groups])
+        self.teacher = teacher
 
     @property
     def adam(self) -> torch.optim.Optimizer:
@@ -120,26 +123,33 @@ class Replicated(Layout):
     def publish_teacher(self) -> None:
         """The shard is the whole."""
 
-    @contextmanager
-    def whole_teacher(self) -> Iterator[Branch]:
-        yield self.teacher
+
+class Sharded(Layout):
+    """ZeRO-1 to 3: DeepSpeed owns the masters and averages the gradients into shards."""
+
+    def __init__(self, engine: Any, config: ExperimentConfig):
+        self.engine, self._zero = engine, engine.optimizer
+        self._offloaded = config.engine.offload_optimizer is not None
+
+    def gradients(self) -> list[Sequence[Tensor]]:
+        if self._offloaded:
+            return [[cast(Tensor, group.master.grad)] for group in self.groups]
+        return [self._zero.averaged_gradients.get(i) or () for i in range(len(self.groups))]
 
 
-class FlatShards(Layout):
+class FlatShards(Sharded):
     """ZeRO-1/2: DeepSpeed's flat vector per group, of which a rank owns one interval."""
 
     def __init__(self, student: Branch, specs: list[GroupSpec], config: ExperimentConfig, device: torch.device):
         student.to(device)
         teacher = copy.deepcopy(student).to(working_dtype(config)).eval().requires_grad_(False)
-        self._offloaded = config.engine.offload_optimizer is not None
-        optimizer = adamw(student, specs, torch.device("cpu") if self._offloaded else device)
-        self.engine = initialize(student, optimizer, config, config.engine.effective_stage())
-        self._zero = self.engine.optimizer
+        optimizer = adamw(student, specs, config, device)
+        super().__init__(initialize(student, optimizer, config, config.engine.effective_stage()), config)
         self._student_flats: list[Tensor] = self._zero.bit16_groups_flat
         self._teacher_flats = [flat.detach().clone() for flat in self._student_flats]
         self.groups = [self._group(i, spec) for i, spec in enumerate(specs)]
-        _make_views(teacher, self.groups, self._teacher_flats)
-        self.teacher: Branch = teacher
+        _make_views(teacher, specs, self._teacher_flats)
+        self.teacher = teacher
 
     def _group(self, index: int, spec: GroupSpec) -> FlatGroup:
         named, flat = dict(self.engine.module.named_parameters()), self._student_flats[index]
@@ -167,8 +177,7 @@ class FlatShards(Layout):
     def gradients(self) -> list[Sequence[Tensor]]:
         if self._offloaded:
             self._zero._wait_for_offload_copies()  # they come from the device on a stream of their own
-            return [[cast(Tensor, group.master.grad)] for group in self.groups]
-        return [self._zero.averaged_gradients.get(i) or () for i in range(len(self.groups))]
+        return super().gradients()
 
     def forget_gradients(self) -> None:
         # what DeepSpeed's own overflow branch clears
@@ -192,24 +201,21 @@ class FlatShards(Layout):
         for group, flat in zip(self.groups, self._teacher_flats, strict=True):
             _spread(flat, dist.get_rank() * len(group.master), len(group.master))
 
-    @contextmanager
-    def whole_teacher(self) -> Iterator[Branch]:
-        yield self.teacher
-
 
 def working_dtype(config: ExperimentConfig) -> torch.dtype:
+    """Of the weights and activations."""
     return torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
 
 
-def adamw(student: Branch, specs: list[GroupSpec], device: torch.device) -> torch.optim.AdamW:
+def adamw(student: Branch, specs: list[GroupSpec], config: ExperimentConfig, device: torch.device) -> torch.optim.AdamW:
     """AdamW over the groups; `Engine.apply` sets learning rates and weight decay before every step.
 
-    Args:
-        device: of its state.
+    Its state is on `device`, or on the CPU if it is offloaded.
     """
     named = dict(student.named_parameters())
+    fused = device.type == "cuda" and not config.engine.offload_optimizer
     groups = [{"params": [named[n] for n in spec.names], "lr": 0.0, "weight_decay": 0.0} for spec in specs]
-    return torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=device.type == "cuda")
+    return torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=fused)
 
 
 def settings(config: ExperimentConfig, stage: int) -> dict[str, Any]:
@@ -282,22 +288,9 @@ def _spread(flat: Tensor, start: int, length: int) -> None:
         _all_gather(flat, flat[start : start + length].clone())
 
 
-def _make_views(branch: Branch, groups: list[FlatGroup], flats: list[Tensor]) -> None:
+def _make_views(branch: Branch, specs: list[GroupSpec], flats: list[Tensor]) -> None:
     """Make a branch's parameters views of flat vectors."""
     named = dict(branch.named_parameters())
-    for group, flat in zip(groups, flats, strict=True):
-        spec = group.spec
+    for spec, flat in zip(specs, flats, strict=True):
         for name, shape, offset, size in zip(spec.names, spec.shapes, spec.offsets, spec.sizes, strict=True):
             named[name].data = flat[offset : offset + size].view(shape)
-
-
-def _flatten(module: nn.Module, names: tuple[str, ...]) -> Tensor:
-    """Move parameters into one vector, of which they become views."""
-    named = dict(module.named_parameters())
-    flat = torch.cat([named[n].detach().reshape(-1) for n in names])
-    offset = 0
-    for name in names:
-        parameter = named[name]
-        parameter.data = flat[offset : offset + parameter.numel()].view_as(parameter)
-        offset += parameter.numel()
-    return flat

@@ -5,17 +5,16 @@ every block, since gathering is collective; see `ElasticBlock` and `pipeline.ela
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from pipeline.config import ExperimentConfig
 from pipeline.engine.groups import FlatGroup, GroupSpec, Piece
-from pipeline.engine.layouts import Layout, adamw, deepspeed, initialize, settings, working_dtype
+from pipeline.engine.layouts import Sharded, adamw, deepspeed, initialize, settings, working_dtype
 from pipeline.engine.sizes import BUCKET, PERSISTENT
 from pipeline.tri_branch import Branch
 
@@ -28,7 +27,7 @@ _GATHERING = {
 }
 
 
-class ParameterShards(Layout):
+class ParameterShards(Sharded):
     """The student and its teacher at stage 3.
 
     The weights are cut up where they were made, on the CPU; a device never holds a whole network.
@@ -36,17 +35,15 @@ class ParameterShards(Layout):
 
     def __init__(self, student: Branch, specs: list[GroupSpec], config: ExperimentConfig, device: torch.device):
         teacher = copy.deepcopy(student).eval().requires_grad_(False)
-        self._offloaded = config.engine.offload_optimizer is not None
         # the bucket for gradients is allocated once and for all; they come, and weights go, block by block
         bucket = min(BUCKET, max(sum(p.numel() for p in b.parameters()) for b in student.backbone.elastic_blocks()))
         for branch in (student, teacher):
             _cut_up(branch.to(working_dtype(config)), config)
-        optimizer = adamw(student, specs, torch.device("cpu") if self._offloaded else device)
+        optimizer = adamw(student, specs, config, device)
         zero = {**_GATHERING, "reduce_bucket_size": bucket, "stage3_prefetch_bucket_size": bucket}
-        self.engine = initialize(student, optimizer, config, _STAGE, **zero)
+        super().__init__(initialize(student, optimizer, config, _STAGE, **zero), config)
         self._teacher_engine = initialize(teacher, None, config, _STAGE, **zero)
         self.teacher = self._teacher_engine
-        self._zero = self.engine.optimizer
         named = (dict(student.named_parameters()), dict(teacher.named_parameters()))
         self.groups = [self._group(i, spec, *named) for i, spec in enumerate(specs)]
         in_blocks = {id(p) for block in student.backbone.elastic_blocks() for p in block.parameters()}
@@ -91,11 +88,6 @@ class ParameterShards(Layout):
         for parameter in self._late:
             parameter.ds_grad_is_ready = not held
 
-    def gradients(self) -> list[Sequence[Tensor]]:
-        if self._offloaded:
-            return [[cast(Tensor, group.master.grad)] for group in self.groups]
-        return [self._zero.averaged_gradients.get(i) or () for i in range(len(self.groups))]
-
     def forget_gradients(self) -> None:
         # what DeepSpeed's own step does when it finds an overflow
         self._zero._pre_step()
@@ -125,5 +117,5 @@ def _cut_up(branch: Branch, config: ExperimentConfig) -> None:
     """Replace every parameter by this rank's shard of it, one after the other; rank 0's values count."""
     ds = deepspeed()
     # gathered as a whole: a rank that skips a block has no hooks of its own inside it
-    ds.utils.set_z3_leaf_modules(branch, sorted({type(b) for b in branch.backbone.elastic_blocks()}, key=str))
+    ds.utils.set_z3_leaf_modules(branch, list({type(b) for b in branch.backbone.elastic_blocks()}))
     ds.zero.Init(module=branch, config_dict_or_path=settings(config, _STAGE))

@@ -20,6 +20,7 @@ from pipeline.config import ExperimentConfig
 from pipeline.distributed import Ranks
 from pipeline.elastic import Grid, cost
 from pipeline.engine.groups import MODULES
+from pipeline.engine.layouts import working_dtype
 from pipeline.metrics.bands import Bands
 from pipeline.metrics.exporter import Exporter
 from pipeline.metrics.families import BANDS, BUSY_PHASES, PHASES
@@ -87,8 +88,7 @@ class Monitor:
         self._peers = [rank for rank, name in enumerate(nodes) if name == node]
         self._leads = self._peers[0] == ranks.rank
         with self._carefully():
-            dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
-            self._peak = device_peak(ranks.device, dtype)
+            self._peak = device_peak(ranks.device, working_dtype(config))
             if self._leads:
                 self._exporter = Exporter(config.metrics, Path(config.run.dir), node, sweeps=ranks.is_main)
             if ranks.is_main:

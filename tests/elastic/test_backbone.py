@@ -301,12 +301,17 @@ def test_blocks_of_other_families_compile_whole(name, dynamo, tiny_config, scram
 
 
 @pytest.mark.slow
-def test_compiled_blocks_compute_the_same(dynamo, backbones):
-    """The default backend, forward pass of one sub-network."""
-    plain = backbones["vit"]
-    compiled = copy.deepcopy(plain)
+def test_blocks_compiled_in_bf16_train_like_eager_ones(dynamo, tiny_config, scramble):
+    """The default backend with stochastic depth, whose bf16 `index_add` it has no code of its own for."""
+    exact, plain, compiled = (trainable("vit", tiny_config, scramble) for _ in range(3))
     compiled.compile_blocks()
-    images, subnet = crops_of(plain)[0], middle(plain)
-    with torch.inference_mode():
-        torch.testing.assert_close(compiled(images, subnet).cls, plain(images, subnet).cls)
+    keep = keep_indices(0, 0, 0, 0, 0.4, [3, 4], plain.num_draws, "cpu")
+
+    def gradient(model):
+        crops = [x.to(model.mask_token.dtype) for x in crops_of(model)]
+        found = gradients(model, crops, middle(model), keep=keep)
+        return torch.cat([found[name].float().flatten() for name in sorted(found)])
+
+    wanted, eager, result = (gradient(model) for model in (exact, plain.bfloat16(), compiled.bfloat16()))
+    assert (result - wanted).norm() < 2 * (eager - wanted).norm() < 0.1 * wanted.norm()
     assert dynamo.utils.counters["stats"]["unique_graphs"] == 1

@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels.attention import attention
 from kernels.distillation import Targets, cross_entropy, row_logsumexp
+from kernels.residual import row_positions
 
 
 def problem(device: str) -> tuple[Tensor, Targets, Tensor]:
@@ -23,6 +24,7 @@ def test_operators_keep_pytorchs_rules(triton: str, device: str) -> None:
     """Schemas, autograd registration, fake tensors and tracing with symbolic shapes."""
     from kernels.fused import attention as fused_attention
     from kernels.fused import distillation, reduce
+    from kernels.fused.residual import add_rows
 
     student, targets, rows = problem(device)
     logits, row, col = targets.logits, targets.row, torch.zeros(70, device=device)
@@ -30,6 +32,10 @@ def test_operators_keep_pytorchs_rules(triton: str, device: str) -> None:
     qkv = torch.randn(4, 9, 3, 2, 16, device=device, requires_grad=True)
     bias = torch.randn(2, 9, 9, device=device, requires_grad=True)
     mask = torch.zeros(2, 9, 9, device=device)
+    x, branch = (torch.randn(n, 24, device=device, requires_grad=True) for n in (8, 3))
+    kept = torch.tensor([0, 3, 7], device=device)
+    gamma = torch.randn(24, device=device, requires_grad=True)
+    factors = torch.full((3, 1), 1.5, device=device)
     cases: list[tuple[Any, tuple[Any, ...]]] = [
         (distillation.cross_entropy, (leaf, logits, row, col, rows, 0.1, 0.06, False)),
         (distillation.cross_entropy, (leaf, logits, row, None, rows, 0.1, 0.06, False)),
@@ -38,6 +44,8 @@ def test_operators_keep_pytorchs_rules(triton: str, device: str) -> None:
         (reduce.column_sum, (logits,)),
         (fused_attention.attention, (qkv, bias, mask)),
         (fused_attention.attention, (qkv, None, None)),
+        (add_rows, (x, branch, kept, row_positions(kept, 8), gamma, factors, 1.0)),
+        (add_rows, (x, branch, kept, row_positions(kept, 8), None, None, 1.5)),
     ]
     for operator, arguments in cases:
         torch.library.opcheck(operator, arguments)

@@ -22,6 +22,7 @@ from pipeline.data.loader import Loader
 from pipeline.data.masks import block_masks
 from pipeline.distributed import Ranks
 from pipeline.elastic import Subnet
+from pipeline.elastic.stochastic_depth import keep_indices
 from pipeline.engine.groups import MODULES, parameter_groups
 from pipeline.schedules import Schedules, StepValues
 from pipeline.trainer import Trainer, build_student
@@ -111,8 +112,8 @@ def by_plain_torch(config: ExperimentConfig, subnets: list[list[Subnet]]) -> dic
         masked = masks.flatten().nonzero()[:, 0]
         weights = (1 / masks.sum(1).clamp(min=1)).repeat_interleave(masks.shape[1])[masked].double()
 
-        def forward(model, images_, subnet, masks_=None):
-            f = model.backbone.forward_crops([images_], subnet, [masks_])[0]
+        def forward(model, images_, subnet, masks_=None, keep=None):
+            f = model.backbone.forward_crops([images_], subnet, [masks_], None if keep is None else [keep])[0]
             return f.cls, f.patches.flatten(0, 1)
 
         with torch.no_grad():
@@ -133,15 +134,17 @@ def by_plain_torch(config: ExperimentConfig, subnets: list[list[Subnet]]) -> dic
                     if len(x):
                         center[kind][h] = 0.9 * center[kind][h] + 0.1 * x.mean(0)
 
-        def students(subnet_of_rank):
+        def students(subnet_of_rank, branch):
             """Features of every rank's share by that rank's sub-network, joined again."""
             cls_g, cls_l, patch = [], [], []
             for r, subnet in enumerate(subnet_of_rank):
-                b = config.data.batch_size
+                b, backbone = config.data.batch_size, student.backbone
+                draw = step, r, branch, config.model.drop_path, (2 * b, local * b), backbone.num_draws, "cpu"
+                keep = keep_indices(config.data.seed, *draw)
                 mine = slice(2 * b * r, 2 * b * (r + 1))
-                c, p = forward(student, g[mine], subnet, masks[mine])
+                c, p = forward(student, g[mine], subnet, masks[mine], keep[0])
                 chosen = masks[mine].flatten().nonzero()[:, 0]
-                c_l, _ = forward(student, loc[local * b * r : local * b * (r + 1)], subnet)
+                c_l, _ = forward(student, loc[local * b * r : local * b * (r + 1)], subnet, None, keep[1])
                 parts = student.heads([c, c_l, p[chosen]])
                 cls_g.append((c, parts[0]))
                 cls_l.append(parts[1])
@@ -172,9 +175,9 @@ def by_plain_torch(config: ExperimentConfig, subnets: list[list[Subnet]]) -> dic
             return dino + loss.ibot_weight * ibot, koleo
 
         record: dict = {}
-        features, i_g, i_l, i_p = students([full] * ranks)
+        features, i_g, i_l, i_p = students([full] * ranks, 0)
         intact, koleo_intact = objective("intact", features, i_g, i_l, i_p)
-        features, e_g, e_l, e_p = students(subnets[step])
+        features, e_g, e_l, e_p = students(subnets[step], 1)
         elastic, koleo_elastic = objective("elastic", features, e_g, e_l, e_p)
         same = {"distill_global/elastic": (i_g, e_g), "distill_local/elastic": (i_l, e_l)}
         for name, (teach, learn) in same.items():
