@@ -166,22 +166,28 @@ def check_device(config: ExperimentConfig) -> Check:
 
 
 def check_memory(config: ExperimentConfig, world_size: int) -> Check:
-    """Does the estimate of one rank fit its device?"""
+    """Does the estimate of one rank fit its device, and what is offloaded of a node's ranks the node?"""
     import torch
 
-    from pipeline.plan import memory_estimate
+    from pipeline.plan import memory_estimate, offloaded_bytes
 
+    cuda = torch.cuda.is_available()
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    card = torch.cuda.get_device_properties(0).total_memory if cuda else machine
     needed = sum(memory_estimate(config, world_size).values())
-    finding = f"about {needed / _GIB:.1f} GiB per rank (estimate)"
-    if torch.cuda.is_available():
-        has, where = torch.cuda.get_device_properties(0).total_memory, "the card"
-    else:
-        has, where = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "this machine"
-    finding += f", {where} has {has / _GIB:.1f}"
-    if needed <= 0.9 * has:
-        return Check("memory", "pass", finding)
+    finding = f"about {needed / _GIB:.1f} GiB per rank (estimate), {'the card' if cuda else 'this machine'} has "
+    finding += f"{card / _GIB:.1f}"
     fix = "lower data.batch_size, or set engine.activation_checkpointing=true or a higher engine.zero_stage"
-    return Check("memory", "fail" if needed > 1.1 * has and torch.cuda.is_available() else "warn", finding, fix)
+    share = needed / card
+    if config.engine.offload_optimizer:
+        on_node = min(world_size, torch.cuda.device_count() if cuda else 1)
+        offloaded = on_node * offloaded_bytes(config, world_size)
+        finding += f"; {on_node} x {offloaded / on_node / _GIB:.1f} offloaded, the host has {machine / _GIB:.1f}"
+        if offloaded / machine > share:
+            share, fix = offloaded / machine, "use more GPUs in all, or set engine.offload_optimizer=null"
+    if share <= 0.9:
+        return Check("memory", "pass", finding)
+    return Check("memory", "fail" if share > 1.1 and cuda else "warn", finding, fix)
 
 
 def check_shards(config: ExperimentConfig, world_size: int) -> Check:

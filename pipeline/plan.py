@@ -81,6 +81,11 @@ def state_bytes(config: ExperimentConfig, world_size: int, stage: int) -> float:
     return 4.0 * 3 * count if stage == 0 else 4.0 * 4 * count / world_size
 
 
+def offloaded_bytes(config: ExperimentConfig, world_size: int) -> float:
+    """Bytes of a rank's optimizer state in the host's memory."""
+    return state_bytes(config, world_size, config.engine.effective_stage()) if config.engine.offload_optimizer else 0.0
+
+
 def _activations(config: ExperimentConfig, subnet: Subnet, low: int) -> float:
     model, data = config.model, config.data
     crops = [(2, data.global_crops.size), (data.local_crops.count, data.local_crops.size)]
@@ -135,7 +140,6 @@ def plan(config: ExperimentConfig, gpus: int, gpu: str, mfu: float) -> dict[str,
     flops = {"teacher": step.teacher, "intact": step.intact, "elastic_mean": waiting["shared"]["mean"]}
     stages = get_args(EngineConfig.model_fields["zero_stage"].annotation)
     memory = {str(stage): memory_estimate(config, gpus, stage) for stage in stages}
-    offloaded = state_bytes(config, gpus, config.engine.effective_stage()) if config.engine.offload_optimizer else 0.0
     return {
         "gpus": gpus,
         "gpu": gpu,
@@ -156,7 +160,7 @@ def plan(config: ExperimentConfig, gpus: int, gpu: str, mfu: float) -> dict[str,
             for stage, parts in memory.items()
         },
         "card_memory": card.memory,
-        "host_memory": offloaded,
+        "host_memory": offloaded_bytes(config, gpus),
         "communication": {str(stage): forecast.communication(config, gpus, stage) for stage in stages},
         "speed": forecast.speed(config, gpus, card, mfu),
         "steps": config.optim.total_steps,

@@ -6,6 +6,7 @@ import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from pipeline.doctor import (
     check_driver,
     check_images,
     check_lead,
+    check_memory,
     check_shards,
     table,
 )
@@ -49,6 +51,21 @@ def test_sound_experiment_passes(write, capsys):
     names = ["software", "driver", "device", "memory", "shards", "images", "run directory", "disk", "signal lead"]
     assert [check["name"] for check in checks] == [*names, "clocks", "all-reduce"]
     assert {check["status"] for check in checks} <= {"pass", "warn"}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "host_gib", "status"), [(8, 64, "pass"), (8, 5, "warn"), (8, 4, "fail"), (16, 4, "pass")]
+)
+def test_offloaded_state_of_a_nodes_ranks_is_held_against_the_host(ranks, host_gib, status, monkeypatch):
+    """Masters, moments and EMA of a ViT-L are 5.4 GiB; 16 ranks have half of them on each of two nodes."""
+    config = load_config(ROOT / "yaml" / "vit_large.yaml", ["engine.offload_optimizer=cpu"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 << 30))
+    monkeypatch.setattr("os.sysconf", {"SC_PAGE_SIZE": 1 << 10, "SC_PHYS_PAGES": host_gib << 20}.get)
+    check = check_memory(config, ranks)
+    assert check.status == status
+    assert check.fix == ("" if status == "pass" else "use more GPUs in all, or set engine.offload_optimizer=null")
 
 
 # what NVIDIA's two kernel modules write
