@@ -157,7 +157,12 @@ def check_device(config: ExperimentConfig) -> Check:
             return Check(
                 "device", "warn", "no GPU here", "run this on a compute node; to train on CPUs set engine.kernels=eager"
             )
-        return Check("device", "pass", f"CPU, {os.cpu_count()} cores")
+        finding = f"CPU, {os.cpu_count()} cores"
+        if config.engine.precision == "bf16":
+            # a sum of ones ends at 256; GPUs sum in fp32
+            finding += ": PyTorch sums the gradients of LayerNorm's bias there in bf16"
+            return Check("device", "warn", finding, "to train on CPUs set engine.precision=fp32")
+        return Check("device", "pass", finding)
     nccl = ".".join(map(str, torch.cuda.nccl.version()))
     finding = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, CUDA {torch.version.cuda}, NCCL {nccl}"
     if config.engine.precision == "bf16" and not torch.cuda.is_bf16_supported():

@@ -20,6 +20,7 @@ from pipeline.doctor import (
     OLDEST_DRIVER,
     Check,
     check_collectives,
+    check_device,
     check_disk,
     check_driver,
     check_images,
@@ -66,6 +67,17 @@ def test_offloaded_state_of_a_nodes_ranks_is_held_against_the_host(ranks, host_g
     check = check_memory(config, ranks)
     assert check.status == status
     assert check.fix == ("" if status == "pass" else "use more GPUs in all, or set engine.offload_optimizer=null")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_bf16_on_a_cpu_is_warned_of_as_long_as_pytorch_sums_in_bf16(write):
+    check = check_device(load_config(write(engine={"precision": "bf16"})))
+    assert (check.status, check.fix) == ("warn", "to train on CPUs set engine.precision=fp32")
+    bias = torch.zeros(8, dtype=torch.bfloat16, requires_grad=True)
+    torch.nn.functional.layer_norm(
+        torch.randn(4096, 8).bfloat16(), (8,), torch.ones(8).bfloat16(), bias
+    ).sum().backward()
+    assert bias.grad.max() < 4096, "PyTorch sums in fp32 now: drop the warning"
 
 
 # what NVIDIA's two kernel modules write
