@@ -41,7 +41,7 @@ def subnet_table(config: ExperimentConfig) -> str:
     for row, subnet in zip(subnet_rows(config), grid.subnets, strict=True):
         drawn = "full" if subnet == grid.largest and len(grid) > 1 else row["multiplicity"]
         lines.append(
-            f"{row['name']:>16}  {row['params'] / 1e6:>7.2f} M  {row['gflops']:>8.2f}  {drawn:>5}"
+            f"{row['name']:>16}  {row['params'] / 1e6:>7.2f} M  {row['gflops']:>8.3g}  {drawn:>5}"
             + (f"  {alias[subnet]}" if subnet in alias else "")
         )
     entries = sum(row["multiplicity"] for row in subnet_rows(config))
