@@ -1,4 +1,7 @@
-"""`python -m pipeline.bench step|data CONFIG`: what a step costs by phase, and what the data pipeline delivers."""
+"""`python -m pipeline.bench step|data|layout CONFIG`.
+
+What a step costs by phase, what the data pipeline delivers, and whether a ResNet is faster in channels_last.
+"""
 
 import argparse
 import json
@@ -56,13 +59,70 @@ def benchmark_step(config: ExperimentConfig, steps: int, warmup: int) -> dict[st
     return result
 
 
+def benchmark_layout(config: ExperimentConfig, repeats: int, warmup: int) -> dict[str, Any]:
+    """Time the backbone's forward and backward pass over both groups of crops in NCHW and in channels_last by turns.
+
+    Args:
+        config: the experiment, of a family with convolutions; compiled as it says.
+        repeats: measured passes of each layout.
+        warmup: passes before them.
+
+    Returns:
+        For the smallest and the largest sub-network, median seconds in both layouts (on a CPU processor time, which
+        others on the machine disturb less) and NCHW's time as a multiple of channels_last's.
+
+    Raises:
+        UserError: the family has no convolutions to lay out.
+    """
+    import torch
+
+    from pipeline.elastic import build
+    from pipeline.engine.layouts import working_dtype
+
+    if config.model.family != "resnet":
+        raise UserError(f"a {config.model.family} has one convolution", "model.family", "name the config of a resnet")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    data = config.data
+    shapes = [(2 * data.batch_size, data.global_crops.size)]
+    if data.local_crops.count:
+        shapes.append((data.local_crops.count * data.batch_size, data.local_crops.size))
+
+    def seconds() -> float:
+        if device.type == "cpu":
+            return time.process_time()
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
+    layouts: dict[str, Any] = {}
+    for name, layout in (("contiguous", torch.contiguous_format), ("channels_last", torch.channels_last)):
+        backbone = build(config.model).to(device, working_dtype(config)).to(memory_format=layout)
+        if config.engine.compile:
+            backbone.compile_blocks()
+        images = [torch.randn(n, config.model.in_chans, side, side, device=device) for n, side in shapes]
+        layouts[name] = backbone, [x.to(working_dtype(config), memory_format=layout) for x in images]
+    result = {}
+    for size in ("smallest", "largest"):
+        taken: dict[str, list[float]] = {name: [] for name in layouts}
+        for _ in range(warmup + repeats):
+            for name, (backbone, crops) in layouts.items():
+                began = seconds()
+                features = backbone.forward_crops(crops, getattr(backbone.grid, size))
+                sum(f.cls.square().mean() for f in features).backward()
+                taken[name].append(seconds() - began)
+                backbone.zero_grad()
+        medians = {name: statistics.median(values[warmup:]) for name, values in taken.items()}
+        ratio = medians["contiguous"] / medians["channels_last"]
+        result[size] = {"seconds": medians, "channels_last_speedup": ratio}
+    return result
+
+
 def main() -> int:
     """Print one JSON object with the figures and what they were measured on."""
     parser = argparse.ArgumentParser(prog="python -m pipeline.bench", description=__doc__)
-    parser.add_argument("what", choices=("step", "data"))
+    parser.add_argument("what", choices=("step", "data", "layout"))
     parser.add_argument("config", metavar="CONFIG")
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", default=[])
-    parser.add_argument("--steps", type=int, default=20, help="steps or batches to measure (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=20, help="to measure, or batches or passes (default: %(default)s)")
     parser.add_argument("--warmup", type=int, default=5, help="steps before (default: %(default)s)")
     args = parser.parse_args()
     try:
@@ -74,6 +134,8 @@ def main() -> int:
             from pipeline.data.bench import benchmark
 
             result = benchmark(config.data, device=device, batches=args.steps)
+        elif args.what == "layout":
+            result = benchmark_layout(config, args.steps, args.warmup)
         else:
             result = benchmark_step(config, args.steps, args.warmup)
     except UserError as error:
