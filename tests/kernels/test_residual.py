@@ -23,7 +23,7 @@ def problem(t: int, r: int, c: int, dtype: torch.dtype, device: str) -> tuple[Te
 def written_out(x: Tensor, branch: Tensor, rows: Tensor, factor: float | Tensor, gamma: Tensor | None) -> Tensor:
     """Row by row with a matrix that puts rows where they belong."""
     place = torch.zeros(len(x), len(rows), dtype=x.dtype, device=x.device)
-    place[rows, torch.arange(len(rows))] = 1
+    place[rows, torch.arange(len(rows), device=x.device)] = 1
     added = branch if gamma is None else branch * gamma
     return x + place @ (added * (factor.to(x.dtype) if isinstance(factor, Tensor) else factor))
 
