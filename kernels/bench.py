@@ -70,9 +70,10 @@ class Clock:
         """Median time of `call(i)`, i counting the calls, after two that warm up."""
         for i in range(2):
             call(i)
-        return statistics.median(self._one(partial(call, i)) for i in range(self.repeats))
+        return statistics.median(self.once_ms(partial(call, i)) for i in range(self.repeats))
 
-    def _one(self, call: Callable[[], Any]) -> float:
+    def once_ms(self, call: Callable[[], Any]) -> float:
+        """Time of one call: on the CPU processor time, on a GPU between events."""
         if self.device.type == "cpu":
             start = time.process_time()
             call()

@@ -10,6 +10,7 @@ import platform
 import statistics
 import sys
 import time
+from functools import partial
 from typing import Any
 
 from pipeline.config import ExperimentConfig, load_config
@@ -68,14 +69,15 @@ def benchmark_layout(config: ExperimentConfig, repeats: int, warmup: int) -> dic
         warmup: passes before them.
 
     Returns:
-        For the smallest and the largest sub-network, median seconds in both layouts (on a CPU processor time, which
-        others on the machine disturb less) and NCHW's time as a multiple of channels_last's.
+        For the smallest and the largest sub-network, median seconds in both layouts (on a CPU of processor time) and
+        NCHW's time as a multiple of channels_last's.
 
     Raises:
         UserError: the family has no convolutions to lay out.
     """
     import torch
 
+    from kernels.bench import Clock
     from pipeline.elastic import build
     from pipeline.engine.layouts import working_dtype
 
@@ -87,12 +89,12 @@ def benchmark_layout(config: ExperimentConfig, repeats: int, warmup: int) -> dic
     if data.local_crops.count:
         shapes.append((data.local_crops.count * data.batch_size, data.local_crops.size))
 
-    def seconds() -> float:
-        if device.type == "cpu":
-            return time.process_time()
-        torch.cuda.synchronize()
-        return time.perf_counter()
+    def train(backbone: Any, crops: list[Any], subnet: Any) -> None:
+        backbone.zero_grad()
+        features = backbone.forward_crops(crops, subnet)
+        sum(f.cls.square().mean() for f in features).backward()
 
+    clock = Clock(device, repeats)
     layouts: dict[str, Any] = {}
     for name, layout in (("contiguous", torch.contiguous_format), ("channels_last", torch.channels_last)):
         backbone = build(config.model).to(device, working_dtype(config)).to(memory_format=layout)
@@ -105,11 +107,8 @@ def benchmark_layout(config: ExperimentConfig, repeats: int, warmup: int) -> dic
         taken: dict[str, list[float]] = {name: [] for name in layouts}
         for _ in range(warmup + repeats):
             for name, (backbone, crops) in layouts.items():
-                began = seconds()
-                features = backbone.forward_crops(crops, getattr(backbone.grid, size))
-                sum(f.cls.square().mean() for f in features).backward()
-                taken[name].append(seconds() - began)
-                backbone.zero_grad()
+                subnet = getattr(backbone.grid, size)
+                taken[name].append(clock.once_ms(partial(train, backbone, crops, subnet)) / 1e3)
         medians = {name: statistics.median(values[warmup:]) for name, values in taken.items()}
         ratio = medians["contiguous"] / medians["channels_last"]
         result[size] = {"seconds": medians, "channels_last_speedup": ratio}
