@@ -188,7 +188,9 @@ def check_memory(config: ExperimentConfig, world_size: int) -> Check:
         on_node = min(world_size, torch.cuda.device_count() if cuda else 1)
         offloaded = on_node * offloaded_bytes(config, world_size)
         finding += f"; {on_node} x {offloaded / on_node / _GIB:.1f} offloaded, the host has {machine / _GIB:.1f}"
-        if offloaded / machine > share:
+        if not cuda:
+            share += offloaded / machine  # the same memory
+        elif offloaded / machine > share:
             share, fix = offloaded / machine, "use more GPUs in all, or set engine.offload_optimizer=null"
     if share <= 0.9:
         return Check("memory", "pass", finding)

@@ -69,6 +69,17 @@ def test_offloaded_state_of_a_nodes_ranks_is_held_against_the_host(ranks, host_g
     assert check.fix == ("" if status == "pass" else "use more GPUs in all, or set engine.offload_optimizer=null")
 
 
+@pytest.mark.parametrize(
+    ("offload", "host_gib", "status"), [("cpu", 30, "warn"), ("null", 30, "warn"), ("cpu", 36, "pass")]
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_offloading_leaves_the_state_in_the_same_memory(offload, host_gib, status, monkeypatch):
+    """A rank of a ViT-L wants 31.7 GiB in all, wherever its state lies."""
+    config = load_config(ROOT / "yaml" / "vit_large.yaml", [f"engine.offload_optimizer={offload}"])
+    monkeypatch.setattr("os.sysconf", {"SC_PAGE_SIZE": 1 << 10, "SC_PHYS_PAGES": host_gib << 20}.get)
+    assert check_memory(config, 1).status == status
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_bf16_on_a_cpu_is_warned_of_as_long_as_pytorch_sums_in_bf16(write):
     check = check_device(load_config(write(engine={"precision": "bf16"})))

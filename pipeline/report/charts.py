@@ -18,14 +18,18 @@ class Axes:
         x_title: under the axis.
         floor_zero: y begins at zero.
         log_x: logarithmic x, ticks at the points.
+        least_span: of y, so that a difference that is none does not fill the chart.
     """
 
-    def __init__(self, points: Points, x_title: str, floor_zero: bool = False, log_x: bool = False):
+    def __init__(
+        self, points: Points, x_title: str, floor_zero: bool = False, log_x: bool = False, least_span: float = 0.0
+    ):
         self.x_title, self.log_x = x_title, log_x
         xs, ys = [self._x(x) for x, _ in points], [y for _, y in points]
         self.x_low, self.x_high = _widened(min(xs), max(xs))
         low, high = min(ys), max(ys)
-        self.y_low, self.y_high = _widened(min(low, 0.0) if floor_zero else low, high)
+        margin = max(0.0, least_span - (high - low)) / 2
+        self.y_low, self.y_high = _widened(min(low, 0.0) if floor_zero else low - margin, high + margin)
 
     def place(self, x: float, y: float) -> tuple[float, float]:
         right = _LEFT + (_WIDTH - _LEFT - _RIGHT) * (self._x(x) - self.x_low) / (self.x_high - self.x_low)
@@ -75,10 +79,16 @@ def line_chart(
     return _figure(title, art, last, note)
 
 
-def scatter_chart(title: str, series: Mapping[str, Sequence[tuple[float, float, str]]], x_title: str, note: str) -> str:
+def scatter_chart(
+    title: str,
+    series: Mapping[str, Sequence[tuple[float, float, str]]],
+    x_title: str,
+    note: str,
+    least_span: float = 0.0,
+) -> str:
     """Named points over a logarithmic axis; a point's name shows on hover, and beside it if there are few."""
     every = [point for points in series.values() for point in points]
-    axes = Axes([(x, y) for x, y, _ in every], x_title, log_x=True)
+    axes = Axes([(x, y) for x, y, _ in every], x_title, log_x=True, least_span=least_span)
     art = axes.draw()
     for color, points in zip(_colors(), series.values(), strict=False):
         for x, y, name in points:

@@ -21,6 +21,7 @@ from pipeline.run_models import RunModels, run_config
 
 Records = list[dict[str, Any]]
 BRANCHES = ("teacher", "intact", "elastic")
+LEAST_ACCURACY_SPAN = 0.02  # less than this is noise on most validation sets
 
 
 def report(directory: Path) -> str:
@@ -161,7 +162,8 @@ def _subnets(directory: Path, config: ExperimentConfig, records: Records) -> str
             note = f"{path.stem}, step {next(iter(evaluated.values())).get('step')}"
             for key, title in (("params", "Parameters"), ("gflops", "GFLOPs per image")):
                 points = [(e[key], e["accuracy"], n) for n, e in evaluated.items()]
-                charts.append(scatter_chart(f"{path.stem}: accuracy over {title}", {path.stem: points}, title, note))
+                name = f"{path.stem}: accuracy over {title}"
+                charts.append(scatter_chart(name, {path.stem: points}, title, note, LEAST_ACCURACY_SPAN))
             rows = [
                 [n, f"{e['params'] / 1e6:.2f} M", f"{e['gflops']:.3g}", f"{100 * e['accuracy']:.1f}%"]
                 for n, e in evaluated.items()

@@ -101,6 +101,7 @@ def test_axes_map_the_ends_of_the_data_to_the_ends_of_the_drawing():
     assert left < right
     assert top < bottom
     assert Axes([(0, 2.0), (10, 4.0)], "step", floor_zero=True).place(0, 0.0)[1] == bottom
+    assert Axes([(0, 2.0), (10, 4.0)], "step", least_span=4.0).place(0, 1.0)[1] == bottom
     log = Axes([(1, 0.0), (100, 1.0)], "parameters", log_x=True)
     assert log.place(10, 0.5) == ((left + right) / 2, (bottom + top) / 2)
 
