@@ -24,7 +24,8 @@ _BOX_TRIES = 10
 _RATIO = (3 / 4, 4 / 3)
 _JITTER, _JITTER_PROBABILITY = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1}, 0.8
 _GREY_PROBABILITY, _SOLARIZE_PROBABILITY, _FLIP_PROBABILITY = 0.2, 0.2, 0.5
-_SIGMA, _BLUR_WINDOW, _SOLARIZE_THRESHOLD = (0.1, 2.0), 9, 128
+_SIGMA, _BLUR_WINDOW = (0.1, 2.0), 9
+_SOLARIZED = [v if v < 128 else 255 - v for v in range(256)]  # by the level
 # EXIF orientations 1..8 as: transpose, then mirror left-right, then top-bottom
 _TURNS = np.array(
     [[0, 0, 0], [0, 1, 0], [0, 1, 1], [0, 0, 1], [1, 0, 0], [1, 1, 0], [1, 1, 1], [1, 0, 1]],
@@ -220,8 +221,7 @@ def _crop(image: Any, p: Any, size: int, hue: str, solarize: bool) -> Any:
         x = fn.gaussian_blur(x, window_size=_BLUR_WINDOW, sigma=p[P.SIGMA])
     if solarize:  # noqa: SIM102  Python branches on the crop, DALI on the data
         if p[P.SOLARIZE] > 0.0:
-            inverted = [v if v < _SOLARIZE_THRESHOLD else 255 - v for v in range(256)]
-            x = fn.lookup_table(x, keys=list(range(256)), values=inverted, dtype=types.UINT8)
+            x = fn.lookup_table(x, keys=list(range(256)), values=_SOLARIZED, dtype=types.UINT8)
     return x
 
 
