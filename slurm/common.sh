@@ -76,23 +76,21 @@ train_and_requeue() {
             why="failed (exit code $code) after saving step $after"
             ;;
     esac
-    # Requeueing now would bring a cancelled job back to life; Slurm requeues preempted ones by itself. Only a time
-    # limit, which sends the same signal, is ours to mend. (When it ends cannot be known beforehand: limits are changed.)
-    if [ "$terminated" = 1 ] && [ "$(job_field Reason)" != TimeLimit ]; then
-        say "$why; ended by Slurm"
-        exit 1
-    fi
     requeue "$why"
 }
 
+# requeue WHY: unless Slurm ends the job. Requeueing would then bring a cancelled one back to life, and preempted ones
+# Slurm requeues by itself. Only a time limit, which sends the same signal, is ours to mend. (When a job ends cannot be
+# known beforehand: limits are changed.) The signal may also come while we ask, and end scontrol.
 requeue() {
     local attempt answer
     if [ "$POA_ATTEMPT" -ge "${POA_MAX_REQUEUES:-1000}" ]; then say "$1; too many requeues"; exit 1; fi
-    say "$1; requeueing"
     for attempt in {1..60}; do # a controller that restarts may be away for minutes
+        if [ "$terminated" = 1 ] && [ "$(job_field Reason)" != TimeLimit ]; then say "$1; ended by Slurm"; exit 1; fi
         if [ "$(job_field Restarts)" -gt "$POA_ATTEMPT" ] 2>/dev/null; then say "a later attempt is running"; exit 1; fi
+        if [ "$attempt" = 1 ]; then say "$1; requeueing"; fi
         answer=$(scontrol requeue "$POA_JOB" 2>&1) && break
-        say "requeue: $answer"
+        say "requeue: ${answer:-interrupted}"
         case $answer in *disabled*) exit 75 ;; *pending*) break ;; esac # --no-requeue; already requeued
         sleep 5
     done
