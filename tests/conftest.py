@@ -3,7 +3,6 @@
 import copy
 import os
 import socket
-import subprocess
 import sys
 from collections.abc import Callable
 from functools import cache
@@ -12,6 +11,10 @@ from typing import Any
 
 import pytest
 import yaml
+
+sys.path.insert(0, str(Path(__file__).parent))  # launcher.py, which is no test
+
+from launcher import run_ranks
 
 ROOT = Path(__file__).parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
@@ -110,7 +113,10 @@ def labelled(request: pytest.FixtureRequest) -> dict[str, list[str]]:
 
 @pytest.fixture(scope="session")
 def trained_runs(
-    experiment: Callable[..., dict[str, Any]], labelled: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactory
+    launch: Callable[..., list[str]],
+    experiment: Callable[..., dict[str, Any]],
+    labelled: dict[str, list[str]],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Callable[[str], Path]:
     """Train a tiny network of a family for eight real steps, once; gives the run directory, to be left as it is."""
 
@@ -119,14 +125,7 @@ def trained_runs(
         directory = tmp_path_factory.mktemp(family)
         tree = experiment(family, data=labelled, run={"dir": str(directory / "run"), "max_steps": 8})
         (directory / "config.yaml").write_text(yaml.safe_dump(tree))
-        code = "import sys, pipeline.config as c, pipeline.train as t; sys.exit(t.train(c.load_config(sys.argv[1])))"
-        process = subprocess.run(
-            [sys.executable, "-c", code, str(directory / "config.yaml")],
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-        )
-        assert process.returncode == 0, process.stderr[-4000:]
+        launch(ROOT / "tests" / "workers" / "train.py", 1, directory / "config.yaml")
         return directory / "run"
 
     return trained
@@ -150,30 +149,6 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[str]]
     """Run a Python script as several ranks; returns what each printed, fails if one failed."""
 
     def run(script: Path, ranks: int, *args: object, timeout: float = 240) -> list[str]:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        directory = tmp_path_factory.mktemp("launch")
-        shared = {"WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
-        processes = [
-            subprocess.Popen(
-                [sys.executable, str(script), *map(str, args)],
-                env={**os.environ, "PYTHONPATH": str(ROOT)}
-                | {name: str(value) for name, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()},
-                cwd=directory,
-                text=True,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-            )
-            for rank in range(ranks)
-        ]
-        try:
-            outputs = [process.communicate(timeout=timeout)[0] for process in processes]
-        finally:
-            for process in processes:
-                process.kill()
-        failed = [output for process, output in zip(processes, outputs, strict=True) if process.returncode]
-        assert not failed, failed[0][-4000:]
-        return outputs
+        return run_ranks(script, ranks, list(map(str, args)), tmp_path_factory.mktemp("launch"), timeout)
 
     return run

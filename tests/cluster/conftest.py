@@ -1,4 +1,4 @@
-"""One cluster, and one undisturbed run, for all tests of this folder."""
+"""One cluster for all tests of this folder."""
 
 import sys
 from pathlib import Path
@@ -12,7 +12,7 @@ from slurm_cluster import Cluster, why_not
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory):
-    """A running cluster of four nodes."""
+    """A running cluster."""
     if reason := why_not():
         pytest.skip(f"no Slurm: {reason}")
     with Cluster(tmp_path_factory.mktemp("slurm")) as running:

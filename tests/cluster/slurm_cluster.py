@@ -179,7 +179,7 @@ class Cluster:
             "SchedulerParameters": "sched_min_interval=0,sched_interval=2,bf_interval=2,batch_sched_delay=0",
             "JobRequeue": 1,
             "ReturnToService": 2,
-            "KillWait": 30,
+            "KillWait": 60,
             "UnkillableStepTimeout": 120,
             "SlurmdTimeout": 10,
             "BatchStartTimeout": 10,

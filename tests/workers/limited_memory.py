@@ -1,11 +1,9 @@
 """Two steps of a rank that may allocate so many bytes beside its libraries: `limited_memory.py CONFIG BYTES`."""
 
+import ctypes
 import resource
 import sys
 from pathlib import Path
-
-import deepspeed  # noqa: F401  (before the memory is measured)
-import nvidia.dali  # noqa: F401
 
 from pipeline import distributed
 from pipeline.config import load_config
@@ -18,6 +16,9 @@ def data_bytes() -> int:
     return int(lines["VmData"].split()[0]) * 1024
 
 
+M_MMAP_THRESHOLD = -3  # of malloc.h
+# freed memory goes back to the system, and counts no more
+assert ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 256 * 1024) == 1
 config, budget = load_config(sys.argv[1]), int(sys.argv[2])
 ranks = distributed.initialize()
 limit = data_bytes() + budget

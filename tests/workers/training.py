@@ -1,4 +1,4 @@
-"""Runs training in forked children of one process that has imported everything once.
+"""Runs training in forked children.
 
 Usage: training.py CONFIG PLAN, with PLAN a JSON list of attempts, each an object with
 
@@ -17,7 +17,6 @@ import sys
 import time
 from pathlib import Path
 
-import deepspeed  # noqa: F401 - for the children
 import torch
 
 import pipeline.train
@@ -52,7 +51,7 @@ def attempt(config_path: str, plan: dict) -> int:
             time.sleep(plan.get("delay", 0.0))
             os.kill(child, signal.SIGTERM if kind == "signal" else signal.SIGKILL)
             sent = True
-        time.sleep(0.0005)
+        time.sleep(0.002)
 
 
 def lines(run: Path) -> int:

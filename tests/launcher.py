@@ -1,0 +1,72 @@
+"""Runs a script as several ranks, each a process forked from one that has imported everything once.
+
+Imports take a rank longer than what most tests want of it.
+"""
+
+import multiprocessing
+import os
+import runpy
+import socket
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(  # what training imports, early or late
+    ["pipeline.train", "deepspeed.runtime.zero.muon.muon_optimizer", "nvidia.dali.fn"]
+)
+
+
+def run_ranks(script: Path, ranks: int, arguments: list[str], directory: Path, timeout: float) -> list[str]:
+    """What each rank printed.
+
+    Args:
+        script: run as `__main__`.
+        ranks: how many processes.
+        arguments: of the script.
+        directory: an empty one, where the ranks work.
+        timeout: seconds until they are killed.
+
+    Raises:
+        AssertionError: a rank failed, or was not done in time; with the end of what it printed.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {"WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
+    shared |= {"PYTHONPATH": ROOT}
+    processes = []
+    for rank in range(ranks):
+        own = {name: str(value) for name, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()}
+        words = (script, arguments, {**os.environ, **own}, directory, directory / f"rank{rank}.out")
+        processes.append(_CONTEXT.Process(target=_be_rank, args=words))
+    deadline = time.monotonic() + timeout
+    try:
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(max(deadline - time.monotonic(), 0.0))
+    finally:
+        codes = [process.exitcode for process in processes]
+        for process in processes:
+            process.kill()
+    outputs = [(directory / f"rank{rank}.out").read_text(errors="replace") for rank in range(ranks)]
+    failed = [f"rank {i}: exit code {code}\n{outputs[i][-4000:]}" for i, code in enumerate(codes) if code != 0]
+    assert not failed, "\n".join(failed)
+    return outputs
+
+
+def _be_rank(script: Path, arguments: list[str], environment: dict[str, str], directory: Path, output: Path) -> None:
+    import torch
+
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(directory)
+    sys.argv = [str(script), *arguments]
+    sys.path[:0] = [str(script.parent), str(ROOT)]
+    torch.set_num_threads(1)
+    runpy.run_path(str(script), run_name="__main__")
