@@ -54,7 +54,8 @@ def sinkhorn(
         raise ValueError(f"expected at least one entry and one iteration, got {len(logits)} and {iterations}")
     kind = _Fused if use_triton(impl, logits[0]) else _Exponentials
     problems = [kind(entry, temperature) for entry in logits]
-    counts = torch.tensor([len(entry) for entry in logits], dtype=torch.float64).to(logits[0].device)
+    # filled on the device: a copy from the host would wait for all that is queued there
+    counts = torch.cat([entry.new_full((1,), len(entry), dtype=torch.float64) for entry in logits])
     rows = [entry.new_zeros(len(entry), dtype=torch.float32) for entry in logits]  # v = 1 / B
     cols: list[Tensor] = []
     for _ in range(iterations):

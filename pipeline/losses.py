@@ -124,12 +124,13 @@ class Centering:
     def _means(self, logits: Logits) -> dict[str, PerHead]:
         """Mean logits over the rows of all ranks, in one collective; NaN where no rank has a row."""
         entries = [*logits.cls, *logits.patch]
-        counts = torch.tensor([len(x) for x in entries], dtype=torch.float32, device=entries[0].device)
-        packed = torch.cat([*(column_sum(x, impl=self.impl) for x in entries), counts])
+        # filled on the device: a copy from the host would wait for all that is queued there
+        counts = [x.new_full((1,), len(x), dtype=torch.float32) for x in entries]
+        packed = torch.cat([*(column_sum(x, impl=self.impl) for x in entries), *counts])
         if dist.is_initialized():
             dist.all_reduce(packed)
-        *sums, counts = packed.split([*(x.shape[1] for x in entries), len(entries)])
-        means = [total / count for total, count in zip(sums, counts, strict=True)]
+        *sums, rows = packed.split([*(x.shape[1] for x in entries), len(entries)])
+        means = [total / count for total, count in zip(sums, rows, strict=True)]
         heads = len(logits.cls)
         return {"cls": means[:heads], "patch": means[heads:]}
 
