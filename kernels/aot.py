@@ -99,13 +99,18 @@ def compile_only(arch: int) -> Iterator[list[tuple[str, Any]]]:
 
 
 def cases(dtype: torch.dtype, presets_only: bool = False) -> Iterator[tuple[str, Callable[[], None]]]:
-    """Calls that launch every configuration with logits or tokens in `dtype`; or only those that the presets use."""
+    """Calls that launch every configuration with logits or tokens in `dtype`; or only those that the presets use.
+
+    A bf16 student meets teacher logits in fp16, whose mantissa is longer; the intact student's are bf16 like its own.
+    """
+    teacher = torch.float16 if dtype == torch.bfloat16 else dtype
     for k in (65536,) if presets_only else (65536, 1000):
         # local crops meet both global crops; global cls tokens and masked patches one row; intact targets have no `col`
         for student_rows, p, centred in ((16, 2, True), (8, 1, True), (8, 1, False)):
             name = f"cross_entropy K={k} P={p}{' col' if centred else ''}"
-            yield name, partial(_cross_entropy, dtype, student_rows, k, p, centred)
-        yield f"reductions K={k}", partial(_reductions, dtype, k)
+            yield name, partial(_cross_entropy, dtype, teacher if centred else dtype, student_rows, k, p, centred)
+        for logits in dict.fromkeys((teacher, dtype)):
+            yield f"reductions K={k} {logits}".replace("torch.", ""), partial(_reductions, logits, k)
     for tokens, dim, with_bias, with_mask in PRESET_ATTENTION + (() if presets_only else OTHER_ATTENTION):
         name = f"attention N={tokens} D={dim}{' bias' if with_bias else ''}{' mask' if with_mask else ''}"
         yield name, partial(_attention, dtype, tokens, dim, with_bias, with_mask)
@@ -143,12 +148,14 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     return registers, stack + local
 
 
-def _cross_entropy(dtype: torch.dtype, student_rows: int, k: int, p: int, centred: bool) -> None:
+def _cross_entropy(
+    dtype: torch.dtype, target_dtype: torch.dtype, student_rows: int, k: int, p: int, centred: bool
+) -> None:
     student = torch.zeros(student_rows, k, dtype=dtype, requires_grad=True)
     rows = torch.zeros(student_rows, p, dtype=torch.int64)
     col = torch.zeros(k) if centred else None
     loss, _, _ = distillation.cross_entropy(
-        student, torch.zeros(8, k, dtype=dtype), torch.zeros(8), col, rows, 0.1, 0.04, False
+        student, torch.zeros(8, k, dtype=target_dtype), torch.zeros(8), col, rows, 0.1, 0.04, False
     )
     loss.sum().backward()
 

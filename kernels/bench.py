@@ -228,6 +228,8 @@ def main(arguments: list[str] | None = None) -> int:
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: there is no GPU here; use --device cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # Triton launches, and events are recorded, on the current one
     dtype = DTYPES[options.dtype or ("fp32" if device.type == "cpu" else "bf16")]
     scale = options.scale or ("cpu" if device.type == "cpu" else "full")
     clock = Clock(device, options.repeats)
