@@ -6,11 +6,13 @@ Run it alone on a login node, or the way the job will run (torchrun, srun): then
 import argparse
 import json
 import os
+import platform
 import re
 import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -21,6 +23,8 @@ from pipeline.elastic import cost
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
+    import torch
+
     from pipeline.distributed import Ranks
 
 _GIB = 1 << 30
@@ -88,6 +92,7 @@ def examine(config: ExperimentConfig, ranks: "Ranks", world_size: int) -> list[C
         "signal lead": lambda: check_lead(config, world_size),
     }
     checks = [ranks.agree(lambda n=name, c=check: _guarded(n, c)) for name, check in on_main.items()]  # type: ignore[misc]
+    checks.append(check_kernels(config, ranks))
     checks.append(check_clocks(ranks))
     checks.append(check_collectives(ranks, world_size))
     return checks
@@ -289,6 +294,40 @@ def check_lead(config: ExperimentConfig, world_size: int) -> Check:
         fix = f"set checkpoint.signal_lead_seconds={2 * seconds + 60:.0f} and submit with --signal=USR1@ the same"
         return Check("signal lead", "warn", finding, fix)
     return Check("signal lead", "pass", finding)
+
+
+def check_kernels(config: ExperimentConfig, ranks: "Ranks") -> Check:
+    """Do a kernel and, if it is on, `torch.compile` run on every rank? Both build with a C compiler at first use."""
+    import torch
+
+    from kernels.dispatch import interpreted
+
+    if config.engine.kernels == "triton" and not torch.cuda.is_available() and not interpreted():
+        return Check("kernels", "warn", "not tried: no GPU here", "run this on a compute node")
+    failures = [failure for failure in ranks.gather(_kernel_failure(config, ranks.device)) if failure]
+    finding = config.engine.kernels + (", torch.compile" if config.engine.compile else "")
+    if failures:
+        fix = "install gcc, g++ and Python's headers on every node, or set engine.kernels=eager engine.compile=false"
+        return Check("kernels", "fail", f"{finding}: fails on {len(failures)} ranks, first {failures[0]}", fix)
+    return Check("kernels", "pass", f"{finding} on {ranks.world_size} ranks")
+
+
+def _kernel_failure(config: ExperimentConfig, device: "torch.device") -> str | None:
+    """Host and error if the smallest use fails."""
+    import torch
+
+    from kernels.ema import ema_update_
+
+    average = torch.zeros(16, device=device)
+    act = partial(ema_update_, [average], [torch.ones_like(average)], 0.5, impl=config.engine.kernels)
+    try:
+        act()
+        if config.engine.compile:
+            average = torch.compile(lambda x: x * x + 0.25)(average)
+        found = average.tolist()
+    except Exception as error:  # of a compiler, of the driver, of the loader
+        return f"{platform.node()}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return None if found == [0.5] * 16 else f"{platform.node()}: a wrong result"
 
 
 def check_clocks(ranks: "Ranks") -> Check:

@@ -32,6 +32,8 @@ UNUSED_KEYS = {
     "resnet": ("patch_size", "head_dim", "window_size", "layer_scale"),  # its stem takes every fourth pixel
 }
 
+KERNEL_HEAD_DIMS = (16, 32, 64)  # of kernels.fused.attention, whose import needs Triton
+
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
@@ -403,6 +405,12 @@ class ExperimentConfig(Section):
             raise ValueError(
                 f"optim.head_warmup_epochs={self.optim.head_warmup_epochs:g} would hold a random backbone still: "
                 "set model.init_from, or leave it out"
+            )
+        model = self.model
+        if self.engine.kernels == "triton" and model.family != "resnet" and model.head_dim not in KERNEL_HEAD_DIMS:
+            raise ValueError(
+                f"model.head_dim={model.head_dim}: the Triton attention has {KERNEL_HEAD_DIMS}; use one of these, "
+                "or set engine.kernels=eager"
             )
         group = self.loss.koleo_group
         if group and self.data.batch_size % group:

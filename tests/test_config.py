@@ -7,6 +7,7 @@ import yaml
 
 from pipeline.config import ModelConfig, dump_config, load_config, parse_config
 from pipeline.errors import UserError
+from pipeline.schema import KERNEL_HEAD_DIMS
 
 PRESETS = sorted((Path(__file__).parent.parent / "yaml").glob("*.yaml"))
 
@@ -48,6 +49,7 @@ def test_single_keys_of_a_section_keep_the_other_defaults():
         ({"data": {"local_crops": {"sise": 1}}}, ["'data.local_crops.sise'", "'data.local_crops.size'"]),
         ({"model": {"head_dim": 60}}, ["width.min=384", "head_dim=60", "change one of the two"]),
         ({"model": {"width": {"min": 384, "max": 1000}}}, ["384..1000", "steps of 64"]),
+        ({"model": {"head_dim": 8}}, ["head_dim=8", "(16, 32, 64)", "engine.kernels=eager"]),
         ({"model": {"image_size": 230}}, ["image_size=230", "use 224"]),
         ({"data": {"local_crops": {"size": 100}}}, ["data.local_crops.size=100", "use 96 or 112"]),
         ({"data": {"global_crops": {"size": 192}}}, ["192", "model.image_size=224", "same value"]),
@@ -105,6 +107,12 @@ def test_overrides_are_yaml_and_their_keys_are_checked(tmp_path):
 def test_loading_a_config_imports_no_torch():
     code = "import sys, pipeline.config as c; c.parse_config({}); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_head_dims_of_the_triton_attention_are_known_without_importing_it():
+    from kernels.fused.attention import HEAD_DIMS
+
+    assert HEAD_DIMS == KERNEL_HEAD_DIMS
 
 
 def test_every_key_is_read_somewhere():

@@ -2,8 +2,10 @@
 
 import ast
 import json
+import os
 import re
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -50,7 +52,7 @@ def test_sound_experiment_passes(write, capsys):
     assert main(["doctor", str(write()), "--json"]) == 0
     checks = json.loads(capsys.readouterr().out)
     names = ["software", "driver", "device", "memory", "shards", "images", "run directory", "disk", "signal lead"]
-    assert [check["name"] for check in checks] == [*names, "clocks", "all-reduce"]
+    assert [check["name"] for check in checks] == [*names, "kernels", "clocks", "all-reduce"]
     assert {check["status"] for check in checks} <= {"pass", "warn"}
 
 
@@ -89,6 +91,22 @@ def test_bf16_on_a_cpu_is_warned_of_as_long_as_pytorch_sums_in_bf16(write):
         torch.randn(4096, 8).bfloat16(), (8,), torch.ones(8).bfloat16(), bias
     ).sum().backward()
     assert bias.grad.max() < 4096, "PyTorch sums in fp32 now: drop the warning"
+
+
+def test_a_compiler_that_is_missing_fails_before_the_job_does(write, tmp_path):
+    path = write(engine={"compile": True})
+    environment = {
+        **os.environ,
+        "CXX": str(tmp_path / "no-compiler"),
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"),
+    }
+    command = [sys.executable, "-m", "pipeline", "doctor", str(path), "--json"]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    (check,) = [check for check in json.loads(done.stdout) if check["name"] == "kernels"]
+    assert check["status"] == "fail"
+    assert "no-compiler" in check["finding"]
+    assert "engine.compile=false" in check["fix"]
 
 
 # what NVIDIA's two kernel modules write
