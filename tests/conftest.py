@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-sys.path.insert(0, str(Path(__file__).parent))  # launcher.py, which is no test
+sys.path.append(str(Path(__file__).parent / "workers"))  # launcher.py, which is no test
 
 from launcher import run_ranks
 
@@ -148,7 +148,7 @@ def free_port() -> int:
 def launch(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[str]]:
     """Run a Python script as several ranks; returns what each printed, fails if one failed."""
 
-    def run(script: Path, ranks: int, *args: object, timeout: float = 240) -> list[str]:
-        return run_ranks(script, ranks, list(map(str, args)), tmp_path_factory.mktemp("launch"), timeout)
+    def run(script: Path, ranks: int, *args: object, timeout: float = 240, fresh: bool = False) -> list[str]:
+        return run_ranks(script, ranks, list(map(str, args)), tmp_path_factory.mktemp("launch"), timeout, fresh)
 
     return run

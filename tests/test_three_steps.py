@@ -57,12 +57,12 @@ CASES = [
 BF16 = [Case("vit", 2, precision="bf16"), Case("vit", 3, precision="bf16")]
 
 
-def run(launch, directory, mode, ranks, trees):
+def run(launch, directory, mode, ranks, trees, fresh=False):
     """Results by the trees' keys; one process group computes them all, since its start takes longer than a step."""
     files = {key: (directory / f"{mode}{i}.yaml", directory / f"{mode}{i}.pt") for i, key in enumerate(trees)}
     for key, (path, _) in files.items():
         path.write_text(yaml.safe_dump(trees[key]))
-    launch(WORKER, ranks, mode, RANKS, *(name for pair in files.values() for name in pair), timeout=1400)
+    launch(WORKER, ranks, mode, RANKS, *(name for pair in files.values() for name in pair), timeout=1400, fresh=fresh)
     return {key: torch.load(out) for key, (_, out) in files.items()}
 
 
@@ -128,7 +128,7 @@ def test_interpreted_triton_kernels_train_like_the_eager_ones(launch, tmp_path, 
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     for each in trees.values():
         each["engine"]["kernels"] = "triton"
-    triton = run(launch, tmp_path, "engine", 1, trees)
+    triton = run(launch, tmp_path, "engine", 1, trees, fresh=True)
     for family in trees:
         for ours, theirs in zip(triton[family]["losses"], eager[family]["losses"], strict=True):
             assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6)

@@ -1,6 +1,7 @@
-"""Runs a script as several ranks, each a process forked from one that has imported everything once.
+"""Runs a script as several ranks.
 
-Imports take a rank longer than what most tests want of it.
+Imports take a rank longer than what most tests want of it, so ranks are forked from a process that has imported
+everything.
 """
 
 import multiprocessing
@@ -11,14 +12,17 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(  # what training imports, early or late
+ROOT = Path(__file__).parents[2]
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(  # what training imports, early or late
     ["pipeline.train", "deepspeed.runtime.zero.muon.muon_optimizer", "nvidia.dali.fn"]
 )
+_FRESH = multiprocessing.get_context("spawn")
 
 
-def run_ranks(script: Path, ranks: int, arguments: list[str], directory: Path, timeout: float) -> list[str]:
+def run_ranks(
+    script: Path, ranks: int, arguments: list[str], directory: Path, timeout: float, fresh: bool = False
+) -> list[str]:
     """What each rank printed.
 
     Args:
@@ -27,6 +31,7 @@ def run_ranks(script: Path, ranks: int, arguments: list[str], directory: Path, t
         arguments: of the script.
         directory: an empty one, where the ranks work.
         timeout: seconds until they are killed.
+        fresh: import everything anew, for environment variables that are read at import.
 
     Raises:
         AssertionError: a rank failed, or was not done in time; with the end of what it printed.
@@ -36,11 +41,11 @@ def run_ranks(script: Path, ranks: int, arguments: list[str], directory: Path, t
         port = probe.getsockname()[1]
     shared = {"WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
     shared |= {"PYTHONPATH": ROOT}
-    processes = []
+    context, processes = _FRESH if fresh else _FORKS, []
     for rank in range(ranks):
         own = {name: str(value) for name, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()}
         words = (script, arguments, {**os.environ, **own}, directory, directory / f"rank{rank}.out")
-        processes.append(_CONTEXT.Process(target=_be_rank, args=words))
+        processes.append(context.Process(target=_be_rank, args=words))
     deadline = time.monotonic() + timeout
     try:
         for process in processes:
