@@ -96,6 +96,12 @@ def test_two_ranks_with_different_subnets_equal_one_plain_process(results, case)
             assert torch.allclose(ours.double(), theirs, atol=1e-6)
 
 
+def test_a_step_under_zero_makes_no_all_reduce_per_parameter_group(results):
+    for case, (found, _) in results.items():
+        if case.stage in (1, 2) and not case.offload:
+            assert found["all_reduces"] < found["groups"], case
+
+
 @pytest.mark.parametrize("case", BF16, ids=str)
 def test_bf16_follows_fp32_within_rounding(results, case):
     found, expected = results[case]

@@ -236,6 +236,9 @@ def settings(config: ExperimentConfig, stage: int) -> dict[str, Any]:
     }
     if config.engine.precision == "bf16":
         out["bf16"] = {"enabled": True}
+    if stage in (1, 2) and not config.engine.offload_optimizer:
+        # ours are per module; DeepSpeed's take an all-reduce, a pass in fp64 and a wait for the device per group
+        zero["compute_grad_norm"] = False
     if config.engine.offload_optimizer:
         zero["offload_optimizer"] = {
             "device": config.engine.offload_optimizer,

@@ -10,6 +10,7 @@ import copy
 import sys
 from contextlib import nullcontext
 from types import MethodType
+from unittest import mock
 
 import deepspeed
 import torch
@@ -50,7 +51,8 @@ def by_engine(config: ExperimentConfig, ranks: Ranks) -> dict:
         return every[ranks.rank * share : (ranks.rank + 1) * share]
 
     trainer._masks = MethodType(masks, trainer)
-    losses = [trainer.step(step).losses for step in range(config.run.max_steps or STEPS)]
+    with mock.patch("torch.distributed.all_reduce", wraps=torch.distributed.all_reduce) as all_reduce:
+        losses = [trainer.step(step).losses for step in range(config.run.max_steps or STEPS)]
     weights = {"student": {}, "teacher": {}}
     for group in trainer.engine.groups:
         spec = group.spec
@@ -70,6 +72,8 @@ def by_engine(config: ExperimentConfig, ranks: Ranks) -> dict:
     trainer.close()
     return {
         "losses": losses,
+        "all_reduces": all_reduce.call_count / len(losses),
+        "groups": len(trainer.engine.groups),
         **weights,
         "working": {"teacher": teacher, "student": student},
         "center": trainer.tri_branch.centering.center,
