@@ -251,7 +251,7 @@ class Job:
         deadline = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < deadline, f"after {seconds} s: {self.field('JobState')}\n{self.log[-6000:]}"
-            time.sleep(0.2)
+            time.sleep(0.3)
 
     def ends(self, state: str, restarts: int, seconds: float = 900) -> None:
         """Wait for the end, which must be in this state after so many requeues."""

@@ -53,14 +53,14 @@ def test_traceback_of_the_crashed_rank_comes_first_and_the_others_end(run, rank)
 
 
 def test_rank_that_falls_asleep_is_named_with_phase_and_stack(run):
-    code, log, _ = run("fall_asleep", 1, hang_timeout=30)
+    code, log, _ = run("fall_asleep", 1, hang_timeout=60)
     assert code == 1
     assert re.search(r"error: rank 1 of 2 hangs: \d+ s in teacher of step 3", log)
     assert "in fall_asleep" in log[log.index("rank 1 of 2 hangs") :]
 
 
 def test_rank_whose_native_code_holds_the_interpreter_is_named_by_the_others(run):
-    code, log, _ = run("hold_the_interpreter", 1, hang_timeout=30)
+    code, log, _ = run("hold_the_interpreter", 1, hang_timeout=60)
     assert code == 1
     assert re.search(r"error: rank 1 of 2 \(.*\) stopped: last seen \d+ s ago in ", log)
     assert "Last known stack of rank 1:" in log

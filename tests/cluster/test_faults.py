@@ -25,6 +25,7 @@ from slurm_cluster import FINAL, Cluster, Job
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(1500)]
 
 ROOT = Path(__file__).parents[2]
+TRAIN = ROOT / "tests" / "workers" / "train.py"
 STEPS = 60
 SAVE_EVERY = 10
 SIDE_BY_SIDE = 5
@@ -35,10 +36,12 @@ WITHIN = ["--nodes=1", "--ntasks-per-node=2", "--gpus-per-node=2"]
 
 
 class Lab:
-    """What a scenario needs: where to work, the cluster, and the undisturbed run."""
+    """What a scenario needs: where to work, the cluster, and the undisturbed run, which knows nothing of Slurm."""
 
-    def __init__(self, directory: Path, cluster: Cluster, tree: dict, expected: list[dict]):
-        self.directory, self.cluster, self.tree, self.expected = directory, cluster, tree, expected
+    def __init__(self, directory: Path, cluster: Cluster, tree: dict, launch: Callable[..., list[str]]):
+        self.directory, self.cluster, self.tree, self.launch = directory, cluster, tree, launch
+        self.expected = self.run_plainly("plain", 2, f"run.max_steps={STEPS}")
+        assert len(self.expected) == STEPS
         self.jobs: dict[int, list[Job]] = {}  # by the thread of their scenario
 
     def submit(
@@ -71,19 +74,11 @@ class Lab:
         options = ["--cpus-per-task=1", f"--dependency=afterok:{after.id}", "--kill-on-invalid-dep=yes"]
         return Job(self.cluster, cwd / "slurm" / "evaluate.sbatch", [*words, "--subnets", "32x2"], options, cwd)
 
-    def torchrun(self, name: str, ranks: int, *overrides: str) -> None:
-        """The same experiment in plain processes on this machine."""
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        result = subprocess.run(
-            [*command, "-m", "pipeline", "train", "config.yaml", f"run.dir={name}", *overrides],
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-            cwd=self.directory,
-            capture_output=True,
-            text=True,
-            timeout=600,
-            check=False,
-        )
-        assert result.returncode == 0, result.stderr[-4000:]
+    def run_plainly(self, name: str, ranks: int, *overrides: str) -> list[dict]:
+        """Records of the same experiment in plain processes on this machine."""
+        directory = self.directory / name
+        self.launch(TRAIN, ranks, self.directory / "config.yaml", f"run.dir={directory}", *overrides, timeout=600)
+        return read_records(directory)
 
 
 def read_records(directory: Path) -> list[dict]:
@@ -145,15 +140,15 @@ def doctor(lab: Lab) -> None:
 
 def four_ranks(lab: Lab) -> None:
     """Two tasks on each of two nodes against four plain processes."""
-    lab.torchrun("plain4", 4, f"run.max_steps={SAVE_EVERY}")
+    expected = lab.run_plainly("plain4", 4, f"run.max_steps={SAVE_EVERY}")
     run = lab.submit(
         "four",
         f"run.max_steps={SAVE_EVERY}",
         options=["--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2", "--nodelist=n1,n2"],
     )
     run.job.ends("COMPLETED", 0)
-    run.expected = read_records(lab.directory / "plain4")
-    assert len(run.expected) == SAVE_EVERY
+    run.expected = expected
+    assert len(expected) == SAVE_EVERY
     run.is_complete()
 
 
@@ -416,20 +411,18 @@ SCENARIOS: dict[str, Callable[[Lab], None]] = {
 
 
 @pytest.fixture(scope="module")
-def lab(cluster: Cluster, experiment, tmp_path_factory: pytest.TempPathFactory) -> Lab:
-    """The undisturbed run is two plain processes under torchrun, without Slurm."""
+def lab(cluster: Cluster, launch, experiment, tmp_path_factory: pytest.TempPathFactory) -> Lab:
     directory = tmp_path_factory.mktemp("faults")
-    tree = experiment(
+    tree = experiment(  # as little to compute as will do
+        model={"depth": {"min": 2, "max": 3, "step": 1}},
+        heads={"prototypes": [48]},
+        data={"local_crops": {"count": 1, "size": 16}},
         optim={"epochs": 50_000, "steps_per_epoch": 2},
         run={"dir": "run", "checkpoint_every_steps": SAVE_EVERY, "hang_timeout_seconds": 300},
         metrics={"port": 0, "tensorboard": False},
     )
     (directory / "config.yaml").write_text(yaml.safe_dump(tree))
-    lab = Lab(directory, cluster, tree, [])
-    lab.torchrun("plain", 2, f"run.max_steps={STEPS}")
-    lab.expected = read_records(directory / "plain")
-    assert len(lab.expected) == STEPS
-    return lab
+    return Lab(directory, cluster, tree, launch)
 
 
 @pytest.fixture(scope="module")
