@@ -133,8 +133,8 @@ def _take_overrides(args: argparse.Namespace, extra: list[str]) -> None:
 def _heavy_imports() -> Iterator[None]:
     """Keep Python's cycle collector away from what imports make, now, while the command runs, and at exit.
 
-    These are a million objects that live as long as the process. Looking for garbage among them takes a fifth of the
-    time of the imports, and as long again when the interpreter shuts down.
+    These are more than half a million objects that live as long as the process. Looking for garbage among them takes a
+    fifth of the time of the imports, and as long again when the interpreter shuts down.
     """
     gc.disable()
     try:

@@ -12,7 +12,6 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
-from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -319,9 +318,8 @@ def _kernel_failure(config: ExperimentConfig, device: "torch.device") -> str | N
     from kernels.ema import ema_update_
 
     average = torch.zeros(16, device=device)
-    act = partial(ema_update_, [average], [torch.ones_like(average)], 0.5, impl=config.engine.kernels)
     try:
-        act()
+        ema_update_([average], [torch.ones_like(average)], 0.5, impl=config.engine.kernels)
         if config.engine.compile:
             average = torch.compile(lambda x: x * x + 0.25)(average)
         found = average.tolist()
