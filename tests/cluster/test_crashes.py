@@ -5,7 +5,9 @@ import re
 import subprocess
 import sys
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import yaml
@@ -18,32 +20,43 @@ ROOT = Path(__file__).parents[2]
 WORKER = ROOT / "tests" / "workers" / "run_with_fault.py"
 
 
-@pytest.fixture
-def run(experiment, tmp_path):
-    """Run two ranks under torchrun with a fault in one; gives the exit code, the log, and the seconds from start."""
+class Ended(NamedTuple):
+    """What became of two ranks under torchrun; `seconds` from the last step to the end."""
 
-    def start(fault: str, rank: int, hang_timeout: float = 300) -> tuple[int, str, float]:
-        tree = experiment(run={"dir": str(tmp_path / "run"), "max_steps": 6, "hang_timeout_seconds": hang_timeout})
-        (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+    code: int
+    log: str
+    seconds: float
+
+
+@pytest.fixture(scope="module")
+def ended(experiment, tmp_path_factory) -> dict[tuple[str, int], Future[Ended]]:
+    """By fault and rank, runs with a fault in the third step, side by side: they wait more than they compute."""
+
+    def run(fault: str, rank: int, hang_timeout: float) -> Ended:
+        directory = tmp_path_factory.mktemp(fault)
+        tree = experiment(run={"dir": str(directory / "run"), "max_steps": 6, "hang_timeout_seconds": hang_timeout})
+        (directory / "config.yaml").write_text(yaml.safe_dump(tree))
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
         result = subprocess.run(
-            [*torchrun, str(WORKER), str(tmp_path / "config.yaml"), fault, str(rank), "3"],
+            [*torchrun, str(WORKER), str(directory / "config.yaml"), fault, str(rank), "3"],
             env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
-            timeout=240,
+            timeout=400,
             check=False,
         )
-        ended = time.time()
-        steps = (tmp_path / "run" / "metrics.jsonl").stat().st_mtime  # when the last good step was logged
-        return result.returncode, result.stderr, ended - steps
+        now = time.time()
+        steps = (directory / "run" / "metrics.jsonl").stat().st_mtime  # when the last good step was logged
+        return Ended(result.returncode, result.stderr, now - steps)
 
-    return start
+    with ThreadPoolExecutor(2) as pool:
+        faults = [("fall_asleep", 1, 60), ("hold_the_interpreter", 1, 60), ("crash", 0, 300), ("crash", 1, 300)]
+        yield {(fault, rank): pool.submit(run, fault, rank, timeout) for fault, rank, timeout in faults}
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_traceback_of_the_crashed_rank_comes_first_and_the_others_end(run, rank):
-    code, log, seconds = run("crash", rank)
+def test_traceback_of_the_crashed_rank_comes_first_and_the_others_end(ended, rank):
+    code, log, seconds = ended["crash", rank].result()
     assert code == 1
     assert seconds < 60  # and not after the 300 that a hang may last
     first = re.search(r"^.*(Traceback|error:).*$", log, re.MULTILINE)
@@ -52,15 +65,15 @@ def test_traceback_of_the_crashed_rank_comes_first_and_the_others_end(run, rank)
     assert log.index("ZeroDivisionError") < log.find("lost another rank") or "lost another rank" not in log
 
 
-def test_rank_that_falls_asleep_is_named_with_phase_and_stack(run):
-    code, log, _ = run("fall_asleep", 1, hang_timeout=60)
+def test_rank_that_falls_asleep_is_named_with_phase_and_stack(ended):
+    code, log, _ = ended["fall_asleep", 1].result()
     assert code == 1
     assert re.search(r"error: rank 1 of 2 hangs: \d+ s in teacher of step 3", log)
     assert "in fall_asleep" in log[log.index("rank 1 of 2 hangs") :]
 
 
-def test_rank_whose_native_code_holds_the_interpreter_is_named_by_the_others(run):
-    code, log, _ = run("hold_the_interpreter", 1, hang_timeout=60)
+def test_rank_whose_native_code_holds_the_interpreter_is_named_by_the_others(ended):
+    code, log, _ = ended["hold_the_interpreter", 1].result()
     assert code == 1
     assert re.search(r"error: rank 1 of 2 \(.*\) stopped: last seen \d+ s ago in ", log)
     assert "Last known stack of rank 1:" in log
