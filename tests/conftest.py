@@ -2,7 +2,6 @@
 
 import copy
 import os
-import socket
 import sys
 from collections.abc import Callable
 from functools import cache
@@ -14,7 +13,7 @@ import yaml
 
 sys.path.append(str(Path(__file__).parent / "workers"))  # launcher.py, which is no test
 
-from launcher import run_ranks
+from launcher import run_ranks, unused_port
 
 ROOT = Path(__file__).parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
@@ -139,9 +138,7 @@ def trained_run(trained_runs: Callable[[str], Path]) -> Path:
 
 @pytest.fixture
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    return unused_port()
 
 
 @pytest.fixture(scope="session")

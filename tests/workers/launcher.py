@@ -20,6 +20,12 @@ _FORKS.set_forkserver_preload(  # what training imports, early or late
 _FRESH = multiprocessing.get_context("spawn")
 
 
+def unused_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def run_ranks(
     script: Path, ranks: int, arguments: list[str], directory: Path, timeout: float, fresh: bool = False
 ) -> list[str]:
@@ -36,11 +42,8 @@ def run_ranks(
     Raises:
         AssertionError: a rank failed, or was not done in time; with the end of what it printed.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {"WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
-    shared |= {"PYTHONPATH": ROOT}
+    shared = {"WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": unused_port()}
+    shared |= {"OMP_NUM_THREADS": 1, "PYTHONPATH": ROOT}
     context, processes = _FRESH if fresh else _FORKS, []
     for rank in range(ranks):
         own = {name: str(value) for name, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()}
