@@ -320,6 +320,7 @@ def killed_daemon(lab: Lab) -> None:
         for pid in old:
             os.kill(pid, signal.SIGCONT)
         run.job.until(lambda: "resuming" in run.job.log)
+        assert not Path(f"/proc/{old[0]}").exists()
         run.job.until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in old), 60)
         run.job.ends("COMPLETED", 1)
     finally:
