@@ -51,7 +51,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["pipeline*", "kernels*"]),
-    package_data={"pipeline": ["assets/*"]},
+    package_data={"pipeline": ["*/*.html"]},
     install_requires=[
         "torch>=2.9,<2.16",
         "torchvision>=0.24",

@@ -44,16 +44,16 @@ def run_demo(directory: Path, overrides: tuple[str, ...] = ()) -> int:
         build("sklearn:digits", shards, per_shard=500)
 
     _say(2, f"training one ViT and its sub-networks ({config.run.max_steps or config.optim.total_steps} steps)")
-    from pipeline.train import train
+    from pipeline.run.loop import train
 
     code = train(config)
     if code:
         return code
 
     from pipeline.elastic.subnet import Grid
-    from pipeline.evaluate.cli import table
-    from pipeline.evaluate.job import evaluate
-    from pipeline.extract import extract
+    from pipeline.evaluate.evaluation import Request, evaluate
+    from pipeline.evaluate.table import table
+    from pipeline.models.extract import extract
 
     grid = Grid(config.model)
     names = [subnet.name for subnet in (grid.smallest, grid.subnets[len(grid) // 2], grid.largest)]
@@ -62,7 +62,7 @@ def run_demo(directory: Path, overrides: tuple[str, ...] = ()) -> int:
     print(f"largest difference between an extracted model and its sub-network in place: {worst:.1e}")
 
     _say(4, "20-nearest-neighbour accuracy, trained and untrained")
-    print(table(evaluate(run, "knn", subnets=names, untrained=True, pixels=True), "knn"))
+    print(table(evaluate(Request(run, "knn", subnets=names, untrained=True, pixels=True)), "knn"))
     print(
         f"\ndone in {time.monotonic() - began:.0f} s. Models: {', '.join(str(models / n) for n in names)}\n"
         "try next:\n"

@@ -8,9 +8,10 @@ import timm
 import torch
 
 from pipeline.cli import main
-from pipeline.evaluate.images import EvalImages
-from pipeline.extract import TOLERANCE
-from pipeline.run_models import RunModels, preprocessing
+from pipeline.data.eval_images import EvalImages
+from pipeline.models.loading import RunModels
+from pipeline.models.proof import TOLERANCE
+from pipeline.models.timm_format import preprocessing
 
 OTHER_SIZES = (96, 224)  # beside the training size of 32 (ViT) or 64 px
 

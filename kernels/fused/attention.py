@@ -395,7 +395,7 @@ def _precision(dtype: torch.dtype) -> str:
 
 
 def _backward_schedule(d: int, block: int, blocks: int) -> dict[str, int]:
-    """Warps and pipeline stages under which no configuration spills on sm_80, sm_90 or sm_100 (`kernels.aot`)."""
+    """Warps and pipeline stages under which no configuration spills on sm_80, sm_90 or sm_100 (`kernels.bench.aot`)."""
     if block == 16:
         warps, stages = 4, 1
     elif block == 32 and d < 64:

@@ -1,5 +1,6 @@
-"""Elastic backbones: the largest timm model of a family, with every sub-network inside it.
+"""Elastic backbones: the largest timm model of a family, with every sub-network inside it, and what each costs.
 
+A sub-network is a value, passed to `forward`; no module remembers one. Nothing here knows losses, ranks or data.
 Importing this package, `subnet`, `sampling` and `cost` does not import torch.
 """
 

@@ -8,11 +8,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kernels.ema import ema_update_
-from pipeline.config import ExperimentConfig
-from pipeline.engine.groups import MODULES, FlatGroup, parameter_groups
+from pipeline.config import EngineConfig, OptimConfig
+from pipeline.engine.groups import MODULES, FlatGroup, GroupSpec, parameter_groups
 from pipeline.engine.layouts import FlatShards, Layout, Replicated
-from pipeline.schedules import StepValues
-from pipeline.tri_branch import Branch
+from pipeline.method.schedules import StepValues
+from pipeline.method.tri_branch import Branch
 
 _ADAM_STATE = ("exp_avg", "exp_avg_sq")
 
@@ -29,7 +29,8 @@ class Engine:
 
     Args:
         student: a `Branch` on the CPU; its weights are broadcast from rank 0.
-        config: the experiment.
+        optim: multipliers of the learning rate, and where to clip.
+        config: how to compute.
         device: where it trains.
 
     Attributes:
@@ -37,10 +38,11 @@ class Engine:
         groups: the parameter groups, as this rank holds them.
     """
 
-    def __init__(self, student: Branch, config: ExperimentConfig, device: torch.device):
+    def __init__(self, student: Branch, optim: OptimConfig, config: EngineConfig, device: torch.device):
         self.config, self.device = config, device
+        self._clip = optim.clip_grad
         self._passes_left = 0
-        self._layout = _layout(student, config, device)
+        self._layout = _layout(student, parameter_groups(student, optim), config, device)
         self.engine = self._layout.engine
         self.student, self.teacher = self._layout.engine, self._layout.teacher
         self.optimizer = self.engine.optimizer
@@ -88,7 +90,7 @@ class Engine:
             gradient_norms: global norm per entry of `MODULES`.
             lap: told the name of each part when it is done.
         """
-        factors = (self.config.optim.clip_grad / (gradient_norms + 1e-6)).clamp(max=1.0)
+        factors = (self._clip / (gradient_norms + 1e-6)).clamp(max=1.0)
         for group, gradients in zip(self.groups, self._layout.gradients(), strict=True):
             if gradients:
                 factor = factors[MODULES.index(group.spec.module)]
@@ -161,14 +163,14 @@ class Engine:
 
     def _update_teacher(self, momentum: float) -> None:
         # an offloaded state is on the CPU, where no kernel but the eager one runs
-        impl = "eager" if self.config.engine.offload_optimizer else self.config.engine.kernels
+        impl = "eager" if self.config.offload_optimizer else self.config.kernels
         masters = [g.master.detach() for g in self.groups]
         ema_update_([g.ema for g in self.groups], masters, momentum, [g.teacher for g in self.groups], impl=impl)
         self._layout.publish_teacher()
 
 
-def _layout(student: Branch, config: ExperimentConfig, device: torch.device) -> Layout:
-    specs, stage = parameter_groups(student, config), config.engine.effective_stage()
+def _layout(student: Branch, specs: list[GroupSpec], config: EngineConfig, device: torch.device) -> Layout:
+    stage = config.effective_stage()
     if stage == 3:
         from pipeline.engine.zero3 import ParameterShards
 

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pipeline.config import ExperimentConfig
-from pipeline.tri_branch import Branch
+from pipeline.config import OptimConfig
+from pipeline.method.tri_branch import Branch
 
 MODULES = ("backbone", "heads")  # gradients are clipped module by module
 
@@ -49,12 +49,12 @@ class GroupSpec:
         return sum(self.sizes)
 
 
-def parameter_groups(student: Branch, config: ExperimentConfig) -> list[GroupSpec]:
+def parameter_groups(student: Branch, optim: OptimConfig) -> list[GroupSpec]:
     """Group the student's parameters by learning-rate multiplier, weight decay and module.
 
     The multiplier is `layer_decay ** (layers - layer)`, times `patch_embed_lr_scale` for the patch embedding.
     """
-    backbone, optim = student.backbone, config.optim
+    backbone = student.backbone
     named = dict(student.named_parameters())
     groups: dict[tuple[str, float, bool, bool], list[str]] = {}
     for name, parameter in named.items():

@@ -18,10 +18,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pipeline.config import ExperimentConfig
+from pipeline.config import EngineConfig
 from pipeline.engine.groups import FlatGroup, GroupSpec, Piece
 from pipeline.engine.sizes import BUCKET
-from pipeline.tri_branch import Branch
+from pipeline.method.tri_branch import Branch
 
 # torch 2.14 renamed it
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -88,7 +88,7 @@ class Replicated(Layout):
 
     replicated = True
 
-    def __init__(self, student: Branch, specs: list[GroupSpec], config: ExperimentConfig, device: torch.device):
+    def __init__(self, student: Branch, specs: list[GroupSpec], config: EngineConfig, device: torch.device):
         student.to(device)
         teacher = copy.deepcopy(student).eval().requires_grad_(False)
         initial = dict(student.named_parameters())
@@ -127,9 +127,9 @@ class Replicated(Layout):
 class Sharded(Layout):
     """ZeRO-1 to 3: DeepSpeed owns the masters and averages the gradients into shards."""
 
-    def __init__(self, engine: Any, config: ExperimentConfig):
+    def __init__(self, engine: Any, config: EngineConfig):
         self.engine, self._zero = engine, engine.optimizer
-        self._offloaded = config.engine.offload_optimizer is not None
+        self._offloaded = config.offload_optimizer is not None
 
     def gradients(self) -> list[Sequence[Tensor]]:
         if self._offloaded:
@@ -140,11 +140,11 @@ class Sharded(Layout):
 class FlatShards(Sharded):
     """ZeRO-1/2: DeepSpeed's flat vector per group, of which a rank owns one interval."""
 
-    def __init__(self, student: Branch, specs: list[GroupSpec], config: ExperimentConfig, device: torch.device):
+    def __init__(self, student: Branch, specs: list[GroupSpec], config: EngineConfig, device: torch.device):
         student.to(device)
         teacher = copy.deepcopy(student).to(working_dtype(config)).eval().requires_grad_(False)
         optimizer = adamw(student, specs, config, device)
-        super().__init__(initialize(student, optimizer, config, config.engine.effective_stage()), config)
+        super().__init__(initialize(student, optimizer, config, config.effective_stage()), config)
         self._student_flats: list[Tensor] = self._zero.bit16_groups_flat
         self._teacher_flats = [flat.detach().clone() for flat in self._student_flats]
         self.groups = [self._group(i, spec) for i, spec in enumerate(specs)]
@@ -202,23 +202,23 @@ class FlatShards(Sharded):
             _spread(flat, dist.get_rank() * len(group.master), len(group.master))
 
 
-def working_dtype(config: ExperimentConfig) -> torch.dtype:
+def working_dtype(config: EngineConfig) -> torch.dtype:
     """Of the weights and activations."""
-    return torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
+    return torch.bfloat16 if config.precision == "bf16" else torch.float32
 
 
-def adamw(student: Branch, specs: list[GroupSpec], config: ExperimentConfig, device: torch.device) -> torch.optim.AdamW:
+def adamw(student: Branch, specs: list[GroupSpec], config: EngineConfig, device: torch.device) -> torch.optim.AdamW:
     """AdamW over the groups; `Engine.apply` sets learning rates and weight decay before every step.
 
     Its state is on `device`, or on the CPU if it is offloaded.
     """
     named = dict(student.named_parameters())
-    fused = device.type == "cuda" and not config.engine.offload_optimizer
+    fused = device.type == "cuda" and not config.offload_optimizer
     groups = [{"params": [named[n] for n in spec.names], "lr": 0.0, "weight_decay": 0.0} for spec in specs]
     return torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=fused)
 
 
-def settings(config: ExperimentConfig, stage: int) -> dict[str, Any]:
+def settings(config: EngineConfig, stage: int) -> dict[str, Any]:
     """DeepSpeed's configuration."""
     zero: dict[str, Any] = {
         "stage": stage,
@@ -227,21 +227,21 @@ def settings(config: ExperimentConfig, stage: int) -> dict[str, Any]:
         "allgather_bucket_size": BUCKET,
     }
     out: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": config.data.batch_size,
+        "train_micro_batch_size_per_gpu": 1,  # it wants one, and uses it for figures that nobody reads
         "gradient_accumulation_steps": 1,
         "gradient_clipping": 0.0,  # per module, by us
         "steps_per_print": 10**9,
         "zero_allow_untested_optimizer": True,
         "zero_optimization": zero,
     }
-    if config.engine.precision == "bf16":
+    if config.precision == "bf16":
         out["bf16"] = {"enabled": True}
-    if stage in (1, 2) and not config.engine.offload_optimizer:
+    if stage in (1, 2) and not config.offload_optimizer:
         # ours are per module; DeepSpeed's take an all-reduce, a pass in fp64 and a wait for the device per group
         zero["compute_grad_norm"] = False
-    if config.engine.offload_optimizer:
+    if config.offload_optimizer:
         zero["offload_optimizer"] = {
-            "device": config.engine.offload_optimizer,
+            "device": config.offload_optimizer,
             "pin_memory": torch.cuda.is_available(),
         }
         out["zero_force_ds_cpu_optimizer"] = False  # its own is compiled at first use, by a compiler that may be absent
@@ -251,7 +251,7 @@ def settings(config: ExperimentConfig, stage: int) -> dict[str, Any]:
 def initialize(
     model: nn.Module,
     optimizer: torch.optim.Optimizer | None,
-    config: ExperimentConfig,
+    config: EngineConfig,
     stage: int,
     **zero: Any,
 ) -> Any:
@@ -260,7 +260,7 @@ def initialize(
     Args:
         model: on its device, except at stage 3.
         optimizer: over its parameters; None for a model that is not trained.
-        config: the experiment.
+        config: precision and offloading.
         stage: of ZeRO.
         zero: further entries of `zero_optimization`.
     """

@@ -12,11 +12,11 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 
-from pipeline.config import ExperimentConfig
+from pipeline.config import EngineConfig
 from pipeline.engine.groups import FlatGroup, GroupSpec, Piece
 from pipeline.engine.layouts import Sharded, adamw, deepspeed, initialize, settings, working_dtype
 from pipeline.engine.sizes import BUCKET, PERSISTENT
-from pipeline.tri_branch import Branch
+from pipeline.method.tri_branch import Branch
 
 _STAGE = 3
 _GATHERING = {
@@ -33,7 +33,7 @@ class ParameterShards(Sharded):
     The weights are cut up where they were made, on the CPU; a device never holds a whole network.
     """
 
-    def __init__(self, student: Branch, specs: list[GroupSpec], config: ExperimentConfig, device: torch.device):
+    def __init__(self, student: Branch, specs: list[GroupSpec], config: EngineConfig, device: torch.device):
         teacher = copy.deepcopy(student).eval().requires_grad_(False)
         # the bucket for gradients is allocated once and for all; they come, and weights go, block by block
         bucket = min(BUCKET, max(sum(p.numel() for p in b.parameters()) for b in student.backbone.elastic_blocks()))
@@ -113,7 +113,7 @@ class ParameterShards(Sharded):
         super().destroy()
 
 
-def _cut_up(branch: Branch, config: ExperimentConfig) -> None:
+def _cut_up(branch: Branch, config: EngineConfig) -> None:
     """Replace every parameter by this rank's shard of it, one after the other; rank 0's values count."""
     ds = deepspeed()
     # gathered as a whole: a rank that skips a block has no hooks of its own inside it

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from pipeline.data.eval_images import EvalImages
 from pipeline.data.images import BadImage
-from pipeline.distributed import Ranks
-from pipeline.evaluate.images import EvalImages
+from pipeline.engine.distributed import Ranks
 
 BATCH_SIZE = 64
 

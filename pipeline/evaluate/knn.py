@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.distributed import Ranks
+from pipeline.engine.distributed import Ranks
 
 NEIGHBOURS = 20
 TEMPERATURE = 0.07

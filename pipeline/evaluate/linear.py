@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.distributed import Ranks
+from pipeline.engine.distributed import Ranks
 
 STRENGTHS = (0.001, 0.01, 0.1, 1.0)  # sklearn's C, on features of unit variance
 HELD_OUT = 0.2

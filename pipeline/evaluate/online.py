@@ -8,13 +8,13 @@ import torch
 from torch import nn
 
 from pipeline.config import ExperimentConfig
-from pipeline.distributed import Ranks
 from pipeline.elastic import Backbone, Grid, Subnet, cost
+from pipeline.engine.distributed import Ranks
 from pipeline.errors import UserError
-from pipeline.evaluate.job import Job
+from pipeline.evaluate.evaluation import Evaluation
 from pipeline.evaluate.targets import Candidate, Target
 from pipeline.files import append_json_line
-from pipeline.run_models import preprocessing, timm_module
+from pipeline.models.timm_format import preprocessing, timm_module
 
 
 class OnlineEvaluation:
@@ -30,13 +30,13 @@ class OnlineEvaluation:
 
     def __init__(self, config: ExperimentConfig, ranks: Ranks):
         self.config, self.ranks = config, ranks
-        self._job: Job | None = None
+        self._evaluation: Evaluation | None = None
         if config.eval.every_steps is None:
             return
         train, val = config.eval.train or config.data.train, config.eval.val or config.data.val
         if val is None:
             raise UserError("there is nothing to evaluate on", "eval.val", "name labelled shards, or unset every_steps")
-        self._job = Job("knn", train, val, ranks, max_pixels=config.data.max_pixels)
+        self._evaluation = Evaluation("knn", train, val, ranks, max_pixels=config.data.max_pixels)
 
     def due(self, step: int) -> bool:
         every = self.config.eval.every_steps
@@ -49,10 +49,10 @@ class OnlineEvaluation:
             backbone: of the teacher.
             step: completed steps.
         """
-        assert self._job is not None
+        assert self._evaluation is not None
         with torch.random.fork_rng():  # building modules draws numbers
             try:
-                results = self._job.run(self._target(backbone))
+                results = self._evaluation.run(self._target(backbone))
             except UserError as error:
                 if self.ranks.is_main:
                     print(f"warning: no k-NN at step {step}: {error}", file=sys.stderr)

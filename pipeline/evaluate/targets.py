@@ -14,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from pipeline.elastic import Grid, Subnet
 from pipeline.errors import UserError
 from pipeline.evaluate.features import pooled
-from pipeline.run_models import RunModels, choose, load_directory, preprocessing, run_config
+from pipeline.models.loading import RunModels, choose, load_directory, run_config
+from pipeline.models.timm_format import preprocessing
 
 PIXELS = "pixels"
 UNTRAINED = "untrained "

@@ -1,1 +1,1 @@
-"""`poa report`: one HTML file that tells what became of a run."""
+"""What became of a run, on one self-contained HTML page, from its files alone; nothing here trains or evaluates."""

@@ -15,9 +15,9 @@ from pipeline.config import ExperimentConfig, dump_config
 from pipeline.elastic import Grid, cost
 from pipeline.errors import UserError
 from pipeline.files import read_json_lines
-from pipeline.metrics.families import BANDS, PHASES
+from pipeline.measure.metrics import BANDS, PHASES
+from pipeline.models.loading import RunModels, run_config
 from pipeline.report.charts import line_chart, number, scatter_chart, split_bar, table
-from pipeline.run_models import RunModels, run_config
 
 Records = list[dict[str, Any]]
 BRANCHES = ("teacher", "intact", "elastic")
@@ -47,7 +47,7 @@ def report(directory: Path) -> str:
         "Configuration": f"<pre>{escape(dump_config(config))}</pre>",
     }
     body = "".join(f"<h2>{title}</h2>{content}" for title, content in sections.items() if content)
-    template = resources.files("pipeline").joinpath("assets/report.html").read_text(encoding="utf-8")
+    template = resources.files("pipeline.report").joinpath("report.html").read_text(encoding="utf-8")
     made = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
     name = escape(directory.resolve().name)
     return template.replace("__NAME__", name).replace("__MADE__", made).replace("__BODY__", body)

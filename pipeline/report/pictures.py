@@ -12,13 +12,14 @@ from torch import Tensor
 
 from pipeline.config import ExperimentConfig
 from pipeline.data.augment import MEAN, STD
+from pipeline.data.eval_images import EvalImages
 from pipeline.data.images import BadImage
 from pipeline.data.loader import Loader
 from pipeline.data.masks import block_masks
 from pipeline.elastic import Subnet, build
-from pipeline.evaluate.images import EvalImages
 from pipeline.evaluate.online import representative_subnets
-from pipeline.run_models import RunModels, preprocessing
+from pipeline.models.loading import RunModels
+from pipeline.models.timm_format import preprocessing
 
 IMAGES = 4
 SIDE = 128

@@ -8,19 +8,20 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipeline.commands import eval
 from pipeline.errors import UserError
-from pipeline.evaluate.cli import add_arguments, table
-from pipeline.evaluate.job import evaluate
-from pipeline.extract import extract
-from pipeline.run_models import RunModels, run_config
-from pipeline.trainer import build_student
+from pipeline.evaluate.evaluation import Request, evaluate
+from pipeline.evaluate.table import table
+from pipeline.models.extract import extract
+from pipeline.models.loading import RunModels, run_config
+from pipeline.run.step import build_student
 
 
 def command(*words: object) -> int:
     parser = ArgumentParser()
-    add_arguments(parser)
+    eval.add_arguments(parser)
     args = parser.parse_args([str(word) for word in words])
-    return args.run(args)
+    return eval.run(args)
 
 
 @pytest.fixture
@@ -61,18 +62,18 @@ def test_untrained_is_the_network_that_the_run_began_with(run):
 
 
 def test_earlier_results_stay_while_checkpoint_and_data_are_the_same(run, labelled):
-    evaluate(run, subnets=["32x2"])
-    evaluate(run, subnets=["64x4"])
+    evaluate(Request(run, subnets=["32x2"]))
+    evaluate(Request(run, subnets=["64x4"]))
     path = run / "eval" / "knn.json"
     assert list(json.loads(path.read_text())) == ["32x2", "64x4"]
-    evaluate(run, subnets=["48x3"], branch="student")
+    evaluate(Request(run, subnets=["48x3"], branch="student"))
     assert list(json.loads(path.read_text())) == ["48x3"]
-    evaluate(run, subnets=["48x2"], branch="student", train=labelled["val"])
+    evaluate(Request(run, subnets=["48x2"], branch="student", train=labelled["val"]))
     assert list(json.loads(path.read_text())) == ["48x2"]
 
 
 def test_accuracy_reaches_the_model_card_of_the_same_branch_only(run, tmp_path):
-    accuracy = evaluate(run, subnets=["32x2"])["32x2"]["accuracy"]
+    accuracy = evaluate(Request(run, subnets=["32x2"]))["32x2"]["accuracy"]
     card = (extract(run, ["32x2"], tmp_path / "teacher")[0].path / "README.md").read_text()
     assert f"{100 * accuracy:.1f}%" in card
     card = (extract(run, ["32x2"], tmp_path / "student", branch="student")[0].path / "README.md").read_text()
@@ -80,7 +81,7 @@ def test_accuracy_reaches_the_model_card_of_the_same_branch_only(run, tmp_path):
 
 
 def test_an_extracted_directory_gives_what_the_run_gives(run, labelled, tmp_path, capsys):
-    expected = evaluate(run, subnets=["48x3"])["48x3"]
+    expected = evaluate(Request(run, subnets=["48x3"]))["48x3"]
     path = extract(run, ["48x3"], tmp_path / "models")[0].path
     shards = ("--train", *labelled["train"], "--val", *labelled["val"])
     assert command("knn", path, *shards, "--json") == 0
@@ -93,20 +94,20 @@ def test_an_extracted_directory_gives_what_the_run_gives(run, labelled, tmp_path
 
 def test_mistakes_are_user_errors(run, labelled, tmp_path):
     with pytest.raises(UserError, match="no such run directory and no model"):
-        evaluate(tmp_path / "nowhere")
+        evaluate(Request(tmp_path / "nowhere"))
     with pytest.raises(UserError, match="holds no run and no model"):
-        evaluate(tmp_path)
+        evaluate(Request(tmp_path))
     with pytest.raises(UserError, match="no sub-network '40x2'"):
-        evaluate(run, subnets=["40x2"])
+        evaluate(Request(run, subnets=["40x2"]))
     with pytest.raises(UserError, match="no sub-network is named"):
-        evaluate(run, subnets=[])
+        evaluate(Request(run, subnets=[]))
     with pytest.raises(UserError, match="missing shard"):
-        evaluate(run, val="nowhere.tar")
+        evaluate(Request(run, val="nowhere.tar"))
     path = extract(run, ["32x2"], tmp_path / "models")[0].path
     with pytest.raises(UserError, match="no train shards are named"):
-        evaluate(path)
+        evaluate(Request(path))
     with pytest.raises(UserError, match="one model, not a run"):
-        evaluate(path, subnets=["32x2"], train=labelled["train"], val=labelled["val"])
+        evaluate(Request(path, subnets=["32x2"], train=labelled["train"], val=labelled["val"]))
 
 
 def test_table_names_what_was_left_out():

@@ -14,12 +14,12 @@ from timm.data import create_transform, resolve_data_config
 from timm.models import save_for_hf
 
 from pipeline import load_subnet
+from pipeline.data.eval_images import EvalImages
+from pipeline.evaluate.evaluation import Evaluation, Request, evaluate
 from pipeline.evaluate.features import extract_features
-from pipeline.evaluate.images import EvalImages
-from pipeline.evaluate.job import Job, evaluate
 from pipeline.evaluate.targets import Candidate, Target, directory_target, run_target
-from pipeline.extract import extract
-from pipeline.run_models import RunModels
+from pipeline.models.extract import extract
+from pipeline.models.loading import RunModels
 
 WORKER = Path(__file__).parent.parent / "workers" / "evaluate.py"
 
@@ -137,7 +137,7 @@ def test_two_ranks_get_what_one_process_gets(trained_run, labelled, val_images, 
     launch(WORKER, 2, tmp_path / "found", run, *labelled["val"])
     alone = extract_features({"64x4": models["64x4"]}, val_images)
     shards = {"train": labelled["val"], "val": labelled["val"]}
-    results = {method: evaluate(run, method, **shards, subnets=["64x4"]) for method in ("knn", "linear")}
+    results = {method: evaluate(Request(run, method, **shards, subnets=["64x4"])) for method in ("knn", "linear")}
     for rank in (0, 1):
         found = torch.load(tmp_path / f"found.{rank}")
         assert torch.equal(found["labels"], alone.labels)
@@ -154,7 +154,7 @@ def test_groups_fit_the_memory_they_are_given():
 
 def test_small_groups_give_the_results_of_one(trained_run, labelled, monkeypatch):
     target = run_target(RunModels.open(trained_run), ["32x2", "48x3", "64x4"], "teacher")
-    job = Job("knn", labelled["val"], labelled["val"])
-    expected = job.run(target)
-    monkeypatch.setattr("pipeline.evaluate.job._GROUP_BYTES", 1)
-    assert job.run(target) == expected
+    evaluation = Evaluation("knn", labelled["val"], labelled["val"])
+    expected = evaluation.run(target)
+    monkeypatch.setattr("pipeline.evaluate.evaluation._GROUP_BYTES", 1)
+    assert evaluation.run(target) == expected

@@ -7,7 +7,7 @@ import torch
 from sklearn.neighbors import KNeighborsClassifier
 
 from pipeline.evaluate import knn
-from pipeline.evaluate.job import Job
+from pipeline.evaluate.evaluation import Evaluation
 from pipeline.evaluate.knn import knn_accuracy, knn_votes
 from pipeline.evaluate.targets import PIXELS, pixels_target
 
@@ -66,6 +66,6 @@ def test_few_samples_and_unknown_classes_are_counted_as_they_are():
 
 def test_raw_pixels_reach_the_known_yardstick(photos):
     train, val = (sorted(map(str, photos.glob(f"{split}-*.tar"))) for split in ("train", "val"))
-    result = Job("knn", train, val).run(pixels_target())[PIXELS]
+    result = Evaluation("knn", train, val).run(pixels_target())[PIXELS]
     assert (result["train_images"], result["val_images"]) == (3068, 713)
     assert result["accuracy"] == pytest.approx(0.447, abs=0.0015)  # ../shared/data/README.md

@@ -10,11 +10,12 @@ import sys
 
 import torch
 
-import pipeline.train
-from pipeline import distributed, losses
+import pipeline.run.loop
 from pipeline.config import load_config
+from pipeline.engine import distributed
 from pipeline.engine.core import Engine
-from pipeline.trainer import Trainer
+from pipeline.method import losses
+from pipeline.run.step import Trainer
 
 BAD_STEPS = {1, 3, 4, 5}
 now = {"step": -1, "call": 0}
@@ -51,7 +52,7 @@ def main() -> None:
     results = []
     for path in sys.argv[2:]:
         unchanged.clear()
-        code = pipeline.train.train(load_config(path, ["loss.ibot_start_epoch=0"]))
+        code = pipeline.run.loop.train(load_config(path, ["loss.ibot_start_epoch=0"]))
         results.append({"code": code, "unchanged": list(unchanged)})
     shut_down()
     if os.environ["RANK"] == "0":

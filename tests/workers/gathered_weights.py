@@ -7,10 +7,9 @@ from pathlib import Path
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from pipeline import distributed
 from pipeline.config import load_config
-from pipeline.engine import zero3
-from pipeline.trainer import Trainer
+from pipeline.engine import distributed, zero3
+from pipeline.run.step import Trainer
 
 zero3.BUCKET = 1  # gradients are reduced one by one
 initialize = zero3.initialize

@@ -4,10 +4,10 @@ import sys
 
 import torch
 
-from pipeline import distributed
 from pipeline.config import load_config
+from pipeline.engine import distributed
 from pipeline.engine.core import Engine
-from pipeline.trainer import Trainer
+from pipeline.run.step import Trainer
 
 STEPS = 4
 

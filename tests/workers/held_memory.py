@@ -6,9 +6,9 @@ import sys
 
 import torch
 
-from pipeline import distributed
 from pipeline.config import load_config
-from pipeline.trainer import Trainer
+from pipeline.engine import distributed
+from pipeline.run.step import Trainer
 
 
 def held() -> int:

@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(  # what training imports, early or late
-    ["pipeline.train", "deepspeed.runtime.zero.muon.muon_optimizer", "nvidia.dali.fn"]
+    ["pipeline.run.loop", "deepspeed.runtime.zero.muon.muon_optimizer", "nvidia.dali.fn"]
 )
 _FRESH = multiprocessing.get_context("spawn")
 

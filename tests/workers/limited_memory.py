@@ -5,9 +5,9 @@ import resource
 import sys
 from pathlib import Path
 
-from pipeline import distributed
 from pipeline.config import load_config
-from pipeline.trainer import Trainer
+from pipeline.engine import distributed
+from pipeline.run.step import Trainer
 
 
 def data_bytes() -> int:

@@ -6,10 +6,10 @@ import sys
 import time
 
 from pipeline.config import load_config
-from pipeline.job import stop_signals
-from pipeline.train import train
-from pipeline.trainer import Trainer
-from pipeline.tri_branch import TriBranch
+from pipeline.method.tri_branch import TriBranch
+from pipeline.run.loop import train
+from pipeline.run.slurm_job import stop_signals
+from pipeline.run.step import Trainer
 
 
 def crash() -> None:

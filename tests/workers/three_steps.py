@@ -17,16 +17,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline import distributed
 from pipeline.config import ExperimentConfig, load_config
 from pipeline.data.loader import Loader
 from pipeline.data.masks import block_masks
-from pipeline.distributed import Ranks
 from pipeline.elastic import Subnet
 from pipeline.elastic.stochastic_depth import keep_indices
+from pipeline.engine import distributed
+from pipeline.engine.distributed import Ranks
 from pipeline.engine.groups import MODULES, parameter_groups
-from pipeline.schedules import Schedules, StepValues
-from pipeline.trainer import Trainer, build_student
+from pipeline.method.schedules import Schedules, StepValues
+from pipeline.run.step import Trainer, build_student
 
 STEPS = 3
 EPS = 1e-4  # AdamW's default 1e-8 turns rounding noise of vanishing gradients into full steps
@@ -52,7 +52,7 @@ def by_engine(config: ExperimentConfig, ranks: Ranks) -> dict:
 
     trainer._masks = MethodType(masks, trainer)
     with mock.patch("torch.distributed.all_reduce", wraps=torch.distributed.all_reduce) as all_reduce:
-        losses = [trainer.step(step).losses for step in range(config.run.max_steps or STEPS)]
+        losses = [trainer.step(step).agreed.losses for step in range(config.run.max_steps or STEPS)]
     weights = {"student": {}, "teacher": {}}
     for group in trainer.engine.groups:
         spec = group.spec
@@ -98,9 +98,9 @@ def by_plain_torch(config: ExperimentConfig, subnets: list[list[Subnet]]) -> dic
     images = config.data.batch_size * ranks
     local = config.data.local_crops.count
     loader = Loader(config.data.model_copy(update={"batch_size": images}))
-    schedules, loss = Schedules(config, images), config.loss
+    schedules, loss = Schedules(config.optim, config.loss, images), config.loss
     student = build_student(config)
-    specs = parameter_groups(student, config)
+    specs = parameter_groups(student, config.optim)
     student.double()
     teacher = copy.deepcopy(student)
     named = dict(student.named_parameters())

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-import pipeline.train
+import pipeline.run.loop
 from pipeline.config import load_config
 
 
@@ -32,7 +32,7 @@ def attempt(config_path: str, plan: dict) -> int:
         torch.set_num_threads(1)
         code = 1
         try:
-            code = pipeline.train.train(config, quiet=True)
+            code = pipeline.run.loop.train(config, quiet=True)
         finally:
             os._exit(code)
     kind, _, count = (plan.get("kill") or "none").partition(":")

@@ -5,9 +5,9 @@ import json
 import sys
 from pathlib import Path
 
-from pipeline import distributed
 from pipeline.config import load_config
-from pipeline.trainer import Trainer
+from pipeline.engine import distributed
+from pipeline.run.step import Trainer
 
 
 def watch(path: Path, ranks: distributed.Ranks, steps: int) -> dict:
@@ -16,8 +16,8 @@ def watch(path: Path, ranks: distributed.Ranks, steps: int) -> dict:
     seen = []
     for step in range(steps):
         report = trainer.step(step)
-        health = {slot: branch._asdict() for slot, branch in report.health.items()}
-        seen.append({"losses": report.losses, "health": health, "flops": report.flops})
+        health = {slot: branch._asdict() for slot, branch in (report.health.branches if report.health else {}).items()}
+        seen.append({"losses": report.agreed.losses, "health": health, "flops": report.agreed.flops})
     digest = hashlib.sha256()
     for group in trainer.engine.groups:
         for vector in (group.master, group.ema):

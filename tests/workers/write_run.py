@@ -5,19 +5,19 @@ from pathlib import Path
 
 import torch
 
-from pipeline import distributed
-from pipeline.checkpoint import Checkpoints, Progress
 from pipeline.config import dump_config, load_config
+from pipeline.engine import distributed
+from pipeline.engine.checkpoint import Checkpoints, Progress
 from pipeline.engine.core import Engine
-from pipeline.losses import Centering
-from pipeline.trainer import build_student
+from pipeline.method.losses import Centering
+from pipeline.run.step import build_student
 
 
 def write_run(source: Path, ranks: distributed.Ranks) -> None:
     config, directory = load_config(source), source.with_suffix("")
     directory.mkdir()
     (directory / "config.yaml").write_text(dump_config(config))
-    engine = Engine(build_student(config), config, ranks.device)
+    engine = Engine(build_student(config), config.optim, config.engine, ranks.device)
     generator = torch.Generator().manual_seed(1)
     for group in engine.groups:
         for vector in (group.master.data, group.ema):

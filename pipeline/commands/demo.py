@@ -1,0 +1,18 @@
+"""`poa demo`: the whole job, small."""
+
+import argparse
+from pathlib import Path
+
+HELP = "the whole job on embedded images, in a few minutes"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `poa demo`."""
+    parser.add_argument("--dir", default="runs/demo", metavar="DIR", help="where to put it (default: %(default)s)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run it."""
+    from pipeline.demo import run_demo
+
+    return run_demo(Path(args.dir))

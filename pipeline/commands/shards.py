@@ -1,0 +1,126 @@
+"""`poa shards build | index | verify | stats`."""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import Any
+
+from pipeline.commands.arguments import add_json
+
+HELP = "build, index, verify or describe shards"
+_LISTED = 20  # names printed of a long list; JSON has them all
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `poa shards`."""
+    commands = parser.add_subparsers(metavar="ACTION", required=True)
+    build = commands.add_parser("build", help="pack images into shards")
+    build.add_argument("source", metavar="SRC", help="a folder, sklearn:digits or torchvision:CLASS[:ROOT]")
+    build.add_argument("destination", metavar="DST", help="a new folder")
+    build.add_argument("--per-shard", type=int, default=1000, metavar="N", help="samples (default: %(default)s)")
+    build.add_argument("--shorter-side", type=int, metavar="PX", help="shrink larger images (default: keep)")
+    build.add_argument("--seed", type=int, default=0, metavar="S", help="of the shuffling (default: %(default)s)")
+    build.add_argument(
+        "--val-fraction", type=float, metavar="F", help="share for val-*.tar (default: the source's own)"
+    )
+    build.add_argument("--download", action="store_true", help="let torchvision fetch its files")
+    add_json(build)
+    build.set_defaults(action=_build)
+    for name, run, text in (
+        ("index", _index, "write the index beside each shard"),
+        ("verify", _verify, "decode every image, check index and checksum; exit 1 if anything is wrong"),
+        ("stats", _stats, "counts, sizes, formats and classes"),
+    ):
+        command = commands.add_parser(name, help=text)
+        command.add_argument("shards", metavar="SHARDS", nargs="+", help="tar files or patterns with {000..009}")
+        command.set_defaults(action=run)
+        if name != "index":
+            add_json(command)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run one of the actions."""
+    return args.action(args)
+
+
+def _build(args: argparse.Namespace) -> int:
+    from pipeline.data.shards import build
+
+    report = build(
+        args.source,
+        args.destination,
+        per_shard=args.per_shard,
+        shorter_side=args.shorter_side,
+        seed=args.seed,
+        val_fraction=args.val_fraction,
+        download=args.download,
+    )
+    if args.json:
+        _print_json(asdict(report))
+        return 0
+    for split, entries in report.shards.items():
+        size = sum(entry.bytes for entry in entries) / 1e6
+        print(f"{split}: {report.samples[split]} images in {len(entries)} shards, {size:.1f} MB")
+    if report.classes:
+        print(f"{len(report.classes)} classes")
+    _print_list("left out, undecodable", (f"{name} ({reason})" for name, reason in report.left_out))
+    _print_list("ignored, no images", report.ignored)
+    print(f"written to {args.destination}")
+    return 0
+
+
+def _index(args: argparse.Namespace) -> int:
+    from pipeline.data.shards import index
+
+    for report in index(args.shards):
+        without = f", {report.without_image} without an image left out" if report.without_image else ""
+        print(f"{report.shard}: {report.samples} samples{without}")
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from pipeline.data.check import verify
+
+    verdicts = verify(args.shards)
+    if args.json:
+        _print_json([asdict(verdict) for verdict in verdicts])
+    else:
+        for verdict in verdicts:
+            state = f"{len(verdict.problems)} problems" if verdict.problems else "sound"
+            print(f"{verdict.shard}: {verdict.samples} samples, {state}")
+            for key, problem in verdict.problems:
+                print(f"  {key or 'the shard'}: {problem}")
+    return 1 if any(verdict.problems for verdict in verdicts) else 0
+
+
+def _stats(args: argparse.Namespace) -> int:
+    from pipeline.data.check import stats
+
+    found = stats(args.shards)
+    if args.json:
+        _print_json(asdict(found))
+        return 0
+    print(f"{found.samples} samples in {found.shards} shards, {found.bytes / 1e6:.1f} MB")
+    print("formats: " + ", ".join(f"{name} {count}" for name, count in found.formats.items()))
+    for name in ("height", "width", "kilobytes"):
+        low, *inner, high = getattr(found, name) or [0.0] * 5
+        print(f"{name}: {low:.4g} to {high:.4g}, 5/50/95% at " + "/".join(f"{value:.4g}" for value in inner))
+    if found.classes:
+        print("classes: " + ", ".join(f"{label}: {count}" for label, count in found.classes.items()))
+    return 0
+
+
+def _print_list(what: str, names: Iterable[str]) -> None:
+    listed = list(names)
+    if listed:
+        print(f"{what}: {len(listed)}", file=sys.stderr)
+        for name in listed[:_LISTED]:
+            print(f"  {name}", file=sys.stderr)
+        if len(listed) > _LISTED:
+            print("  ... all of them in dataset.json", file=sys.stderr)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=1))

@@ -1,0 +1,156 @@
+"""The section `model:`: the elastic backbone, its largest network and the grid of its sub-networks."""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Family = Literal["vit", "swin", "resnet"]
+
+FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
+    "vit": {
+        "width": {"min": 384, "max": 1024, "step": 64},
+        "depth": {"min": 12, "max": 24, "step": 1},
+    },
+    "swin": {
+        "patch_size": 4,
+        "head_dim": 16,
+        "width": {"min": 96, "max": 128, "step": 16},
+        "depth": {"min": 6, "max": 18, "step": 1},
+        "layer_scale": None,
+    },
+    "resnet": {
+        "patch_size": 4,
+        "width": {"min": 64, "max": 128, "step": 32},
+        "depth": {"min": [3, 4, 6, 3], "max": [3, 8, 36, 3], "step": 1},
+        "layer_scale": None,
+    },
+}
+UNUSED_KEYS = {
+    "vit": ("window_size",),
+    "swin": ("layer_scale",),
+    "resnet": ("patch_size", "head_dim", "window_size", "layer_scale"),  # its stem takes every fourth pixel
+}
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class Span(Section):
+    """An inclusive range of integers."""
+
+    min: int = Field(gt=0)
+    max: int = Field(gt=0)
+    step: int = Field(gt=0)
+
+    @model_validator(mode="after")
+    def _ends_meet(self) -> "Span":
+        if self.min > self.max or (self.max - self.min) % self.step:
+            raise ValueError(f"{self.min}..{self.max} is not reached in steps of {self.step}: change min, max or step")
+        return self
+
+    def values(self) -> tuple[int, ...]:
+        return tuple(range(self.min, self.max + 1, self.step))
+
+
+class DepthSpan(Section):
+    """Blocks per stage: one integer (ViT; the third stage of Swin) or a list with one entry per stage."""
+
+    min: int | list[int]
+    max: int | list[int]
+    step: int = Field(1, gt=0)
+
+    @model_validator(mode="after")
+    def _same_stages(self) -> "DepthSpan":
+        if isinstance(self.min, list) != isinstance(self.max, list) or len(self._list(self.min)) != len(
+            self._list(self.max)
+        ):
+            raise ValueError("min and max must have the same number of stages")
+        for low, high in zip(self._list(self.min), self._list(self.max), strict=True):
+            Span(min=low, max=high, step=self.step if low != high else 1)
+        return self
+
+    @staticmethod
+    def _list(value: int | list[int]) -> list[int]:
+        return value if isinstance(value, list) else [value]
+
+    def ranges(self) -> tuple[tuple[int, ...], ...]:
+        pairs = zip(self._list(self.min), self._list(self.max), strict=True)
+        return tuple(tuple(range(low, high + 1, self.step)) for low, high in pairs)
+
+
+class ModelConfig(Section):
+    """The elastic backbone: the largest network and the grid of its sub-networks."""
+
+    family: Family = "vit"
+    image_size: int = Field(224, gt=0)
+    patch_size: int = Field(16, gt=0)
+    in_chans: int = Field(3, gt=0)
+    head_dim: int = Field(64, gt=0)
+    width: Span
+    depth: DepthSpan
+    drop_path: float = Field(0.2, ge=0, lt=1)
+    layer_scale: float | None = Field(1.0e-5, gt=0)
+    init_from: str | None = None
+    window_size: int = Field(7, gt=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _family_defaults(cls, values: Any) -> Any:
+        """Fill what is left out of the file, single keys of `width` and `depth` included."""
+        if not isinstance(values, dict):
+            return values
+        merged = {**FAMILY_DEFAULTS.get(str(values.get("family", "vit")), {}), **values}
+        for name in ("width", "depth"):
+            default = FAMILY_DEFAULTS.get(str(values.get("family", "vit")), {}).get(name)
+            if isinstance(merged.get(name), dict) and default:
+                merged[name] = {**default, **merged[name]}
+        return merged
+
+    @model_validator(mode="after")
+    def _no_idle_key(self) -> "ModelConfig":
+        """A key that the family does not read holds its default, as it does in a resolved config."""
+        for name in UNUSED_KEYS[self.family]:
+            default = FAMILY_DEFAULTS[self.family].get(name, type(self).model_fields[name].default)
+            if getattr(self, name) != default:
+                raise ValueError(f"{name}={getattr(self, name)} has no effect on {self.family}: leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "ModelConfig":
+        if self.family != "resnet":
+            for name in ("min", "max", "step"):
+                width = getattr(self.width, name)
+                if width % self.head_dim and not (name == "step" and self.width.min == self.width.max):
+                    raise ValueError(
+                        f"width.{name}={width} is not a multiple of head_dim={self.head_dim}: "
+                        "every sub-network keeps whole heads, so change one of the two"
+                    )
+        elif self.width.min % 32 or self.width.max % 32 or (self.width.max > self.width.min and self.width.step % 32):
+            raise ValueError("ResNet widths must be multiples of 32 (groups of its GroupNorm): change width")
+        stages = len(self.depth_ranges)
+        if stages != (1 if self.family == "vit" else 4):
+            raise ValueError(f"depth has {stages} stages: {self.family} wants {1 if self.family == 'vit' else 4}")
+        if self.image_size % self.stride:
+            raise ValueError(
+                f"image_size={self.image_size} is not divisible by {self.stride} (the network's total stride): "
+                f"use {max(self.image_size // self.stride, 1) * self.stride}"
+            )
+        return self
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        return self.width.values()
+
+    @property
+    def depth_ranges(self) -> tuple[tuple[int, ...], ...]:
+        """Choices of depth, one tuple per stage."""
+        ranges = self.depth.ranges()
+        if self.family == "swin" and len(ranges) == 1:
+            return ((2,), (2,), ranges[0], (2,))
+        return ranges
+
+    @property
+    def stride(self) -> int:
+        """Pixels per side of the coarsest map; crops must be multiples of it."""
+        return self.patch_size if self.family == "vit" else self.patch_size * 8

@@ -1,0 +1,245 @@
+"""One evaluation: targets, their features, and what a classifier makes of them."""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from pipeline.data.eval_images import MAX_PIXELS, EvalImages
+from pipeline.data.reader import Dataset
+from pipeline.elastic import Subnet
+from pipeline.engine.distributed import Ranks
+from pipeline.errors import UserError
+from pipeline.evaluate.features import LabelledFeatures, extract_features
+from pipeline.evaluate.knn import knn_accuracy
+from pipeline.evaluate.linear import linear_accuracy
+from pipeline.evaluate.targets import PIXELS, UNTRAINED, Target, directory_target, is_run, pixels_target, run_target
+from pipeline.files import write_atomically
+from pipeline.models.loading import RunModels, run_config
+
+Shards = str | Sequence[str]
+T = TypeVar("T")
+Results = dict[str, dict[str, Any]]
+_GROUP_BYTES = 4 << 30
+
+
+class Classifier(Protocol):
+    def __call__(
+        self,
+        train: Tensor,
+        train_labels: Tensor,
+        val: Tensor,
+        val_labels: Tensor,
+        *,
+        ranks: Ranks | None,
+        device: torch.device | str,
+    ) -> dict[str, Any]: ...
+
+
+METHODS: dict[str, Classifier] = {"knn": knn_accuracy, "linear": linear_accuracy}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How and on what to evaluate.
+
+    Attributes:
+        method: key of `METHODS`.
+        train, val: labelled shards.
+        ranks: processes that share the work; None for this one alone.
+        progress: show progress bars.
+        max_pixels: larger images are left out.
+    """
+
+    method: str
+    train: Shards
+    val: Shards
+    ranks: Ranks | None = None
+    progress: bool = False
+    max_pixels: int = MAX_PIXELS
+
+    @property
+    def device(self) -> torch.device:
+        if self.ranks:
+            return self.ranks.device
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def run(self, target: Target) -> Results:
+        """Results by name of candidate.
+
+        Raises:
+            UserError: a shard is missing, or none of its samples is usable.
+        """
+        images = _everywhere(
+            self.ranks,
+            lambda: [EvalImages(shards, target.preprocessing, self.max_pixels) for shards in (self.train, self.val)],
+        )
+        results: Results = {}
+        for group in target.groups(sum(map(len, images)), _GROUP_BYTES):
+            models = {candidate.name: candidate.load() for candidate in group}
+            train, val = (
+                extract_features(
+                    models,
+                    source,
+                    ranks=self.ranks,
+                    device=self.device,
+                    threads=_threads(self.ranks),
+                    progress=self.progress,
+                )
+                for source in images
+            )
+            _require_samples(train, images[0].dataset)
+            _require_samples(val, images[1].dataset)
+            for candidate in group:
+                score = self._classify(candidate.name, train, val)
+                results[candidate.name] = {
+                    **score,
+                    "train_images": len(train.labels),
+                    "val_images": len(val.labels),
+                    "skipped": {"train": dict(train.skipped), "val": dict(val.skipped)},
+                    "params": candidate.params,
+                    "gflops": candidate.gflops,
+                    **candidate.origin,
+                }
+        return results
+
+    def _classify(self, name: str, train: LabelledFeatures, val: LabelledFeatures) -> dict[str, Any]:
+        x, queries = train.features[name], val.features[name]
+        if name == PIXELS:
+            x, queries = x - x.mean(0), queries - x.mean(0)
+        return METHODS[self.method](x, train.labels, queries, val.labels, ranks=self.ranks, device=self.device)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What `evaluate` is asked for.
+
+    Attributes:
+        path: a run directory, or a directory that timm can load.
+        method: "knn" or "linear".
+        train, val: labelled shards; a run's own eval.train (data.train) and eval.val (data.val) by default.
+        subnets: names, "all", or None for the smallest, the largest and the paper's sizes.
+        branch: "teacher" or "student".
+        untrained: add `untrained_accuracy`, of the same architectures as the run initialised them.
+        pixels: add `pixels_accuracy`, of raw 32 x 32 pixels less their mean.
+    """
+
+    path: Path
+    method: str = "knn"
+    train: Shards | None = None
+    val: Shards | None = None
+    subnets: Iterable[str | Subnet] | str | None = None
+    branch: str = "teacher"
+    untrained: bool = False
+    pixels: bool = False
+
+
+def evaluate(request: Request, ranks: Ranks | None = None, progress: bool = False) -> Results:
+    """Accuracy of frozen features: of sub-networks of a run, or of one model directory.
+
+    Results of a run are also written to `RUN/eval/METHOD.json`, beside earlier ones of the same checkpoint and data.
+
+    Args:
+        request: of what, and on what.
+        ranks: processes that call this together and share the work.
+        progress: show progress bars on standard error.
+
+    Returns:
+        By name: accuracy (a fraction of 1), what the method adds, train_images, val_images, params, gflops, ...
+
+    Raises:
+        UserError: the path, a sub-network or the shards are not usable.
+    """
+    evaluation, target = _everywhere(ranks, lambda: _prepare(request, ranks, progress))
+    found = evaluation.run(target)
+    results = {name: entry for name, entry in found.items() if not name.startswith(UNTRAINED)}
+    if request.untrained:
+        for name, entry in results.items():
+            entry["untrained_accuracy"] = found[UNTRAINED + name]["accuracy"]
+    if request.pixels:
+        yardstick = evaluation.run(pixels_target())[PIXELS]["accuracy"]
+        for entry in results.values():
+            entry["pixels_accuracy"] = yardstick
+    data = {"train": _names(evaluation.train), "val": _names(evaluation.val)}
+    results = {name: {**entry, **data} for name, entry in results.items()}
+    if is_run(request.path) and (ranks is None or ranks.is_main):
+        _record(request.path / "eval" / f"{request.method}.json", results)
+    return results
+
+
+def _prepare(request: Request, ranks: Ranks | None, progress: bool) -> tuple[Evaluation, Target]:
+    path, train, val = request.path, request.train, request.val
+    if not is_run(path):
+        if request.subnets is not None or request.untrained:
+            raise UserError("this is one model, not a run", str(path), "leave out --subnets and --untrained")
+        return Evaluation(request.method, *_shards(train, val), ranks, progress), directory_target(path)
+    config = run_config(path)
+    shards = _shards(train, val, config.eval.train or config.data.train, config.eval.val or config.data.val)
+    target = run_target(RunModels.open(path, request.branch), request.subnets, request.branch)
+    if request.untrained:
+        same = [candidate.name for candidate in target.candidates]
+        fresh = run_target(RunModels.untrained(config), same, request.branch)
+        target = Target([*target.candidates, *fresh.candidates], target.preprocessing)
+    return Evaluation(request.method, *shards, ranks, progress, config.data.max_pixels), target
+
+
+def _everywhere(ranks: Ranks | None, make: Callable[[], T]) -> T:
+    """What `make` makes, once it has succeeded on every rank; an error on one is raised on all."""
+    if ranks is None:
+        return make()
+    made: list[T] = []
+    ranks.together(lambda: made.append(make()))
+    return made[0]
+
+
+def _shards(
+    train: Shards | None, val: Shards | None, own_train: Shards | None = None, own_val: Shards | None = None
+) -> tuple[Shards, Shards]:
+    return _named("train", train or own_train), _named("val", val or own_val)
+
+
+def _named(name: str, shards: Shards | None) -> Shards:
+    if not shards:
+        raise UserError(f"no {name} shards are named", f"--{name}", f"name labelled shards, or set eval.{name}")
+    return shards
+
+
+def _names(shards: Shards) -> list[str]:
+    return [shards] if isinstance(shards, str) else list(shards)
+
+
+def _require_samples(features: LabelledFeatures, dataset: Dataset) -> None:
+    if not len(features.labels):
+        reasons = ", ".join(f"{count} {reason}" for reason, count in features.skipped.items())
+        raise UserError(
+            f"no labelled image can be used ({reasons})", str(dataset.paths[0]), "name shards with .cls members"
+        )
+
+
+def _threads(ranks: Ranks | None) -> int:
+    """This rank's part of the CPUs that the process may use, at most 16."""
+    cpus = len(os.sched_getaffinity(0))
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world_size)) if ranks else 1
+    return min(max(cpus // local, 1), 16)
+
+
+def _record(path: Path, results: Results) -> None:
+    """Add results to a file; older ones of another checkpoint or other data would mislead and go."""
+    path.parent.mkdir(exist_ok=True)
+    identity = ("step", "branch", "train", "val")
+    new = next(iter(results.values()))
+    try:
+        old = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        old = {}
+    except ValueError:
+        print(f"warning: {path} is not JSON and is written anew", file=sys.stderr)
+        old = {}
+    kept = {name: entry for name, entry in old.items() if all(entry.get(key) == new[key] for key in identity)}
+    write_atomically(path, json.dumps(kept | results, indent=1) + "\n")

@@ -1,1 +1,0 @@
-"""Seeing a run: what it exports to Prometheus, and what describes it there."""

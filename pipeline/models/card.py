@@ -1,0 +1,100 @@
+"""The README.md of an extracted model."""
+
+from typing import Any
+
+from pipeline.elastic import Subnet
+from pipeline.models.loading import RunModels
+
+_CARD = """---
+library_name: timm
+tags:
+- image-feature-extraction
+- timm
+- self-supervised
+---
+# {name}
+
+An image encoder ({family}, {feature_dim} features per image) without a classifier, cut out of a larger network that was
+pre-trained once, self-supervised, together with all of its sub-networks (POA, arXiv 2408.01031).
+
+| | |
+|---|---|
+| Sub-network | {name}: width {width}, blocks per stage {depths} |
+| Cut out of | {largest} |
+| Parameters | {params:.2f} M |
+| GFLOPs | {gflops:.3g} per image of {side} x {side} px (a multiply-accumulate counts as 2) |
+| Weights | {branch} after {step} steps; {objective} |
+| 20-NN accuracy | {accuracy} |
+| Image size | {side} x {side} px in training; {other_sizes} |
+
+## Use
+
+```python
+import timm
+
+model = timm.create_model("local-dir:PATH_OF_THIS_DIRECTORY", pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_data_config(model.pretrained_cfg), is_training=False)
+features = model(transform(image).unsqueeze(0))  # [1, {feature_dim}]
+```
+
+`num_classes=N` adds an untrained classifier to fine-tune. Nothing but timm is needed.
+
+## Proof
+
+`proof.json`: loaded through timm from these files, the model differs from the sub-network in place by at most
+{difference:.1e} on {images} images ({shards}), in fp32.
+
+## Licence
+
+The code that made this model is under Apache-2.0. The weights are under the terms of whoever trained them, who also
+answers for the rights in the training images.
+"""
+
+_OTHER_SIZES = {
+    "vit": "other sizes divisible by {stride} work, positions are interpolated",
+    "swin": "other sizes divisible by {patch} work, best near the training size",
+    "resnet": "any other size works",
+}
+
+
+def model_card(
+    models: RunModels, subnet: Subnet, hub: dict[str, Any], proof: dict[str, Any], knn: dict[str, Any] | None
+) -> str:
+    """The card as Markdown.
+
+    Args:
+        models: what the model was cut out of.
+        subnet: which part.
+        hub, proof: contents of config.json and proof.json.
+        knn: its entry of the run's eval/knn.json, if it has one.
+    """
+    config = models.config
+    return _CARD.format(
+        name=subnet.name,
+        family=hub["architecture"],
+        feature_dim=hub["num_features"],
+        width=subnet.width,
+        depths=", ".join(map(str, subnet.depths)),
+        largest=models.grid.largest,
+        params=models.params(subnet) / 1e6,
+        gflops=models.gflops(subnet),
+        side=config.model.image_size,
+        branch="teacher (moving average of the student)" if proof["branch"] == "teacher" else "student",
+        step=models.step,
+        objective=f"DINO and iBOT losses with distillation between sizes, {config.loss.centering} centering",
+        accuracy=_accuracy(knn),
+        other_sizes=_OTHER_SIZES[config.model.family].format(stride=config.model.stride, patch=config.model.patch_size),
+        difference=proof["max_abs_difference"],
+        images=proof["images"],
+        shards=_summary(proof["shards"]),
+    )
+
+
+def _accuracy(knn: dict[str, Any] | None) -> str:
+    if knn is None:
+        return "not measured (`poa eval knn`)"
+    return f"{100 * knn['accuracy']:.1f}% ({knn['train_images']} training, {knn['val_images']} validation images)"
+
+
+def _summary(shards: list[str]) -> str:
+    return shards[0] if len(shards) == 1 else f"{shards[0]} ... {shards[-1]}"

@@ -1,0 +1,163 @@
+"""Sub-networks of a run as plain timm directories, each with the proof that it is the sub-network."""
+
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from pipeline.elastic import Subnet
+from pipeline.errors import UserError
+from pipeline.files import sync, write_atomically
+from pipeline.models.card import model_card
+from pipeline.models.loading import RunModels, choose, run_config
+from pipeline.models.proof import (
+    TOLERANCE,
+    ProofFailed,
+    ProofImages,
+    identity,
+    largest_difference,
+    load_proof_images,
+    proof_of,
+)
+from pipeline.models.timm_format import hub_config
+
+PROOF_IMAGES = 8
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """One extracted model.
+
+    Attributes:
+        name: of the sub-network.
+        path: the directory.
+        max_abs_difference: between its features and the sub-network's in place.
+        params: number of parameters.
+        gflops: of a forward pass over one image of the training size.
+    """
+
+    name: str
+    path: Path
+    max_abs_difference: float
+    params: int
+    gflops: float
+
+
+def extract(
+    run_dir: str | Path,
+    subnets: Sequence[str | Subnet] | str,
+    out: str | Path,
+    branch: str = "teacher",
+    proof_images: int = PROOF_IMAGES,
+    proof_shards: str | Sequence[str] | None = None,
+    progress: bool = False,
+) -> list[Extracted]:
+    """Write each sub-network to a directory `out/NAME` that timm loads without this project.
+
+    A directory appears under its name only when the model, loaded back through timm, agrees with the sub-network in
+    place to within `TOLERANCE` on `proof_images` real images.
+
+    Args:
+        run_dir: a run directory.
+        subnets: names, or "all".
+        out: parent of the new directories.
+        branch: "teacher" or "student".
+        proof_images: how many images the proof takes.
+        proof_shards: shards to take them from; by default the run's data.val, eval.val or data.train.
+        progress: show a progress bar on standard error.
+
+    Raises:
+        UserError: no such run or sub-network, no images, something else is in the way, or no room on the disk.
+        ProofFailed: a model differs from its sub-network.
+    """
+    out = Path(out)
+    config = run_config(Path(run_dir))
+    shards = proof_shards or config.data.val or config.eval.val or config.data.train
+    models = RunModels.open(run_dir, branch)
+    chosen = choose(models.grid, subnets)
+    images = load_proof_images(config, shards, proof_images)
+    _require_room(models, chosen, out)
+    for subnet in chosen:
+        _require_free(out / subnet.name, models, subnet, branch)
+    measured = _measured(Path(run_dir), models.step, branch)
+    bar = tqdm(chosen, "extract", unit="model", disable=not progress, mininterval=0.1 if sys.stderr.isatty() else 10)
+    return [_extract_one(models, subnet, out, branch, images, measured.get(subnet.name)) for subnet in bar]
+
+
+def _require_room(models: RunModels, chosen: Sequence[Subnet], out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot use the directory: {error.strerror}", str(out), "choose another --out") from error
+    needed = 4 * sum(models.params(subnet) for subnet in chosen)
+    free = shutil.disk_usage(out).free
+    if needed > free:
+        raise UserError(
+            f"{len(chosen)} models take {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free",
+            str(out),
+            "name fewer sub-networks, or another --out",
+        )
+
+
+def _require_free(path: Path, models: RunModels, subnet: Subnet, branch: str) -> None:
+    """What is there may be replaced only if it is this very model."""
+    if not path.exists() and not path.is_symlink():
+        return
+    try:
+        proof = json.loads((path / "proof.json").read_text(encoding="utf-8"))
+        same = identity(models, subnet, branch).items() <= proof.items()
+    except (OSError, ValueError, AttributeError):
+        same = False
+    if not same:
+        raise UserError("something else is in the way", str(path), "remove it, or choose another --out")
+
+
+def _measured(run_dir: Path, step: int, branch: str) -> dict[str, dict[str, Any]]:
+    """k-NN results of sub-networks, where they are of this very checkpoint."""
+    path = run_dir / "eval" / "knn.json"
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise UserError("the file is not JSON", str(path), "remove it and run `poa eval knn` again") from error
+    return {
+        name: entry for name, entry in results.items() if (entry.get("step"), entry.get("branch")) == (step, branch)
+    }
+
+
+def _extract_one(
+    models: RunModels, subnet: Subnet, out: Path, branch: str, images: ProofImages, knn: dict[str, Any] | None
+) -> Extracted:
+    final, aside = out / subnet.name, out / f".{subnet.name}.tmp"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    try:
+        export = models.backbone.export(subnet)
+        hub = hub_config(models.config.model, export)
+        write_atomically(aside / "config.json", json.dumps(hub, indent=2) + "\n")
+        save_file(export.state_dict, aside / "model.safetensors", metadata={"format": "pt"})
+        sync(aside / "model.safetensors")
+        difference = largest_difference(models, subnet, aside, images)
+        proof = proof_of(models, subnet, branch, images, difference)
+        if not difference <= TOLERANCE:  # NaN is no agreement
+            raise ProofFailed(
+                f"{subnet} differs from the sub-network in place by {difference:.3g}, more than {TOLERANCE:g}; "
+                f"nothing was written to {final}"
+            )
+        write_atomically(aside / "proof.json", json.dumps(proof, indent=2) + "\n")
+        extracted = Extracted(subnet.name, final, difference, models.params(subnet), models.gflops(subnet))
+        write_atomically(aside / "README.md", model_card(models, subnet, hub, proof, knn))
+        if final.exists():
+            shutil.rmtree(final)
+        aside.rename(final)
+        sync(out)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return extracted

@@ -1,0 +1,312 @@
+"""What training tells about itself: step by step on each rank, joined over the ranks at every log line."""
+
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from pipeline.config import ExperimentConfig
+from pipeline.elastic import Grid, cost
+from pipeline.engine.agreement import BAD_VALUES
+from pipeline.engine.checkpoint import Progress
+from pipeline.engine.distributed import Ranks
+from pipeline.engine.layouts import working_dtype
+from pipeline.measure.bands import Bands
+from pipeline.measure.health import largest_entropy
+from pipeline.measure.memory import memory_bytes
+from pipeline.measure.metrics import BANDS, BUSY_PHASES, PHASES
+from pipeline.measure.peak import device_peak
+from pipeline.measure.phases import Phases
+from pipeline.monitor.exporter import Exporter
+from pipeline.monitor.report import Health, StepReport
+from pipeline.monitor.tensorboard import EventFile
+from pipeline.monitor.values import Values
+
+SKIP_REASONS = ("decode", "empty", "format", "header", "huge", "precision", "read", "truncated")
+_STATS = ("min", "mean", "max")
+
+
+@dataclass
+class _Interval:
+    """Sums since the last log line."""
+
+    steps: int = 0
+    seconds: float = 0.0
+    data_wait: float = 0.0
+    flops: float = 0.0
+    phases: dict[str, float] = field(default_factory=dict)
+    band_steps: list[float] = field(default_factory=lambda: [0.0] * len(BANDS))
+    band_losses: list[float] = field(default_factory=lambda: [0.0] * len(BANDS))
+
+
+class Monitor:
+    """Metrics of one rank; the first rank of each node serves its node's, rank 0 also the run's.
+
+    Every rank calls every method at the same step. Nothing here may end a run: what fails on this rank alone is
+    reported once and then left out.
+
+    Args:
+        config: the experiment.
+        ranks: this process and its peers.
+        phases: the stop watch of the trainer.
+        bands: cost bands of the sub-networks.
+        progress: where the run starts.
+        last_step: where it ends.
+
+    Attributes:
+        complete: the run got there, so that whoever reads the metrics should see the last values.
+    """
+
+    def __init__(
+        self,
+        config: ExperimentConfig,
+        ranks: Ranks,
+        phases: Phases,
+        bands: Bands,
+        progress: Progress,
+        last_step: int,
+    ):
+        self.config, self.ranks, self.phases = config, ranks, phases
+        self.values = Values()
+        self._interval = _Interval(phases=dict(phases.seconds))
+        self._later: dict[str, Any] = {}
+        self.complete = self._failed = False
+        self._exporter: Exporter | None = None
+        self._events: EventFile | None = None
+        node = os.environ.get("SLURMD_NODENAME", platform.node())
+        nodes = ranks.gather(node)
+        self._peers = [rank for rank, name in enumerate(nodes) if name == node]
+        self._leads = self._peers[0] == ranks.rank
+        with self._carefully():
+            self._peak = device_peak(ranks.device, working_dtype(config.engine))
+            if self._leads:
+                self._exporter = Exporter(config.metrics, Path(config.run.dir), node, sweeps=ranks.is_main)
+            if ranks.is_main:
+                self._describe(bands, progress, last_step)
+                if config.metrics.tensorboard:
+                    self._events = EventFile(Path(config.run.dir) / "tensorboard", progress.step)
+
+    def __enter__(self) -> "Monitor":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """End the endpoint; after a complete run Prometheus may read the last values first."""
+        with self._carefully():
+            if self._events:
+                self._events.close()
+            if self._exporter:
+                self._exporter.close(self.values, linger=self.complete)
+
+    def step(self, progress: Progress, report: StepReport) -> None:
+        """After every step; costs no communication."""
+        interval, agreed = self._interval, report.agreed
+        interval.steps += 1
+        interval.seconds += report.timing.step
+        interval.data_wait += report.timing.data_wait
+        interval.flops += agreed.flops
+        for band, (count, loss) in enumerate(zip(agreed.band_steps, agreed.band_losses, strict=True)):
+            interval.band_steps[band] += count
+            interval.band_losses[band] += loss
+        with self._carefully():
+            if self._leads:
+                self._count_step(progress, report)
+            if self.ranks.is_main:
+                self._count_run(progress, report)
+            if self._exporter:
+                self._exporter.offer(self.values)
+
+    def log(self, report: StepReport) -> dict[str, Any]:
+        """At every log line: what to add to the record. Collective."""
+        rows = self._exchange()
+        interval, self._interval = self._interval, _Interval(phases=dict(self.phases.seconds))
+        fields: dict[str, Any] = {}
+        with self._carefully():
+            if self._leads:
+                self._set_node([rows[rank] for rank in self._peers])
+            if self.ranks.is_main:
+                self._set_schedules(report)
+                fields = self._set_run(interval, rows) | self._later
+                self._later = {}
+            if self._exporter:
+                self._exporter.offer(self.values, at_once=True)
+        return fields
+
+    def logged(self, record: dict[str, Any]) -> None:
+        """Repeat a record of `metrics.jsonl` for TensorBoard."""
+        with self._carefully():
+            if self._events:
+                self._events.add(record)
+
+    def saved(self, step: int, path: Path | None, seconds: float) -> None:
+        """A checkpoint is complete."""
+        self.phases.add("checkpoint", seconds)
+        if self.ranks.is_main and path is not None:
+            with self._carefully():
+                self.values.set("poa_checkpoint_seconds", seconds)
+                self.values.set("poa_checkpoint_timestamp_seconds", time.time())
+                self.values.set("poa_checkpoint_step", step)
+                self.values.set("poa_checkpoint_bytes", sum(f.stat().st_size for f in path.iterdir()))
+                self._later["checkpoint_seconds"] = seconds
+
+    def knn(self, step: int, accuracies: Mapping[str, float], seconds: float) -> None:
+        """Accuracies by name of sub-network."""
+        for name, accuracy in accuracies.items():
+            self.values.set("poa_knn_accuracy_ratio", accuracy, name)
+            self._later[f"knn_{name}"] = accuracy
+        self._later |= {"knn_step": step, "knn_seconds": seconds}
+
+    @contextmanager
+    def _carefully(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            if not self._failed:
+                print(f"warning: metrics of rank {self.ranks.rank} fail ({error!r}); training goes on", file=sys.stderr)
+            self._failed = True
+
+    def _describe(self, bands: Bands, progress: Progress, last_step: int) -> None:
+        config, values = self.config, self.values
+        manifest = json.loads((Path(config.run.dir) / "manifest.json").read_text(encoding="utf-8"))
+        job = os.environ.get("SLURM_JOB_ID", "")
+        labels = (Path(config.run.dir).resolve().name, config.model.family, job, self.ranks.world_size)
+        values.set("poa_run_info", 1, *labels, manifest["code"])
+        values.set("poa_device_peak_flops", self._peak.flops, self._peak.source)
+        values.set("poa_last_step", last_step)
+        values.set("poa_student_temperature", config.loss.student_temp)
+        values.set("poa_target_entropy_max_nats", largest_entropy(config.heads.prototypes))
+        values.set("poa_checkpoint_every_steps", config.run.checkpoint_every_steps)
+        values.set("poa_checkpoint_step", progress.step)
+        values.add("poa_restarts_total", len(manifest["starts"]) - 1)
+        sample = min(2 * config.data.batch_size, cost.feature_dim(config.model, Grid(config.model).largest))
+        values.set("poa_effective_rank_max", sample)
+        for term in BAD_VALUES:
+            values.add("poa_bad_steps_total", 0, term)
+        for reason in SKIP_REASONS:
+            values.add("poa_skipped_samples_total", 0, reason)
+        for band, gflops in zip(BANDS, bands.gflops, strict=True):
+            values.add("poa_subnet_steps_total", 0, band)
+            values.set("poa_band_gflops", gflops, band)
+        self._skipped_before = dict(progress.skipped_samples)
+
+    def _count_step(self, progress: Progress, report: StepReport) -> None:
+        values = self.values
+        values.set("poa_step", progress.step)
+        values.set("poa_step_timestamp_seconds", time.time())
+        values.add("poa_images_total", len(self._peers) * self.config.data.batch_size)
+        values.observe_step(report.timing.step)
+
+    def _count_run(self, progress: Progress, report: StepReport) -> None:
+        values, agreed = self.values, report.agreed
+        values.set("poa_samples", progress.samples)
+        values.set("poa_epoch", report.values.epoch)
+        for term in agreed.bad:
+            values.add("poa_bad_steps_total", 1, term)
+        for reason, count in progress.skipped_samples.items():
+            values.set("poa_skipped_samples_total", count - self._skipped_before.get(reason, 0), reason)
+        for band, drawn in zip(BANDS, agreed.band_steps, strict=True):
+            values.add("poa_subnet_steps_total", drawn, band)
+        for name, loss in agreed.losses.items():
+            term, _, branch = name.partition("/")
+            values.set("poa_loss", loss, term, branch or "all")
+        for module, norm in agreed.gradient_norms.items():
+            values.set("poa_grad_norm", norm, module)
+        if report.health:
+            self._later |= self._set_health(report.health)
+
+    def _exchange(self) -> list[list[float]]:
+        """One row per rank: own work and wait per step, wait share, phases, memory."""
+        interval, seconds = self._interval, self.phases.seconds
+        steps = max(interval.steps, 1)
+        spent = {phase: seconds[phase] - interval.phases[phase] for phase in PHASES}
+        row = [
+            sum(spent[phase] for phase in BUSY_PHASES) / steps,
+            interval.data_wait / steps,
+            interval.data_wait / max(interval.seconds, 1e-9),
+            *(seconds[phase] for phase in PHASES),
+            *(spent[phase] / steps for phase in PHASES),
+            *memory_bytes(self.ranks.device).values(),
+        ]
+        own = torch.tensor(row, dtype=torch.float64)
+        gathered = [torch.empty_like(own) for _ in range(self.ranks.world_size)]
+        dist.all_gather(gathered, own, group=self.ranks.control)
+        return [part.tolist() for part in gathered]
+
+    def _set_node(self, rows: list[list[float]]) -> None:
+        values, first = self.values, 3
+        values.set("poa_data_wait_ratio", _mean(row[2] for row in rows))
+        for i, phase in enumerate(PHASES, first):
+            values.set("poa_phase_seconds_total", _mean(row[i] for row in rows), phase)
+        for j, kind in enumerate(memory_bytes(self.ranks.device), first + 2 * len(PHASES)):
+            values.set("poa_device_memory_bytes", max(row[j] for row in rows), kind)
+
+    def _set_run(self, interval: _Interval, rows: list[list[float]]) -> dict[str, Any]:
+        values = self.values
+        for column, name in enumerate(("poa_rank_busy_seconds", "poa_rank_data_wait_seconds")):
+            numbers = [row[column] for row in rows]
+            for stat, value in zip(_STATS, (min(numbers), _mean(numbers), max(numbers)), strict=True):
+                values.set(name, value, stat)
+        slowest = max(range(len(rows)), key=lambda rank: rows[rank][0])
+        images = interval.steps * self.config.data.batch_size * self.ranks.world_size
+        seconds = max(interval.seconds, 1e-9)
+        utilization = interval.flops / (self._peak.flops * self.ranks.world_size * seconds)
+        values.set("poa_slowest_rank", slowest)
+        values.set("poa_slowest_rank_step_seconds", rows[slowest][0])
+        values.set("poa_images_per_second", images / seconds)
+        values.set("poa_model_flops_utilization_ratio", utilization)
+        fields: dict[str, float] = {
+            "mfu": utilization,
+            "slowest_rank": slowest,
+            "slowest_rank_seconds": rows[slowest][0],
+            "memory_bytes": max(row[-1] for row in rows),
+        }
+        for band, count, loss in zip(BANDS, interval.band_steps, interval.band_losses, strict=True):
+            if count:
+                values.set("poa_subnet_loss", loss / count, band)
+                fields |= {f"subnet_loss_{band}": loss / count, f"subnet_steps_{band}": round(count)}
+        for i, phase in enumerate(PHASES, 3 + len(PHASES)):
+            fields[f"{phase}_seconds_per_step"] = _mean(row[i] for row in rows)
+        return fields
+
+    def _set_schedules(self, report: StepReport) -> None:
+        values = self.values
+        values.set("poa_learning_rate", report.values.lr)
+        values.set("poa_weight_decay", report.values.weight_decay)
+        values.set("poa_teacher_momentum", report.values.momentum)
+        values.set("poa_teacher_temperature", report.values.teacher_temp)
+
+    def _set_health(self, health: Health) -> dict[str, float]:
+        values = self.values
+        fields: dict[str, float] = {}
+        for tokens, norm in health.center_norms.items():
+            values.set("poa_center_norm", norm, tokens)
+            fields[f"center_norm_{tokens}"] = norm
+        for slot, branch in health.branches.items():
+            values_by_name = {"entropy": branch.entropy, "effective_rank": branch.effective_rank}
+            if slot in BANDS:
+                values.set("poa_band_entropy_nats", branch.entropy, slot)
+                values.set("poa_band_effective_rank", branch.effective_rank, slot)
+                values.set("poa_band_feature_std", branch.deviation, slot)
+            else:
+                values.set("poa_target_entropy_nats", branch.entropy, slot)
+                values.set("poa_target_uniform_kl_nats", branch.uniform_kl, slot)
+                values.set("poa_prototypes_used_ratio", branch.used, slot)
+                values.set("poa_effective_rank", branch.effective_rank, slot)
+                values.set("poa_feature_std", branch.deviation, slot)
+                values_by_name |= {"uniform_kl": branch.uniform_kl, "prototypes_used": branch.used}
+            values_by_name["feature_std"] = branch.deviation
+            fields |= {f"{name}_{slot}": value for name, value in values_by_name.items()}
+        return fields
+
+
+def _mean(numbers: "Iterator[float] | list[float]") -> float:
+    held = list(numbers)
+    return sum(held) / len(held)

@@ -1,0 +1,58 @@
+"""Are the shards there, and their images sound?"""
+
+import os
+
+from pipeline.config import ExperimentConfig
+from pipeline.data.images import BadImage, decode, inspect
+from pipeline.data.reader import Dataset, expand_shards
+from pipeline.data.tars import index_path
+from pipeline.plan.check import Check
+
+_SAMPLES = 64  # images that are decoded, spread over the shards
+
+
+def check_shards(config: ExperimentConfig, world_size: int) -> Check:
+    """Are the shards there, indexed, and enough for the ranks?"""
+
+    paths = expand_shards(config.data.train)
+    bare = [path for path in paths if not index_path(path).exists()]
+    dataset = Dataset(config.data.train)
+    batch = config.data.batch_size * world_size
+    finding = f"{len(paths)} shards, {len(dataset)} images, global batch {batch}"
+    if len(dataset) < batch:
+        return Check("shards", "fail", finding, "lower data.batch_size, or use fewer ranks")
+    if bare:
+        return Check("shards", "warn", f"{finding}; {len(bare)} have no index", f"poa shards index {bare[0]} ...")
+    if world_size > len(paths):
+        fix = "many ranks read from one file at a time: build more, smaller shards (poa shards build --per-shard)"
+        return Check("shards", "warn", f"{finding}; fewer shards than {world_size} ranks", fix)
+    cores = len(os.sched_getaffinity(0))
+    if config.data.threads > cores:
+        return Check(
+            "shards", "warn", f"{finding}; {config.data.threads} threads on {cores} cores", "lower data.threads"
+        )
+    return Check("shards", "pass", finding)
+
+
+def check_images(config: ExperimentConfig) -> Check:
+    """Can images from all over the shards be decoded?"""
+
+    dataset = Dataset(config.data.train)
+    count = min(_SAMPLES, len(dataset))
+    bad: dict[int, str] = {}
+    for record in (i * len(dataset) // count for i in range(count)):
+        try:
+            data = dataset.image(record)
+            inspect(data, config.data.max_pixels)
+            decode(data)
+        except BadImage as error:
+            bad[record] = error.reason
+        except OSError:
+            bad[record] = "read"
+    finding = f"{count - len(bad)} of {count} images are sound"
+    if not bad:
+        return Check("images", "pass", finding)
+    record, reason = next(iter(bad.items()))
+    finding += f"; {dataset.key(record)} of {dataset.shard(record)}: {reason}"
+    fix = f"poa shards verify {dataset.shard(record)}; training leaves bad images out and counts them"
+    return Check("images", "fail" if len(bad) > count / 2 else "warn", finding, fix)

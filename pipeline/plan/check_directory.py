@@ -1,0 +1,82 @@
+"""Can the run directory be used: rights, another experiment, room, and speed for a save in time?"""
+
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+from pipeline.config import ExperimentConfig, load_config
+from pipeline.elastic import cost
+from pipeline.engine.checkpoint import list_checkpoints
+from pipeline.errors import UserError
+from pipeline.plan import forecast
+from pipeline.plan.check import Check
+from pipeline.run.directory import RunDirectory, require_same_experiment
+
+_GIB = 1 << 30
+_PROBE_BYTES = 32 << 20
+
+
+def check_directory(config: ExperimentConfig) -> Check:
+    """Can the run directory be used, and is what it holds of this experiment?"""
+
+    path = Path(config.run.dir)
+    parent = _existing(path)
+    if not os.access(parent, os.W_OK):
+        return Check("run directory", "fail", f"{parent} is not writable", "set run.dir to another")
+    if (path / "config.yaml").exists():
+        require_same_experiment(load_config(path / "config.yaml"), config, path)
+        saved = [c.name for c in list_checkpoints(RunDirectory(path).checkpoints)]
+        return Check("run directory", "pass", f"{path}: {f'resumes from {saved[0]}' if saved else 'starts anew'}")
+    return Check("run directory", "pass", f"{path}: new")
+
+
+def check_disk(config: ExperimentConfig) -> Check:
+    """Is there room for the retained checkpoints and the one being written?"""
+    free = shutil.disk_usage(_existing(Path(config.run.dir))).free
+    needed = (config.run.keep + 1) * _checkpoint_bytes(config)
+    finding = (
+        f"{free / _GIB:.1f} GiB free, {config.run.keep} checkpoints and one in the making take {needed / _GIB:.1f}"
+    )
+    if free < needed:
+        return Check("disk", "fail", finding, "make room, lower run.keep, or set run.dir to another file system")
+    if free < 2 * needed:
+        return Check("disk", "warn", finding, "make room: others may fill the rest")
+    return Check("disk", "pass", finding)
+
+
+def check_lead(config: ExperimentConfig, world_size: int) -> Check:
+    """Is the time between Slurm's signal and the end of the job enough to save?"""
+    lead = config.checkpoint.signal_lead_seconds
+    parent = _existing(Path(config.run.dir))
+    rate = _write_rate(parent)
+    seconds = _checkpoint_bytes(config) / rate  # as if the file system gave all ranks together what it gives one
+    finding = f"{lead:.0f} s; a checkpoint takes about {seconds:.1f} s at the {rate / 2**20:.0f} MiB/s of {parent}"
+    if lead < 2 * seconds:
+        fix = f"set checkpoint.signal_lead_seconds={2 * seconds + 60:.0f} and submit with --signal=USR1@ the same"
+        return Check("signal lead", "warn", finding, fix)
+    return Check("signal lead", "pass", finding)
+
+
+def _checkpoint_bytes(config: ExperimentConfig) -> int:
+    return 4 * forecast.VECTORS * cost.trained_params(config).total
+
+
+def _existing(path: Path) -> Path:
+    """The nearest directory above that exists."""
+    path = path.absolute()
+    return next(p for p in (path, *path.parents) if p.is_dir())
+
+
+def _write_rate(directory: Path) -> float:
+    """Bytes per second to disk."""
+    try:
+        with tempfile.TemporaryFile(dir=directory) as file:
+            began = time.perf_counter()
+            file.write(os.urandom(1 << 20) * (_PROBE_BYTES >> 20))
+            file.flush()
+            os.fsync(file.fileno())
+            return _PROBE_BYTES / (time.perf_counter() - began)
+    except OSError as error:
+        raise UserError(f"cannot write: {error.strerror}", str(directory), "set run.dir to another") from error

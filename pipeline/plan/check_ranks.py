@@ -1,0 +1,69 @@
+"""Do the ranks at hand work together: kernels on each, clocks, collectives?"""
+
+import platform
+import time
+
+import torch
+import torch.distributed as dist
+
+from kernels.dispatch import interpreted
+from kernels.ema import ema_update_
+from pipeline.config import ExperimentConfig
+from pipeline.engine.distributed import Ranks
+from pipeline.plan.check import Check
+
+_PROBE_BYTES = 32 << 20
+_SKEW_SECONDS = 2.0
+
+
+def check_kernels(config: ExperimentConfig, ranks: Ranks) -> Check:
+    """Do a kernel and, if it is on, `torch.compile` run on every rank? Both build with a C compiler at first use."""
+    if config.engine.kernels == "triton" and not torch.cuda.is_available() and not interpreted():
+        return Check("kernels", "warn", "not tried: no GPU here", "run this on a compute node")
+    failures = [failure for failure in ranks.gather(_kernel_failure(config, ranks.device)) if failure]
+    finding = config.engine.kernels + (", torch.compile" if config.engine.compile else "")
+    if failures:
+        fix = "install gcc, g++ and Python's headers on every node, or set engine.kernels=eager engine.compile=false"
+        return Check("kernels", "fail", f"{finding}: fails on {len(failures)} ranks, first {failures[0]}", fix)
+    return Check("kernels", "pass", f"{finding} on {ranks.world_size} ranks")
+
+
+def _kernel_failure(config: ExperimentConfig, device: torch.device) -> str | None:
+    """Host and error if the smallest use fails."""
+    average = torch.zeros(16, device=device)
+    try:
+        ema_update_([average], [torch.ones_like(average)], 0.5, impl=config.engine.kernels)
+        if config.engine.compile:
+            average = torch.compile(lambda x: x * x + 0.25)(average)
+        found = average.tolist()
+    except Exception as error:  # of a compiler, of the driver, of the loader
+        return f"{platform.node()}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return None if found == [0.5] * 16 else f"{platform.node()}: a wrong result"
+
+
+def check_clocks(ranks: Ranks) -> Check:
+    """Do the nodes agree about the time? Heartbeats of different nodes are compared by it."""
+    dist.barrier(group=ranks.control)
+    times = ranks.gather(time.time())
+    skew = max(times) - min(times)
+    finding = f"{len(times)} ranks within {skew:.2f} s"
+    if skew > _SKEW_SECONDS:
+        return Check("clocks", "warn", finding, "start NTP on the nodes: the rank that hangs would be misjudged")
+    return Check("clocks", "pass", finding)
+
+
+def check_collectives(ranks: Ranks, world_size: int) -> Check:
+    """Does an all-reduce over the ranks at hand give the right sum, and how fast?"""
+    value = torch.full((_PROBE_BYTES // 4,), float(ranks.rank + 1), device=ranks.device)
+    dist.all_reduce(value.clone())  # connections are made at the first
+    began = time.perf_counter()
+    dist.all_reduce(value)
+    expected = ranks.world_size * (ranks.world_size + 1) / 2
+    wrong = sum(ranks.gather(bool((value != expected).any())))
+    seconds = time.perf_counter() - began
+    finding = f"{ranks.world_size} ranks at hand ({dist.get_backend()}), {_PROBE_BYTES >> 20} MiB in {seconds:.3f} s"
+    if wrong:
+        return Check("all-reduce", "fail", f"{finding}: wrong sum on {wrong} ranks", "check the network and its driver")
+    if ranks.world_size < world_size:
+        return Check("all-reduce", "pass", finding, f"run this under srun or torchrun to try all {world_size}")
+    return Check("all-reduce", "pass", finding)

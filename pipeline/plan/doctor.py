@@ -1,0 +1,59 @@
+"""What would make a job fail, found before it waits in the queue.
+
+Run it alone on a login node, or the way the job will run (torchrun, srun): then it also tries the ranks' collectives.
+"""
+
+from collections.abc import Callable
+
+from pipeline.config import ExperimentConfig
+from pipeline.engine.distributed import Ranks
+from pipeline.errors import UserError
+from pipeline.plan.check import Check
+from pipeline.plan.check_data import check_images, check_shards
+from pipeline.plan.check_directory import check_directory, check_disk, check_lead
+from pipeline.plan.check_machine import check_device, check_driver, check_memory, check_software
+from pipeline.plan.check_ranks import check_clocks, check_collectives, check_kernels
+
+
+def table(checks: list[Check]) -> str:
+    """The checks line by line, each with what to do about it, and a count."""
+    lines = []
+    for check in checks:
+        lines.append(f"{check.status:<5} {check.name:<13} {check.finding}")
+        if check.fix:
+            lines.append(f"{'':<19} -> {check.fix}")
+    count = {status: sum(check.status == status for check in checks) for status in ("pass", "warn", "fail")}
+    return "\n".join([*lines, ", ".join(f"{n} {status}" for status, n in count.items())])
+
+
+def examine(config: ExperimentConfig, ranks: Ranks, world_size: int) -> list[Check]:
+    """All checks; collective over the ranks at hand, with the same result on each.
+
+    Args:
+        config: the experiment.
+        ranks: at hand.
+        world_size: ranks of the job to come.
+    """
+    on_main: dict[str, Callable[[], Check]] = {
+        "software": lambda: check_software(config),
+        "driver": check_driver,
+        "device": lambda: check_device(config),
+        "memory": lambda: check_memory(config, world_size),
+        "shards": lambda: check_shards(config, world_size),
+        "images": lambda: check_images(config),
+        "run directory": lambda: check_directory(config),
+        "disk": lambda: check_disk(config),
+        "signal lead": lambda: check_lead(config, world_size),
+    }
+    checks = [ranks.agree(lambda n=name, c=check: _guarded(n, c)) for name, check in on_main.items()]  # type: ignore[misc]
+    checks.append(check_kernels(config, ranks))
+    checks.append(check_clocks(ranks))
+    checks.append(check_collectives(ranks, world_size))
+    return checks
+
+
+def _guarded(name: str, check: Callable[[], Check]) -> Check:
+    try:
+        return check()
+    except UserError as error:
+        return Check(name, "fail", f"{error.what} ({error.where})", error.fix)

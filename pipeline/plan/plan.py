@@ -1,0 +1,134 @@
+"""What a config asks for on N GPUs: parameters, FLOPs, memory, traffic, days, as one value and as text."""
+
+from typing import Any, get_args
+
+from pipeline.config import EngineConfig, ExperimentConfig, dump_config
+from pipeline.elastic import cost
+from pipeline.elastic.subnet import Grid
+from pipeline.plan import forecast
+from pipeline.plan.memory import memory_estimate, offloaded_bytes
+from pipeline.plan.subnets import subnet_table
+
+_GIB = 1 << 30
+
+
+def describe(config: ExperimentConfig) -> str:
+    """The resolved config, the grid, and what one GPU holds: the text of `poa train --dry-run`."""
+    model, largest = config.model, Grid(config.model).largest
+    backbone, heads = cost.trained_params(config)
+    step = cost.step_flops(config, Grid(model).smallest)
+    memory = memory_estimate(config)
+    lines = [
+        dump_config(config).rstrip(),
+        "",
+        subnet_table(config),
+        "",
+        f"largest network {largest.name}: {backbone / 1e6:.1f} M parameters, heads {heads / 1e6:.1f} M",
+        f"steps: {config.optim.total_steps}; per step and rank {config.data.batch_size} images, "
+        f"{(step.teacher + step.intact) / 1e12:.2f} TFLOP and the elastic student's",
+        f"memory of one rank alone: {sum(memory.values()) / _GIB:.1f} GiB",
+        *(f"  {name:<28}{size / _GIB:>8.2f} GiB" for name, size in memory.items()),
+    ]
+    return "\n".join(lines)
+
+
+def plan(config: ExperimentConfig, gpus: int, gpu: str, mfu: float) -> dict[str, Any]:
+    """Everything that `poa plan` shows; FLOPs and bytes, per GPU and step unless the name says otherwise."""
+    model, largest = config.model, Grid(config.model).largest
+    card = forecast.GPUS[gpu]
+    backbone, heads = cost.trained_params(config)
+    waiting = forecast.stragglers(config, gpus)
+    step = cost.step_flops(config, largest)
+    flops = {"teacher": step.teacher, "intact": step.intact, "elastic_mean": waiting["shared"]["mean"]}
+    stages = get_args(EngineConfig.model_fields["zero_stage"].annotation)
+    memory = {str(stage): memory_estimate(config, gpus, stage) for stage in stages}
+    return {
+        "gpus": gpus,
+        "gpu": gpu,
+        "mfu": mfu,
+        "precision": config.engine.precision,
+        "batch_size": config.data.batch_size,
+        "parameters": {
+            "backbone": backbone,
+            "heads": heads,
+            "smallest_subnet": cost.params(model, Grid(model).smallest),
+        },
+        "flops_per_step": flops | {"total": sum(flops.values())},
+        "flops_per_image": {name: value / config.data.batch_size for name, value in flops.items()},
+        "stragglers": waiting,
+        "assignment": config.sampling.assignment,
+        "memory": {
+            stage: parts | {"total": sum(parts.values()), "fits": sum(parts.values()) <= card.memory}
+            for stage, parts in memory.items()
+        },
+        "card_memory": card.memory,
+        "host_memory": offloaded_bytes(config, gpus),
+        "communication": {str(stage): forecast.communication(config, gpus, stage) for stage in stages},
+        "speed": forecast.speed(config, gpus, card, mfu),
+        "steps": config.optim.total_steps,
+        "data": forecast.data(config, gpus),
+        "checkpoint_bytes": 4 * forecast.VECTORS * (backbone + heads),
+        "checkpoints_kept": config.run.keep,
+    }
+
+
+def plan_text(p: dict[str, Any]) -> str:
+    """A plan as the tables that people read."""
+    flops, speed, data, parameters = p["flops_per_step"], p["speed"], p["data"], p["parameters"]
+    lines = [
+        f"{p['gpus']} x {p['gpu']}, {p['batch_size']} images each, {p['precision']}, at {p['mfu']:.0%} of the peak "
+        "(a guess unless you measured it)",
+        "",
+        f"parameters   backbone {parameters['backbone'] / 1e6:.1f} M, heads {parameters['heads'] / 1e6:.1f} M; "
+        f"smallest sub-network {parameters['smallest_subnet'] / 1e6:.1f} M",
+        f"TFLOP/step   {flops['total'] / 1e12:.2f} per GPU: "
+        + ", ".join(f"{name} {flops[key] / 1e12:.2f} ({flops[key] / flops['total']:.1%})" for name, key in _BRANCHES),
+        "GFLOP/image  " + ", ".join(f"{name} {p['flops_per_image'][key] / 1e9:.0f}" for name, key in _BRANCHES),
+        f"speed        {speed['step_seconds']:.3f} s a step, {speed['images_per_second']:.0f} images/s "
+        f"({speed['images_per_second_per_gpu']:.0f} per GPU)",
+        f"the run      {p['steps']} steps: {speed['days']:.2f} days, {speed['gpu_hours']:.0f} GPU-hours",
+        f"data         global batch {data['global_batch']}, peak lr {data['peak_lr']:.2e}, "
+        f"{data['images_per_epoch']} images per epoch, {data['images_in_all'] / 1e6:.0f} M in all",
+        f"shards       {data['shards']} for {p['gpus']} ranks (any rank reads any shard); {_passes(data)}",
+        f"checkpoints  {p['checkpoint_bytes'] / _GIB:.2f} GiB each, {p['checkpoints_kept'] + 1} at most at a time: "
+        f"{p['checkpoint_bytes'] * (p['checkpoints_kept'] + 1) / _GIB:.1f} GiB",
+        "",
+        "Waiting for the slowest rank (exact expectation, compute alone)",
+        *(
+            f"  {name:<12} elastic student {row['slowest'] / 1e12:6.2f} TFLOP instead of {row['mean'] / 1e12:.2f}: "
+            f"step +{row['slowdown']:.1%}" + ("  <- sampling.assignment" if name == p["assignment"] else "")
+            for name, row in p["stragglers"].items()
+        ),
+        "",
+        f"GiB per GPU by ZeRO stage (the card has {p['card_memory'] / _GIB:.0f}; activations are an estimate)",
+        *_columns(p["memory"], ("total", "fits")),
+        *([f"  and in the host's memory {p['host_memory'] / _GIB:.2f} per GPU"] if p["host_memory"] else []),
+        "",
+        "GiB that a GPU sends per step by ZeRO stage (ring algorithms)",
+        *_columns(p["communication"], ()),
+    ]
+    return "\n".join(lines)
+
+
+_BRANCHES = (("teacher", "teacher"), ("intact", "intact"), ("elastic", "elastic_mean"))
+
+
+def _passes(data: dict[str, Any]) -> str:
+    if data["samples"] is None:
+        return "not at hand or without index, so their samples are unknown"
+    return (
+        f"{data['samples']} samples, seen {data['passes_per_epoch']:.2f} times per epoch and "
+        f"{data['passes_in_all']:.0f} times in all"
+    )
+
+
+def _columns(table: dict[str, dict[str, Any]], besides: tuple[str, ...]) -> list[str]:
+    purposes = [name for name in next(iter(table.values())) if name not in besides]
+    rows = [f"  {'':<28}" + "".join(f"{'stage ' + stage:>10}" for stage in table)]
+    for name in purposes:
+        rows.append(f"  {name:<28}" + "".join(f"{column[name] / _GIB:>10.2f}" for column in table.values()))
+    total = [sum(column[name] for name in purposes) for column in table.values()]
+    rows.append(f"  {'total':<28}" + "".join(f"{size / _GIB:>10.2f}" for size in total))
+    if "fits" in besides:
+        rows.append(f"  {'fits':<28}" + "".join(f"{'yes' if c['fits'] else 'NO':>10}" for c in table.values()))
+    return rows

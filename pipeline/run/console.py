@@ -1,0 +1,122 @@
+"""All that a run says on a terminal or in a batch log: its progress line, and messages of rank 0."""
+
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+from pipeline.config import EngineConfig
+from pipeline.engine.checkpoint import Progress
+from pipeline.run.policy import End
+
+_BATCH_LOG_SECONDS = 30.0
+
+
+class Console:
+    """What people read of a run while it lasts; silent on all ranks but one.
+
+    The progress line is rewritten in place on a terminal; in a batch log it is a new line at most every 30 seconds.
+
+    Args:
+        speaks: this rank speaks for all.
+        last_step: where the run ends.
+        first_step: where it (re)started.
+        quiet: no progress line.
+        stream: where to write, standard error by default.
+    """
+
+    def __init__(
+        self, speaks: bool, last_step: int, first_step: int, quiet: bool = False, stream: TextIO | None = None
+    ):
+        self.speaks, self.last_step, self.first_step, self.quiet = speaks, last_step, first_step, quiet
+        self.stream = stream or sys.stderr
+        self.live = self.stream.isatty()
+        self._start = time.monotonic()
+        self._printed = -_BATCH_LOG_SECONDS
+
+    def __enter__(self) -> "Console":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.live and self.speaks and not self.quiet:
+            print(file=self.stream)
+
+    def say(self, text: str) -> None:
+        if self.speaks:
+            print(text, file=self.stream)
+
+    def update(self, record: dict[str, Any]) -> None:
+        """Show a record of `metrics.jsonl`; a bad step is always shown."""
+        now = time.monotonic()
+        final = record["step"] >= self.last_step
+        if self.quiet or not (self.live or final or "bad" in record or now - self._printed >= _BATCH_LOG_SECONDS):
+            return
+        self._printed = now
+        text = self._text(record, now)
+        print(f"\r\x1b[K{text}" if self.live else text, end="" if self.live else "\n", file=self.stream, flush=True)
+        if self.live and "bad" in record:
+            print(file=self.stream)
+
+    def starting(self, run_dir: Path, step: int, engine: EngineConfig) -> None:
+        """What begins, and what differs from what the config says."""
+        if step:
+            self.say(f"resuming {run_dir} at step {step}")
+        if engine.effective_stage() != engine.zero_stage:
+            self.say("note: bf16 shards its fp32 masters even at ZeRO stage 0: running stage 1")
+
+    def left_out(self, first: dict[str, Any], total: int, listed_in: Path) -> None:
+        """Samples of this step could not be used."""
+        self.say(
+            f"warning: left out {first['key']} of {first['shard']} ({first['reason']}); "
+            f"{total} samples so far, listed in {listed_in}"
+        )
+
+    def saved_in(self, seconds: float, lead_seconds: float) -> None:
+        """Warn if Slurm's signal comes too late for a step and a checkpoint, which took `seconds`."""
+        if seconds > lead_seconds / 2:
+            self.say(
+                f"warning: a step and a checkpoint take {seconds:.0f} s, and Slurm's signal comes {lead_seconds:.0f} s "
+                f"before the end (checkpoint.signal_lead_seconds): submit with --signal=USR1@{2 * seconds:.0f} or more "
+                "and set the key to it"
+            )
+
+    def cannot_save(self, step: int, error: OSError, checkpoints: Path, saved_step: int) -> None:
+        """A checkpoint could not be written; the one of `saved_step` is the newest."""
+        self.say(
+            f"error: cannot write the checkpoint of step {step}: {error} ({checkpoints}): "
+            f"make room and start again; the run continues from step {saved_step}"
+        )
+
+    def ended(self, end: End, progress: Progress, bad: list[str], checkpoints: Path) -> None:
+        """Why the run ends, if it is not complete."""
+        if end is End.FAILED:
+            self.say(
+                f"error: {progress.bad_in_a_row} steps in a row were not finite ({', '.join(bad)}): the last good "
+                f"state is saved in {checkpoints}; lower optim.base_lr or use engine.precision=fp32"
+            )
+        elif end is End.STOPPED:
+            self.say(f"stopped on a signal after saving step {progress.step} in {checkpoints}")
+
+    def _text(self, record: dict[str, Any], now: float) -> str:
+        done = record["step"] - self.first_step
+        seconds = (now - self._start) / max(done, 1)
+        left = (self.last_step - record["step"]) * seconds
+        wait = 100 * record["data_wait_seconds"] / record["step_seconds"]
+        bad = f"  NOT FINITE: {', '.join(record['bad'])} (step skipped)" if "bad" in record else ""
+        return (
+            f"step {record['step']}/{self.last_step}  loss {record['loss']:.4f}  lr {record['lr']:.2e}  "
+            f"{record['images_per_second']:.0f} images/s  data wait {wait:.0f}%  subnet {record['subnet']}  "
+            f"ETA {_duration(left)}{bad}"
+        )
+
+
+def _duration(seconds: float) -> str:
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    if days:
+        return f"{days} d {hour:02d} h"
+    return f"{hour}:{minute:02d}:{second:02d}" if hour else f"{minute}:{second:02d}"

@@ -1,0 +1,198 @@
+"""What a training step needs, built once; and the step itself, over all ranks."""
+
+import time
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import torch
+
+from kernels.dispatch import interpreted
+from pipeline.config import ExperimentConfig
+from pipeline.data.loader import Loader
+from pipeline.data.masks import block_masks
+from pipeline.data.reader import Dataset, Skip
+from pipeline.elastic import Subnet, build, cost
+from pipeline.elastic.head import ProjectionHeads
+from pipeline.elastic.layers import recut_in_backward
+from pipeline.elastic.pretrained import load_pretrained
+from pipeline.elastic.sampling import SubnetSampler
+from pipeline.elastic.subnet import Grid
+from pipeline.engine.agreement import Own, agree
+from pipeline.engine.core import Engine
+from pipeline.engine.distributed import Ranks
+from pipeline.engine.layouts import working_dtype
+from pipeline.errors import UserError
+from pipeline.measure.bands import Bands
+from pipeline.measure.health import Probe
+from pipeline.measure.phases import Phases
+from pipeline.method.schedules import Schedules, StepValues
+from pipeline.method.tri_branch import Branch, Crops, TriBranch
+from pipeline.monitor.report import Health, StepReport, Timing
+
+
+class Trainer:
+    """Model, engine, data and schedules of a run on one rank.
+
+    Args:
+        config: the experiment.
+        ranks: this process and its peers.
+        enter: told the phase of the step that begins.
+        fresh: the run begins, from `model.init_from` if that is set; a checkpoint replaces the weights otherwise.
+
+    Raises:
+        UserError: the data is missing or smaller than a global batch, the kernels cannot run on the device, or
+            `model.init_from` cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        config: ExperimentConfig,
+        ranks: Ranks,
+        enter: Callable[[str], None] = lambda phase: None,
+        fresh: bool = True,
+    ):
+        self.config, self.ranks, self.enter = config, ranks, enter
+        self.global_batch = config.data.batch_size * ranks.world_size
+        _require_kernels(config, ranks.device)
+        self.dataset = _open_dataset(config, self.global_batch)
+        self.schedules = Schedules(config.optim, config.loss, self.global_batch)
+        self.grid = Grid(config.model, config.sampling.small_bias)
+        self.sampler = SubnetSampler(
+            self.grid,
+            partial(cost.flops, config.model),
+            ranks.world_size,
+            config.sampling.assignment,
+            config.data.seed,
+        )
+        student = build_student(config)
+        source = config.model.init_from
+        if source and fresh:
+            ranks.agree(lambda: load_pretrained(student.backbone, source))  # the engine broadcasts the weights
+        if config.engine.compile:
+            student.backbone.compile_blocks()
+        self.engine = Engine(student, config.optim, config.engine, ranks.device)
+        backbone = student.backbone
+        self.patch_grid = backbone.patch_grid(config.data.global_crops.size)
+        self.phases = Phases(ranks.device)
+        self.tri_branch = TriBranch(config, self.grid.largest, backbone.num_draws, ranks.device, self.phases.lap)
+        self.bands = Bands(config.model, self.grid)
+        self.dtype = working_dtype(config.engine)
+        self.loader: Loader
+        self.skips: list[Skip] = []
+
+    def start_data(self, sample: int) -> None:
+        """Open the data stream at a global sample count."""
+        self.loader = Loader(
+            self.config.data,
+            rank=self.ranks.rank,
+            world_size=self.ranks.world_size,
+            start_sample=sample,
+            device=self.ranks.device,
+            on_skip=self.skips.append,
+            dataset=self.dataset,
+        )
+
+    def step(self, step: int, stop_requested: bool = False) -> StepReport:
+        """Train on the next batch; the update is skipped on every rank if any value is not finite on one.
+
+        Args:
+            step: steps completed before this one.
+            stop_requested: this rank was asked to stop; all learn of it.
+        """
+        began = time.perf_counter()
+        self.enter(f"data of step {step + 1}")
+        values = self.schedules.at(step)
+        skipped_before = self.loader.skipped.total()
+        self.phases.start()
+        batch = next(self.loader)
+        data_wait = self.phases.waited_for_data()
+        crops = Crops.of(batch.global_crops.to(self.dtype), batch.local_crops.to(self.dtype), self._masks(step, values))
+        subnet = self.sampler.draw(step, self.ranks.rank)
+        probe = self._probe(step, subnet)
+
+        self.enter(f"teacher of step {step + 1}")
+        targets = self.tri_branch.teacher_targets(self.engine.teacher, crops, values, probe)
+        self.enter(f"students of step {step + 1}")
+        with self.engine.backward_window():
+            losses = self.tri_branch.run(
+                self.engine.student, self.engine.backward, crops, targets, subnet, step, self.ranks.rank, probe
+            )
+        self.enter(f"agreement of step {step + 1}")
+        masked = len(crops.masked) / len(crops.global_)
+        own = Own(
+            stop=stop_requested,
+            skipped=self.loader.skipped.total() - skipped_before,
+            flops=cost.step_flops(self.config, subnet, masked).total,
+            band=self.bands.index(subnet),
+        )
+        agreed = agree(losses, self.engine.gradient_squares(), own)
+        self.phases.lap("reduce")
+        if agreed.bad:
+            self.engine.discard()
+        else:
+            self.enter(f"update of step {step + 1}")
+            self.engine.apply(values, agreed.norms, self.phases.lap)
+            self.tri_branch.centering.commit()
+        timing = Timing(data_wait, time.perf_counter() - began)
+        health = Health(probe.reduce(), self.tri_branch.centering.norms()) if probe else None
+        return StepReport(agreed, values, subnet, timing, health)
+
+    def close(self) -> None:
+        if hasattr(self, "loader"):
+            self.loader.close()
+        self.engine.destroy()
+
+    def _probe(self, step: int, subnet: Subnet) -> Probe | None:
+        if (step + 1) % self.config.metrics.health_every_steps:
+            return None
+        loss, heads = self.config.loss, self.config.heads
+        return Probe(
+            heads.prototypes,
+            self.bands.index(subnet),
+            loss.student_temp,
+            self.ranks.device,
+            self.config.engine.kernels,
+        )
+
+    def _masks(self, step: int, values: StepValues) -> np.ndarray:
+        crops = 2 * self.config.data.batch_size
+        rows, columns = self.patch_grid
+        if not values.ibot:
+            return np.zeros((crops, rows * columns), dtype=bool)
+        loss = self.config.loss
+        return block_masks(
+            self.config.data.seed, step, self.ranks.rank, crops, (rows, columns), loss.mask_probability, loss.mask_ratio
+        )
+
+
+def _require_kernels(config: ExperimentConfig, device: torch.device) -> None:
+    if config.engine.kernels == "triton" and device.type == "cpu" and not interpreted():
+        raise UserError("the Triton kernels need a GPU and there is none", "engine.kernels", "set engine.kernels=eager")
+
+
+def _open_dataset(config: ExperimentConfig, global_batch: int) -> Dataset:
+    dataset = Dataset(config.data.train)
+    if len(dataset) < global_batch:
+        raise UserError(
+            f"{len(dataset)} images are fewer than a global batch of {global_batch}",
+            "data.train",
+            "lower data.batch_size or use fewer ranks",
+        )
+    return dataset
+
+
+def build_student(config: ExperimentConfig) -> Branch:
+    """The student, initialised at random from the seed of the experiment, on the CPU in fp32."""
+    torch.manual_seed(config.data.seed)
+    sharded = config.engine.effective_stage() == 3
+    backbone = build(
+        config.model,
+        kernels=config.engine.kernels,
+        activation_checkpointing=config.engine.activation_checkpointing,
+        sharded=sharded,
+    )
+    heads = ProjectionHeads(backbone.feature_dim(backbone.grid.largest), config.heads)
+    if sharded:
+        recut_in_backward(heads)
+    return Branch(backbone, heads)

@@ -1,0 +1,46 @@
+"""The benchmarks of the pipeline run on real steps and give figures that fit together."""
+
+import json
+
+import pytest
+import yaml
+
+from pipeline.bench import __main__ as bench
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """Run the command on a tree and give its JSON object, or its exit code and stderr if it fails."""
+
+    def go(what, tree, *words):
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump(tree))
+        monkeypatch.setattr("sys.argv", ["bench", what, str(path), *words])
+        code = bench.main()
+        out, err = capsys.readouterr()
+        return json.loads(out) if code == 0 else (code, err)
+
+    return go
+
+
+def test_phases_of_a_step_add_up(run, experiment):
+    result = run("step", experiment("vit"), "--steps", "3", "--warmup", "1")
+    assert result["global_batch"] == 4
+    assert result["images_per_second"] == pytest.approx(4 / result["step_seconds"]["median"])
+    assert {"teacher", "intact", "elastic", "backward"} <= set(result["phase_seconds"])
+    slowest = 3 * result["step_seconds"]["quartile_3"]
+    assert 0 < sum(result["phase_seconds"].values()) < 2 * slowest
+
+
+def test_both_layouts_of_a_resnet_are_timed(run, experiment):
+    result = run("layout", experiment("resnet"), "--steps", "2", "--warmup", "1")
+    for size in ("smallest", "largest"):
+        seconds = result[size]["seconds"]
+        assert result[size]["channels_last_speedup"] == pytest.approx(seconds["contiguous"] / seconds["channels_last"])
+    assert result["largest"]["seconds"]["contiguous"] > 0
+
+
+def test_a_family_without_convolutions_is_refused(run, experiment):
+    code, err = run("layout", experiment("vit"))
+    assert code == 2
+    assert err.startswith("error: a vit has one convolution")

@@ -1,0 +1,31 @@
+"""What a rank holds between steps at each ZeRO stage, against the plan's estimate."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.config import load_config
+from pipeline.plan.plan import memory_estimate
+
+WORKER = Path(__file__).parents[1] / "workers" / "held_memory.py"
+RANKS = 2
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision"), [(0, "fp32"), (1, "fp32"), (2, "fp32"), (1, "bf16"), (3, "fp32"), (3, "bf16")]
+)
+def test_state_of_a_rank_is_what_the_plan_says(launch, tmp_path, experiment, stage, precision):
+    tree = experiment(
+        engine={"zero_stage": stage, "precision": precision},
+        heads={"prototypes": [4096], "hidden_dim": 512, "bottleneck_dim": 256},  # so that crops count for little
+    )
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+    launch(WORKER, RANKS, tmp_path / "config.yaml", tmp_path / "held.json")
+    found = json.loads((tmp_path / "held.json").read_text())
+    planned = memory_estimate(load_config(tmp_path / "config.yaml"), RANKS)
+    state = planned["weights (student, teacher)"] + planned["fp32 master, AdamW, EMA"]
+    if stage == 3:  # its gradients have a place of their own, below that gradients are gone between steps
+        state += planned["gradients"]
+    assert found["held"] == pytest.approx(state, rel=0.1)

@@ -1,0 +1,56 @@
+"""What ZeRO-3 is for: no rank holds a whole network. That it trains the same is in `test_three_steps`."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.files import read_json_lines
+
+BUDGET = 1_620_000_000  # bytes
+WORKERS = Path(__file__).parents[1] / "workers"
+
+
+def test_no_weight_stays_gathered_between_forward_and_backward(launch, tmp_path, experiment):
+    for family in ("vit", "swin", "resnet"):
+        tree = experiment(family, engine={"zero_stage": 3}, sampling={"assignment": "independent"})
+        (tmp_path / f"{family}.yaml").write_text(yaml.safe_dump(tree))
+    configs = [tmp_path / f"{family}.yaml" for family in ("vit", "swin", "resnet")]
+    launch(WORKERS / "gathered_weights.py", 2, tmp_path / "alive.json", *configs)
+    alive = json.loads((tmp_path / "alive.json").read_text())
+    assert alive == {family: [[]] * 4 for family in ("vit", "swin", "resnet")}
+
+
+def test_a_network_too_large_for_a_rank_trains(launch, tmp_path, experiment):
+    """Stages 0 and 3 of 63 million parameters within the same limit of the operating system."""
+    tree = experiment(
+        model={
+            "image_size": 16,
+            "head_dim": 64,
+            "width": {"min": 256, "max": 512, "step": 256},
+            "depth": {"min": 19, "max": 20, "step": 1},
+        },
+        data={"batch_size": 1, "global_crops": {"size": 16}, "local_crops": {"count": 1, "size": 8}},
+        loss={"koleo_weight": 0.0},
+    )
+    for stage in (0, 3):
+        tree["engine"]["zero_stage"] = stage
+        (tmp_path / f"{stage}.yaml").write_text(yaml.safe_dump(tree))
+    with pytest.raises(AssertionError, match=r"allocate memory|bad_alloc"):
+        launch(WORKERS / "limited_memory.py", 2, tmp_path / "0.yaml", BUDGET)
+    launch(WORKERS / "limited_memory.py", 2, tmp_path / "3.yaml", BUDGET)
+
+
+def test_online_evaluation_sees_the_whole_teacher(launch, tmp_path, experiment, digits):
+    shards = {"train": str(digits / "train-000000.tar"), "val": str(digits / "val-000000.tar")}
+    tree = experiment(eval={"every_steps": 2, **shards}, run={"max_steps": 4}, sampling={"assignment": "independent"})
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+    found = {}
+    for stage in (1, 3):
+        keys = [f"run.dir={tmp_path / str(stage)}", f"engine.zero_stage={stage}"]
+        launch(WORKERS / "record_positions.py", 2, tmp_path / "records", tmp_path / "config.yaml", *keys)
+        found[stage] = read_json_lines(tmp_path / str(stage) / "eval" / "online_knn.jsonl")
+    assert len(found[3]) == 2
+    for ours, theirs in zip(found[3], found[1], strict=True):
+        assert ours == pytest.approx(theirs, abs=0.01)  # three of the 359 images, for rounding

@@ -1,0 +1,137 @@
+"""The plan against brute force, against the real sampler, against a counter on the real modules, and the design."""
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from pipeline.cli import main
+from pipeline.config import ExperimentConfig, load_config
+from pipeline.elastic import build, cost
+from pipeline.elastic.head import ProjectionHeads
+from pipeline.elastic.stochastic_depth import keep_indices
+from pipeline.plan.forecast import communication, expected_slowest, sampler, stragglers
+from pipeline.plan.plan import memory_estimate, plan
+
+PRESETS = Path(__file__).parents[2] / "yaml"
+VIT_L = PRESETS / "vit_large.yaml"
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_slowest_of_independent_ranks_equals_the_mean_over_all_draws(ranks):
+    costs = [1.0, 1.0, 2.5, 4.0, 9.0]
+    draws = [max(draw) for draw in itertools.product(costs, repeat=ranks)]
+    assert expected_slowest(costs, ranks, "independent") == pytest.approx(sum(draws) / len(draws), rel=1e-12)
+
+
+@pytest.mark.parametrize("assignment", ["balanced", "shared"])
+@pytest.mark.parametrize("ranks", [1, 3, 8, 32])
+def test_slowest_rank_equals_a_cycle_of_the_real_sampler(assignment, ranks):
+    config = ExperimentConfig.model_validate({"model": {"family": "swin"}})
+    law = sampler(config, ranks, assignment)
+    price = {subnet: cost.step_flops(config, subnet).elastic for subnet in set(law.entries)}
+    cycle = [max(price[law.draw(step, rank)] for rank in range(ranks)) for step in range(law.cycle_steps)]
+    expected = sum(cycle) / len(cycle)
+    assert expected_slowest([price[s] for s in law.entries], ranks, assignment) == pytest.approx(expected, rel=1e-9)
+
+
+def test_groups_larger_than_the_law_wait_for_its_dearest_entry():
+    assert expected_slowest([1.0, 2.0, 9.0], 6, "balanced") == 9.0
+    assert expected_slowest([1.0, 2.0, 9.0], 5, "balanced") == 9.0
+    assert expected_slowest([1.0, 2.0, 9.0], 2, "balanced") == pytest.approx((2 + 9 + 2) / 3)
+
+
+def test_vit_run_has_the_figures_of_the_design():
+    """Section 5: independent draws on 32 ranks cost 29.7%, balanced groups about nothing; 81.55 TFLOP per step."""
+    config = load_config(VIT_L)
+    waiting = stragglers(config, 32)
+    assert waiting["independent"]["slowdown"] == pytest.approx(0.297, abs=5e-4)
+    assert waiting["balanced"]["slowdown"] < 0.02
+    assert waiting["shared"]["slowdown"] == 0
+    found = plan(config, 32, "h200", 790 / 989.4)
+    assert found["flops_per_step"]["total"] / 1e12 == pytest.approx(81.55, rel=1e-3)
+    alone = found["flops_per_step"]["total"] / 790e12
+    assert alone == pytest.approx(0.103, abs=5e-4)  # the design's step without waiting
+    assert found["speed"]["step_seconds"] == pytest.approx(alone * (1 + waiting["balanced"]["slowdown"]))
+
+
+@pytest.mark.parametrize("preset", ["vit_large", "swin_base", "resnet152"])
+def test_flops_of_the_papers_runs_equal_a_counter_on_the_real_modules(preset):
+    """Teacher, intact and an elastic student of a whole step on the meta device, which computes shapes alone."""
+    config = load_config(PRESETS / f"{preset}.yaml")
+    images = config.data.batch_size
+    with torch.device("meta"):
+        backbone = build(config.model)
+        heads = ProjectionHeads(backbone.feature_dim(backbone.grid.largest), config.heads)
+        sides = (config.data.global_crops.size, config.data.local_crops.size)
+        rows = (2 * images, config.data.local_crops.count * images)
+        crops = [torch.empty(n, 3, side, side) for n, side in zip(rows, sides, strict=True)]
+    masked = round(cost.masked_patches(config) * rows[0])
+
+    def teacher():
+        features = backbone.forward_crops(crops[:1], backbone.grid.largest)[0]
+        heads([features.cls, features.patches.flatten(0, 1)[:masked]])
+
+    def student(subnet):
+        keep = keep_indices(0, 0, 0, 0, config.model.drop_path, rows, backbone.num_draws, "meta")
+        glob, local = backbone.forward_crops(crops, subnet, keep=keep)
+        parts = heads([local.cls, glob.cls, glob.patches.flatten(0, 1)[:masked]])
+        sum(logits.sum() for part in parts for logits in part).backward()
+
+    def counted(call, *args) -> float:
+        with FlopCounterMode(display=False) as counter:
+            call(*args)
+        return counter.get_total_flops()
+
+    subnet = backbone.grid.subnets[len(backbone.grid) // 3]
+    planned = cost.step_flops(config, subnet)
+    with torch.no_grad():
+        assert counted(teacher) == pytest.approx(planned.teacher, rel=0.01)
+    assert counted(student, backbone.grid.largest) == pytest.approx(planned.intact, rel=0.01)
+    assert counted(student, subnet) == pytest.approx(planned.elastic, rel=0.01)
+
+
+def test_traffic_counts_what_a_ring_sends():
+    config = load_config(VIT_L, ["engine.precision=fp32"])
+    weights = 4 * (303_350_784 + 58_737_664)
+    two, many = communication(config, 2, 1), communication(config, 1000, 1)
+    assert two["gradients"] == weights  # 2 (R-1)/R = 1
+    assert two["student weights"] == two["teacher weights"] == weights / 2
+    assert many["gradients"] == pytest.approx(2 * weights, rel=2e-3)
+    assert communication(config, 2, 0)["student weights"] == 0  # replicas update themselves
+    assert sum(communication(config, 1, 1).values()) == 0
+
+
+def test_sharding_divides_what_the_optimizer_holds():
+    config = load_config(VIT_L, ["engine.precision=fp32"])
+    key = "fp32 master, AdamW, EMA"
+    whole, half = (memory_estimate(config, ranks, 1)[key] for ranks in (1, 2))
+    assert whole == 2 * half == 16 * (303_350_784 + 58_737_664)
+
+
+def test_command_prints_a_table_and_json(capsys):
+    assert main(["plan", str(VIT_L), "--gpus", "256", "--gpu", "h200"]) == 0
+    text = capsys.readouterr().out
+    assert "256 x h200" in text
+    assert "GPU-hours" in text
+    assert main(["plan", str(VIT_L), "data.batch_size=10", "--gpus", "4096", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["data"]["global_batch"] == 40960
+    assert found["speed"]["gpu_hours"] == pytest.approx(found["speed"]["days"] * 24 * 4096)
+    assert found["data"]["samples"] is None  # there are no such shards
+
+
+def test_command_knows_the_samples_of_shards_at_hand(capsys, digits):
+    assert main(["plan", str(VIT_L), f"data.train={digits}/train-{{000000..000002}}.tar", "--gpus", "1", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["data"]
+    assert (found["shards"], found["samples"]) == (3, 1438)
+    assert found["passes_per_epoch"] == pytest.approx(50 * 800 / 1438)
+
+
+@pytest.mark.parametrize("arguments", [["--gpus", "0"], ["--gpus", "8", "--mfu", "1.5"]])
+def test_impossible_questions_are_refused(arguments, capsys):
+    assert main(["plan", str(VIT_L), *arguments]) == 2
+    assert capsys.readouterr().err.startswith("error: ")

@@ -1,0 +1,45 @@
+"""A run directory has one owner, and a later attempt of a job takes it from an earlier one."""
+
+import threading
+import time
+
+import pytest
+import yaml
+
+from pipeline.config import load_config
+from pipeline.errors import UserError
+from pipeline.run.directory import RunDirectory
+from pipeline.run.slurm_job import Job
+
+
+@pytest.fixture
+def config(experiment, tmp_path):
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(experiment()))
+    return load_config(tmp_path / "config.yaml")
+
+
+@pytest.mark.parametrize("second", [None, Job("8", 0, None), Job("7", 0, None)])
+def test_second_process_is_refused_while_the_first_trains(config, tmp_path, second):
+    first = RunDirectory(tmp_path / "run")
+    first.claim(config, Job("7", 0, None))
+    with pytest.raises(UserError, match="another process is training here"):
+        RunDirectory(tmp_path / "run").claim(config, second)
+    first.require_ownership()
+
+
+def test_later_attempt_takes_over_and_the_earlier_one_may_write_no_more(config, tmp_path):
+    first, second = RunDirectory(tmp_path / "run"), RunDirectory(tmp_path / "run")
+    first.claim(config, Job("7", 0, None))
+    taking = threading.Thread(target=second.claim, args=(config, Job("7", 1, None)))
+    taking.start()
+    for _ in range(100):
+        if "7.1" in (tmp_path / "run" / ".owner").read_text():
+            break
+        time.sleep(0.1)
+    with pytest.raises(RuntimeError, match=r"taken over by 7\.1"):
+        first.require_ownership()
+    assert taking.is_alive()  # it waits until the other has let go
+    first.release()
+    taking.join(10)
+    assert not taking.is_alive()
+    second.require_ownership()

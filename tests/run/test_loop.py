@@ -1,0 +1,115 @@
+"""Whole runs: resume, kill, stop, bad steps, damaged checkpoints."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.files import read_json_lines
+
+WORKER = Path(__file__).parents[1] / "workers" / "training.py"
+MEASURED = {"images_per_second", "time", "mfu", "memory_bytes"}
+
+
+@pytest.fixture
+def train(launch, tmp_path):
+    """Run attempts of one experiment in one process tree; returns their exit codes and everything printed."""
+
+    def run(tree, *attempts, timeout=280):
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump(tree))
+        (output,) = launch(WORKER, 1, path, json.dumps(attempts), timeout=timeout)
+        return json.loads(output.strip().splitlines()[-1]), output
+
+    return run
+
+
+def values(run):
+    """What `metrics.jsonl` says, without what clocks and the system measured."""
+    return [{k: v for k, v in r.items() if not measured(k)} for r in read_json_lines(run / "metrics.jsonl")]
+
+
+def measured(key):
+    return key in MEASURED or "seconds" in key
+
+
+def to(run, step, **more):
+    return {"overrides": [f"run.dir={run}", f"run.max_steps={step}"], **more}
+
+
+@pytest.mark.parametrize(("family", "stage"), [("vit", 0), ("vit", 2), ("vit", 3), ("swin", 1), ("resnet", 1)])
+def test_a_stopped_and_resumed_run_writes_the_same_metrics(train, tmp_path, experiment, family, stage):
+    tree = experiment(family, engine={"zero_stage": stage}, model={"drop_path": 0.3}, loss={"centering": "softmax"})
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    codes, _ = train(tree, to(whole, 9), to(parts, 3), to(parts, 4), to(parts, 9))
+    assert codes == [0, 0, 0, 0]
+    assert [r["step"] for r in values(whole)] == list(range(1, 10))
+    assert values(parts) == values(whole)
+
+
+@pytest.mark.slow
+def test_twenty_kills_lose_and_double_nothing(train, tmp_path, experiment):
+    steps, kills = 80, 20
+    tree = experiment(optim={"epochs": 40}, run={"checkpoint_every_steps": 2, "keep": 2})
+    chance = random.Random(1)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    attempts = [to(whole, steps)]
+    for i in range(kills):
+        moment = "save" if i % 2 else f"steps:{chance.randint(2, 4)}"
+        attempts.append(to(killed, steps, kill=moment, delay=chance.random() * 0.03))
+    codes, output = train(tree, *attempts, to(killed, steps))
+    assert codes[0] == codes[-1] == 0
+    assert codes.count(-9) >= kills - 1, "a run too short to be killed so often"
+    assert "damaged" not in output
+    assert values(killed) == values(whole)
+    assert len(list((killed / "checkpoints").glob("step_*"))) == 2
+    assert not list((killed / "checkpoints").glob(".*"))
+
+
+def test_sigterm_saves_and_exits_75_and_the_run_goes_on(train, tmp_path, experiment):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    codes, output = train(
+        experiment(run={"checkpoint_every_steps": 1000}), to(whole, 12), to(stopped, 12, kill="signal"), to(stopped, 12)
+    )
+    assert codes == [0, 75, 0]
+    assert "stopped on a signal" in output
+    assert values(stopped) == values(whole)
+
+
+def test_a_damaged_checkpoint_is_passed_over_loudly(train, tmp_path, experiment):
+    tree = experiment()
+    run, flipped = tmp_path / "run", tmp_path / "flipped"
+    train(tree, to(run, 10))
+    shutil.copytree(run, flipped)
+    newest = flipped / "checkpoints" / "step_00000010" / "shard_00000.safetensors"
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(content)
+    codes, output = train(tree, to(flipped, 12), to(run, 12))
+    assert codes == [0, 0]
+    assert "step_00000010 is damaged: shard_00000.safetensors has another checksum" in output
+    assert "at step 8" in output
+    assert values(flipped) == values(run)
+
+
+def test_bad_steps_change_nothing_are_counted_and_stop_the_run(launch, tmp_path, experiment):
+    engines = [{"zero_stage": 0}, {"zero_stage": 1}, {"zero_stage": 2, "offload_optimizer": "cpu"}, {"zero_stage": 3}]
+    runs = [tmp_path / f"run{i}" for i in range(len(engines))]
+    for engine, run in zip(engines, runs, strict=True):
+        tree = experiment(
+            optim={"max_bad_steps": 3}, run={"dir": str(run), "checkpoint_every_steps": 100}, engine=engine
+        )
+        run.with_suffix(".yaml").write_text(yaml.safe_dump(tree))
+    worker, configs = Path(__file__).parents[1] / "workers" / "bad_steps.py", [run.with_suffix(".yaml") for run in runs]
+    outputs = launch(worker, 2, tmp_path / "out.json", *configs)
+    results = json.loads((tmp_path / "out.json").read_text())
+    for engine, run, result in zip(engines, runs, results, strict=True):
+        assert result == {"code": 1, "unchanged": [True] * 4}, engine
+        records = read_json_lines(run / "metrics.jsonl")
+        assert [r.get("bad") for r in records] == [None, ["ibot/elastic"], None, *[["ibot/elastic"]] * 3]
+        assert records[-1]["bad_steps"] == 4
+        assert (run / "checkpoints" / "step_00000006" / "manifest.json").exists()
+    assert outputs[0].count("3 steps in a row were not finite (ibot/elastic)") == len(engines)

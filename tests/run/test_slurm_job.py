@@ -1,0 +1,72 @@
+"""What a run and its Slurm job tell each other."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+
+from pipeline.config import load_config
+from pipeline.monitor.report import Timing
+from pipeline.run import loop
+from pipeline.run.console import Console
+from pipeline.run.slurm_job import Job
+
+STEP_SECONDS = 10.0
+
+
+def stub(**parts: object) -> Any:
+    return SimpleNamespace(**parts)
+
+
+@pytest.fixture
+def save(experiment, tmp_path, monkeypatch, capsys):
+    """Save once as rank 0, with a signal that comes so many seconds before the end; gives what is printed."""
+
+    def run(lead: float) -> str:
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump(experiment(checkpoint={"signal_lead_seconds": lead})))
+        config = load_config(path)
+        loop.Run(
+            config,
+            directory=stub(),
+            job=Job.from_environment(),
+            watchdog=stub(beat=lambda phase: None),
+            trainer=stub(ranks=stub(is_main=True), engine=None, tri_branch=stub(centering=None)),
+            checkpoints=stub(save=lambda *_: tmp_path),
+            progress=stub(step=7),
+            monitor=stub(saved=lambda *_: None),
+            evaluation=stub(),
+            console=Console(speaks=True, last_step=9, first_step=0),
+        ).save(stub(timing=Timing(0.0, STEP_SECONDS)))
+        return capsys.readouterr().err
+
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    monkeypatch.setenv("POA_JOB_DIR", str(tmp_path))
+    return run
+
+
+def test_signal_that_comes_too_late_for_two_saves_is_warned_of(save):
+    (line,) = save(1.9 * STEP_SECONDS).splitlines()
+    assert line.startswith("warning: a step and a checkpoint take 10 s, and Slurm's signal comes 19 s before the end")
+    assert "(checkpoint.signal_lead_seconds): submit with --signal=USR1@20 or more" in line
+
+
+def test_signal_that_comes_in_time_is_not(save):
+    assert save(2.1 * STEP_SECONDS) == ""
+
+
+def test_no_job_no_warning(save, monkeypatch):
+    monkeypatch.delenv("SLURM_JOB_ID")
+    assert save(1.9 * STEP_SECONDS) == ""
+
+
+def test_job_script_is_told_of_the_checkpoint_and_the_end(save, tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "3")
+    save(300)
+    assert (tmp_path / "progress").read_text() == "7\n"
+    job = Job.from_environment()
+    assert job is not None
+    assert job.name == "12.3"
+    job.stopped(requeue=False)
+    assert (tmp_path / "stopped.3").read_text() == "stay\n"

@@ -1,0 +1,102 @@
+"""A rank that crashes or hangs ends the whole run, and the log says which one it was and where."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import yaml
+
+from pipeline.run.watchdog import Heartbeat, find_stopped
+
+pytestmark = pytest.mark.timeout(600)
+
+ROOT = Path(__file__).parents[2]
+WORKER = ROOT / "tests" / "workers" / "run_with_fault.py"
+
+
+class Ended(NamedTuple):
+    """What became of two ranks under torchrun; `seconds` from the last step to the end."""
+
+    code: int
+    log: str
+    seconds: float
+
+
+@pytest.fixture(scope="module")
+def ended(experiment, tmp_path_factory) -> dict[tuple[str, int], Future[Ended]]:
+    """By fault and rank, runs with a fault in the third step, side by side: they wait more than they compute."""
+
+    def run(fault: str, rank: int, hang_timeout: float) -> Ended:
+        directory = tmp_path_factory.mktemp(fault)
+        tree = experiment(run={"dir": str(directory / "run"), "max_steps": 6, "hang_timeout_seconds": hang_timeout})
+        (directory / "config.yaml").write_text(yaml.safe_dump(tree))
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        result = subprocess.run(
+            [*torchrun, str(WORKER), str(directory / "config.yaml"), fault, str(rank), "3"],
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=400,
+            check=False,
+        )
+        now = time.time()
+        steps = (directory / "run" / "metrics.jsonl").stat().st_mtime  # when the last good step was logged
+        return Ended(result.returncode, result.stderr, now - steps)
+
+    with ThreadPoolExecutor(2) as pool:
+        faults = [("fall_asleep", 1, 60), ("hold_the_interpreter", 1, 60), ("crash", 0, 300), ("crash", 1, 300)]
+        yield {(fault, rank): pool.submit(run, fault, rank, timeout) for fault, rank, timeout in faults}
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_traceback_of_the_crashed_rank_comes_first_and_the_others_end(ended, rank):
+    code, log, seconds = ended["crash", rank].result()
+    assert code == 1
+    assert seconds < 60  # and not after the 300 that a hang may last
+    first = re.search(r"^.*(Traceback|error:).*$", log, re.MULTILINE)
+    assert first[0] == f"error: rank {rank} of 2 crashed"
+    assert "ZeroDivisionError: the fault of this test" in log
+    assert log.index("ZeroDivisionError") < log.find("lost another rank") or "lost another rank" not in log
+
+
+def test_rank_that_falls_asleep_is_named_with_phase_and_stack(ended):
+    code, log, _ = ended["fall_asleep", 1].result()
+    assert code == 1
+    assert re.search(r"error: rank 1 of 2 hangs: \d+ s in teacher of step 3", log)
+    assert "in fall_asleep" in log[log.index("rank 1 of 2 hangs") :]
+
+
+def test_rank_whose_native_code_holds_the_interpreter_is_named_by_the_others(ended):
+    code, log, _ = ended["hold_the_interpreter", 1].result()
+    assert code == 1
+    assert re.search(r"error: rank 1 of 2 \(.*\) stopped: last seen \d+ s ago in ", log)
+    assert "Last known stack of rank 1:" in log
+
+
+def beat(rank: int, beats: int, written: float, stack: str = "in all_reduce, torch/distributed/c10d.py") -> Heartbeat:
+    return Heartbeat(rank, "host", 100 + rank, beats, "data of step 7", 30.0, written, stack)
+
+
+def test_rank_with_the_fewest_beats_is_the_one_that_stopped():
+    hearts = [beat(0, 41, 1000.0), beat(1, 38, 999.0), beat(2, 41, 998.5)]
+    assert [h.rank for h in find_stopped(hearts, 5.0)] == [1]
+
+
+def test_heartbeat_that_nobody_writes_any_more_goes_before_few_beats():
+    hearts = [beat(0, 41, 1000.0), beat(1, 38, 999.0), beat(2, 41, 900.0)]
+    assert [h.rank for h in find_stopped(hearts, 5.0)] == [2]
+
+
+def test_among_equals_the_rank_outside_of_a_collective_is_the_one_that_stopped():
+    hearts = [beat(0, 41, 1000.0), beat(1, 41, 999.0, stack="in read, loader.py"), beat(2, 41, 999.0)]
+    assert [h.rank for h in find_stopped(hearts, 5.0)] == [1]
+
+
+def test_no_rank_is_blamed_when_all_wait():
+    assert find_stopped([beat(0, 41, 1000.0), beat(1, 41, 999.0)], 5.0) == []
