@@ -1,4 +1,4 @@
-"""The picture of the house in docs/architecture.md against the imports of the code, and every room against its own rule."""
+"""The picture of the house in docs/architecture.md against the imports of the code, and what every room must say."""
 
 import re
 from pathlib import Path
