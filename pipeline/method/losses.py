@@ -79,7 +79,7 @@ class Centering:
     """
 
     def __init__(self, method: str, prototypes: Sequence[int], device: torch.device, impl: str, momentum: float = 0.9):
-        self.method, self.impl, self.momentum = method, impl, momentum
+        self.method, self.device, self.impl, self.momentum = method, device, impl, momentum
         self.center = {kind: [torch.zeros(k, device=device) for k in prototypes] for kind in ("cls", "patch")}
         self._batch_mean: dict[str, PerHead] | None = None
 

@@ -5,14 +5,14 @@ Letters: B images, L local crops, N patches of a global crop, M masked patches, 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from kernels.distillation import Targets
-from pipeline.config import ExperimentConfig
+from pipeline.config import LossConfig
 from pipeline.elastic.backbone import Backbone
 from pipeline.elastic.head import ProjectionHeads
 from pipeline.elastic.stochastic_depth import keep_indices
@@ -127,29 +127,35 @@ class Observer(Protocol):
         """Logits `[2B, K]` of the global crops per head and features `[2B, D]` of the "intact" or "elastic" student."""
 
 
+class StochasticDepth(NamedTuple):
+    """Seed and rate of stochastic depth, and the draws of one forward pass (`Backbone.num_draws`)."""
+
+    seed: int
+    rate: float
+    draws: int
+
+
 class TriBranch:
     """The losses of a step and their gradients, in the order that keeps one student graph alive at a time.
 
     Args:
-        config: the experiment.
+        loss: weights and temperatures.
         full: the largest network, which teacher and intact student run.
-        drop_draws: stochastic-depth draws of one forward pass.
-        device: of the tensors.
+        drop: stochastic depth of the students.
+        centering: makes targets of the teacher's logits.
         lap: told the name of each part of the step when it is done.
     """
 
     def __init__(
         self,
-        config: ExperimentConfig,
+        loss: LossConfig,
         full: Subnet,
-        drop_draws: int,
-        device: torch.device,
+        drop: StochasticDepth,
+        centering: Centering,
         lap: Callable[[str], None] = lambda part: None,
     ):
-        self.loss, self.seed, self.drop_path = config.loss, config.data.seed, config.model.drop_path
-        self.full, self.drop_draws, self.device, self.lap = full, drop_draws, device, lap
-        self.impl = config.engine.kernels
-        self.centering = Centering(config.loss.centering, config.heads.prototypes, device, self.impl)
+        self.loss, self.full, self.drop, self.centering, self.lap = loss, full, drop, centering, lap
+        self.impl, self.device = centering.impl, centering.device
 
     @torch.no_grad()
     def teacher_targets(
@@ -216,16 +222,8 @@ class TriBranch:
 
     def _inputs(self, crops: Crops, subnet: Subnet, step: int, rank: int, branch: int) -> tuple:
         images, masks = crops.student_inputs()
-        keep = keep_indices(
-            self.seed,
-            step,
-            rank,
-            branch,
-            self.drop_path,
-            [len(x) for x in images],
-            self.drop_draws,
-            self.device,
-        )
+        sizes, drop = [len(x) for x in images], self.drop
+        keep = keep_indices(drop.seed, step, rank, branch, drop.rate, sizes, drop.draws, self.device)
         return images, subnet, masks, crops.masked, keep
 
     def _self_distillation(

@@ -26,8 +26,9 @@ from pipeline.errors import UserError
 from pipeline.measure.bands import Bands
 from pipeline.measure.health import Probe
 from pipeline.measure.phases import Phases
+from pipeline.method.losses import Centering
 from pipeline.method.schedules import Schedules, StepValues
-from pipeline.method.tri_branch import Branch, Crops, TriBranch
+from pipeline.method.tri_branch import Branch, Crops, StochasticDepth, TriBranch
 from pipeline.monitor.report import Health, StepReport, Timing
 
 
@@ -75,7 +76,9 @@ class Trainer:
         backbone = student.backbone
         self.patch_grid = backbone.patch_grid(config.data.global_crops.size)
         self.phases = Phases(ranks.device)
-        self.tri_branch = TriBranch(config, self.grid.largest, backbone.num_draws, ranks.device, self.phases.lap)
+        drop = StochasticDepth(config.data.seed, config.model.drop_path, backbone.num_draws)
+        centering = Centering(config.loss.centering, config.heads.prototypes, ranks.device, config.engine.kernels)
+        self.tri_branch = TriBranch(config.loss, self.grid.largest, drop, centering, self.phases.lap)
         self.bands = Bands(config.model, self.grid)
         self.dtype = working_dtype(config.engine)
         self.loader: Loader
