@@ -43,6 +43,12 @@ class _Parser(argparse.ArgumentParser):
     def __init__(self, **settings: Any):
         super().__init__(**{"allow_abbrev": False, **settings})
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[argparse.Namespace, list[str]]:  # type: ignore[override]
+        """As ever; the innermost parser that had a word stays known as `parser`, for its options to be suggested."""
+        found, extra = super().parse_known_args(args, namespace)
+        found.parser = getattr(found, "parser", self)
+        return found, extra
+
     def error(self, message: str) -> NoReturn:
         raise UserError(message, "command line", f"see `{self.prog} --help`")
 
@@ -53,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, module in COMMANDS.items():
         command = commands.add_parser(name, help=module.HELP)
         module.add_arguments(command)
-        command.set_defaults(run=module.run, parser=command)
+        command.set_defaults(run=module.run)
     return parser
 
 

@@ -41,6 +41,9 @@ def test_misspelt_key(refused, config):
 
 def test_unknown_option_and_unknown_command(refused, config):
     assert "--dry-run" in refused("train", config, "--dry-ru")
+    assert "did you mean --pixels?" in refused("eval", "knn", config, "--pixel")
+    assert "did you mean --per-shard?" in refused("shards", "build", config, config, "--pershard")
+    assert "see `poa report --help`" in refused("report", config, "--nothing-like-it")
     assert "poa" in refused("trian", config)
 
 

@@ -9,10 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import torch
-import torch.distributed as dist
+from typing import Any, NamedTuple
 
 from pipeline.config import ExperimentConfig
 from pipeline.elastic import Grid, cost
@@ -46,6 +43,25 @@ class _Interval:
     phases: dict[str, float] = field(default_factory=dict)
     band_steps: list[float] = field(default_factory=lambda: [0.0] * len(BANDS))
     band_losses: list[float] = field(default_factory=lambda: [0.0] * len(BANDS))
+
+
+class Share(NamedTuple):
+    """What a rank adds to a log line, of the steps since the last one.
+
+    Attributes:
+        busy, data_wait: its own work and its wait for data, seconds per step.
+        wait_ratio: share of the time that it waited for data.
+        total: seconds by phase since the process started.
+        per_step: seconds by phase and step.
+        memory: bytes by kind; the last kind is the peak.
+    """
+
+    busy: float
+    data_wait: float
+    wait_ratio: float
+    total: dict[str, float]
+    per_step: dict[str, float]
+    memory: dict[str, int]
 
 
 class Monitor:
@@ -126,15 +142,15 @@ class Monitor:
 
     def log(self, report: StepReport) -> dict[str, Any]:
         """At every log line: what to add to the record. Collective."""
-        rows = self._exchange()
+        shares = self.ranks.gather(self._share())
         interval, self._interval = self._interval, _Interval(phases=dict(self.phases.seconds))
         fields: dict[str, Any] = {}
         with self._carefully():
             if self._leads:
-                self._set_node([rows[rank] for rank in self._peers])
+                self._set_node([shares[rank] for rank in self._peers])
             if self.ranks.is_main:
                 self._set_schedules(report)
-                fields = self._set_run(interval, rows) | self._later
+                fields = self._set_run(interval, shares) | self._later
                 self._later = {}
             if self._exporter:
                 self._exporter.offer(self.values, at_once=True)
@@ -222,58 +238,55 @@ class Monitor:
         if report.health:
             self._later |= self._set_health(report.health)
 
-    def _exchange(self) -> list[list[float]]:
-        """One row per rank: own work and wait per step, wait share, phases, memory."""
+    def _share(self) -> Share:
         interval, seconds = self._interval, self.phases.seconds
         steps = max(interval.steps, 1)
         spent = {phase: seconds[phase] - interval.phases[phase] for phase in PHASES}
-        row = [
-            sum(spent[phase] for phase in BUSY_PHASES) / steps,
-            interval.data_wait / steps,
-            interval.data_wait / max(interval.seconds, 1e-9),
-            *(seconds[phase] for phase in PHASES),
-            *(spent[phase] / steps for phase in PHASES),
-            *memory_bytes(self.ranks.device).values(),
-        ]
-        own = torch.tensor(row, dtype=torch.float64)
-        gathered = [torch.empty_like(own) for _ in range(self.ranks.world_size)]
-        dist.all_gather(gathered, own, group=self.ranks.control)
-        return [part.tolist() for part in gathered]
+        return Share(
+            busy=sum(spent[phase] for phase in BUSY_PHASES) / steps,
+            data_wait=interval.data_wait / steps,
+            wait_ratio=interval.data_wait / max(interval.seconds, 1e-9),
+            total=dict(seconds),
+            per_step={phase: spent[phase] / steps for phase in PHASES},
+            memory=memory_bytes(self.ranks.device),
+        )
 
-    def _set_node(self, rows: list[list[float]]) -> None:
-        values, first = self.values, 3
-        values.set("poa_data_wait_ratio", _mean(row[2] for row in rows))
-        for i, phase in enumerate(PHASES, first):
-            values.set("poa_phase_seconds_total", _mean(row[i] for row in rows), phase)
-        for j, kind in enumerate(memory_bytes(self.ranks.device), first + 2 * len(PHASES)):
-            values.set("poa_device_memory_bytes", max(row[j] for row in rows), kind)
-
-    def _set_run(self, interval: _Interval, rows: list[list[float]]) -> dict[str, Any]:
+    def _set_node(self, shares: list[Share]) -> None:
         values = self.values
-        for column, name in enumerate(("poa_rank_busy_seconds", "poa_rank_data_wait_seconds")):
-            numbers = [row[column] for row in rows]
+        values.set("poa_data_wait_ratio", _mean(share.wait_ratio for share in shares))
+        for phase in PHASES:
+            values.set("poa_phase_seconds_total", _mean(share.total[phase] for share in shares), phase)
+        for kind in shares[0].memory:
+            values.set("poa_device_memory_bytes", max(share.memory[kind] for share in shares), kind)
+
+    def _set_run(self, interval: _Interval, shares: list[Share]) -> dict[str, Any]:
+        values = self.values
+        for name, numbers in (
+            ("poa_rank_busy_seconds", [share.busy for share in shares]),
+            ("poa_rank_data_wait_seconds", [share.data_wait for share in shares]),
+        ):
             for stat, value in zip(_STATS, (min(numbers), _mean(numbers), max(numbers)), strict=True):
                 values.set(name, value, stat)
-        slowest = max(range(len(rows)), key=lambda rank: rows[rank][0])
+        slowest = max(range(len(shares)), key=lambda rank: shares[rank].busy)
         images = interval.steps * self.config.data.batch_size * self.ranks.world_size
         seconds = max(interval.seconds, 1e-9)
         utilization = interval.flops / (self._peak.flops * self.ranks.world_size * seconds)
         values.set("poa_slowest_rank", slowest)
-        values.set("poa_slowest_rank_step_seconds", rows[slowest][0])
+        values.set("poa_slowest_rank_step_seconds", shares[slowest].busy)
         values.set("poa_images_per_second", images / seconds)
         values.set("poa_model_flops_utilization_ratio", utilization)
         fields: dict[str, float] = {
             "mfu": utilization,
             "slowest_rank": slowest,
-            "slowest_rank_seconds": rows[slowest][0],
-            "memory_bytes": max(row[-1] for row in rows),
+            "slowest_rank_seconds": shares[slowest].busy,
+            "memory_bytes": max(list(share.memory.values())[-1] for share in shares),
         }
         for band, count, loss in zip(BANDS, interval.band_steps, interval.band_losses, strict=True):
             if count:
                 values.set("poa_subnet_loss", loss / count, band)
                 fields |= {f"subnet_loss_{band}": loss / count, f"subnet_steps_{band}": round(count)}
-        for i, phase in enumerate(PHASES, 3 + len(PHASES)):
-            fields[f"{phase}_seconds_per_step"] = _mean(row[i] for row in rows)
+        for phase in PHASES:
+            fields[f"{phase}_seconds_per_step"] = _mean(share.per_step[phase] for share in shares)
         return fields
 
     def _set_schedules(self, report: StepReport) -> None:

@@ -18,6 +18,7 @@ from pipeline.run.policy import End, Policy, after
 from pipeline.run.records import count, count_skipped, record
 from pipeline.run.slurm_job import Job, stop_signals
 from pipeline.run.step import Trainer
+from pipeline.run.threads import threads_that_fit
 from pipeline.run.watchdog import Watchdog
 
 
@@ -39,7 +40,8 @@ def train(config: ExperimentConfig, quiet: bool = False, stop_requested: list[in
     with stop_signals() if stop_requested is None else nullcontext(stop_requested) as stop:
         # collectives give up later than the watchdog, which knows more
         ranks = distributed.initialize(1.5 * config.run.hang_timeout_seconds + 60)
-        return _train(config, ranks, stop, quiet).value
+        with threads_that_fit(config, ranks.device):
+            return _train(config, ranks, stop, quiet).value
 
 
 def _train(config: ExperimentConfig, ranks: Ranks, stop_requested: list[int], quiet: bool) -> End:
