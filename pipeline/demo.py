@@ -50,19 +50,23 @@ def run_demo(directory: Path, overrides: tuple[str, ...] = ()) -> int:
     if code:
         return code
 
+    import torch
+
     from pipeline.elastic.subnet import Grid
     from pipeline.evaluate.evaluation import Request, evaluate
     from pipeline.evaluate.table import table
     from pipeline.models.extract import extract
+    from pipeline.run.threads import threads_that_fit
 
-    grid = Grid(config.model)
-    names = [subnet.name for subnet in (grid.smallest, grid.subnets[len(grid) // 2], grid.largest)]
-    _say(3, f"extracting {', '.join(names)} as plain timm models")
-    worst = max(model.max_abs_difference for model in extract(run, names, models, progress=True))
-    print(f"largest difference between an extracted model and its sub-network in place: {worst:.1e}")
+    with threads_that_fit(config, torch.device("cpu")):
+        grid = Grid(config.model)
+        names = [subnet.name for subnet in (grid.smallest, grid.subnets[len(grid) // 2], grid.largest)]
+        _say(3, f"extracting {', '.join(names)} as plain timm models")
+        worst = max(model.max_abs_difference for model in extract(run, names, models, progress=True))
+        print(f"largest difference between an extracted model and its sub-network in place: {worst:.1e}")
 
-    _say(4, "20-nearest-neighbour accuracy, trained and untrained")
-    print(table(evaluate(Request(run, "knn", subnets=names, untrained=True, pixels=True)), "knn"))
+        _say(4, "20-nearest-neighbour accuracy, trained and untrained")
+        print(table(evaluate(Request(run, "knn", subnets=names, untrained=True, pixels=True)), "knn"))
     print(
         f"\ndone in {time.monotonic() - began:.0f} s. Models: {', '.join(str(models / n) for n in names)}\n"
         "try next:\n"
