@@ -2,12 +2,14 @@
 
 import argparse
 import json
+import signal
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NoReturn
 
 from pipeline.commands.arguments import add_json
+from pipeline.data.names import escape
 
 HELP = "build, index, verify or describe shards"
 _LISTED = 20  # names printed of a long list; JSON has them all
@@ -48,6 +50,9 @@ def run(args: argparse.Namespace) -> int:
 def _build(args: argparse.Namespace) -> int:
     from pipeline.data.shards import build
 
+    for number in (signal.SIGTERM, signal.SIGHUP):  # a time limit, a lost terminal: leave nothing half done behind
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, _stop)
     report = build(
         args.source,
         args.destination,
@@ -63,12 +68,21 @@ def _build(args: argparse.Namespace) -> int:
     for split, entries in report.shards.items():
         size = sum(entry.bytes for entry in entries) / 1e6
         print(f"{split}: {report.samples[split]} images in {len(entries)} shards, {size:.1f} MB")
+    if args.val_fraction and "val" not in report.samples:
+        print(f"val: none, --val-fraction {args.val_fraction:g} of so few images is less than one")
     if report.classes:
         print(f"{len(report.classes)} classes")
-    _print_list("left out, undecodable", (f"{name} ({reason})" for name, reason in report.left_out))
+    if report.no_labels:
+        print(f"no labels: {report.no_labels}", file=sys.stderr)
+    _print_list("left out", (f"{name} ({reason})" for name, reason in report.left_out))
     _print_list("ignored, no images", report.ignored)
-    print(f"written to {args.destination}")
+    print(f"written to {escape(args.destination)}")
     return 0
+
+
+def _stop(number: int, _frame: Any) -> NoReturn:
+    print("stopped: nothing is kept", file=sys.stderr)
+    sys.exit(128 + number)
 
 
 def _index(args: argparse.Namespace) -> int:
@@ -76,7 +90,10 @@ def _index(args: argparse.Namespace) -> int:
 
     for report in index(args.shards):
         without = f", {report.without_image} without an image left out" if report.without_image else ""
-        print(f"{report.shard}: {report.samples} samples{without}")
+        others = len(report.left_out) - report.without_image
+        others_out = f", {others} other members left out" if others else ""
+        print(f"{escape(report.shard)}: {report.samples} samples{without}{others_out}")
+        _print_members(report.left_out)
     return 0
 
 
@@ -89,10 +106,19 @@ def _verify(args: argparse.Namespace) -> int:
     else:
         for verdict in verdicts:
             state = f"{len(verdict.problems)} problems" if verdict.problems else "sound"
-            print(f"{verdict.shard}: {verdict.samples} samples, {state}")
+            out = f", {len(verdict.left_out)} members left out" if verdict.left_out else ""
+            print(f"{escape(verdict.shard)}: {verdict.samples} samples, {state}{out}")
             for key, problem in verdict.problems:
                 print(f"  {key or 'the shard'}: {problem}")
+            _print_members(verdict.left_out)
     return 1 if any(verdict.problems for verdict in verdicts) else 0
+
+
+def _print_members(names: list[tuple[str, str]]) -> None:
+    for name, why in names[:_LISTED]:
+        print(f"  left out {name}: {why}")
+    if len(names) > _LISTED:
+        print(f"  ... and {len(names) - _LISTED} more")
 
 
 def _stats(args: argparse.Namespace) -> int:
@@ -107,6 +133,8 @@ def _stats(args: argparse.Namespace) -> int:
     for name in ("height", "width", "kilobytes"):
         low, *inner, high = getattr(found, name) or [0.0] * 5
         print(f"{name}: {low:.4g} to {high:.4g}, 5/50/95% at " + "/".join(f"{value:.4g}" for value in inner))
+    for what, count in found.bad_labels.items():
+        print(f"no class for {count}: {what}")
     if found.classes:
         print("classes: " + ", ".join(f"{label}: {count}" for label, count in found.classes.items()))
     return 0

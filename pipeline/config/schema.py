@@ -8,6 +8,7 @@ from pipeline.config.model import ModelConfig, Section
 
 Fraction = tuple[float, float]
 
+IMAGE_CHANNELS = 3  # what the data path delivers
 KERNEL_HEAD_DIMS = (16, 32, 64)  # of kernels.fused.attention, whose import needs Triton
 
 
@@ -238,6 +239,10 @@ class ExperimentConfig(Section):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> "ExperimentConfig":
+        if self.model.in_chans != IMAGE_CHANNELS:
+            raise ValueError(
+                f"model.in_chans={self.model.in_chans}: images are read as RGB, so only {IMAGE_CHANNELS} works"
+            )
         crops = {"data.global_crops.size": self.data.global_crops.size}
         if self.data.local_crops.count:
             crops["data.local_crops.size"] = self.data.local_crops.size

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.config import DataConfig
+from pipeline.data.generated import remove_generated_files
 from pipeline.data.images import Header
 from pipeline.data.philox import Purpose, philox
 
@@ -157,9 +158,11 @@ def make_pipeline(
             outputs.append(_normalize([_crop(image, row, local.size, data.hue, False) for row in rows], half))
         return positions, image.shape(), *outputs
 
-    return graph(
+    pipeline = graph(
         batch_size=data.batch_size, num_threads=data.threads, device_id=device_id, seed=0, prefetch_queue_depth=2
     )
+    remove_generated_files()
+    return pipeline
 
 
 def decode_pipeline(source: Callable[[int], Any], batch_size: int, threads: int, device_id: int | None) -> Any:

@@ -7,13 +7,18 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from pipeline.data import tars
-from pipeline.data.encode import readable_format
-from pipeline.data.images import BadImage, decode, inspect
-from pipeline.data.reader import Dataset, expand_shards
+from pipeline.data import indexes, tars
+from pipeline.data.decoders import NO_LIMIT, check
+from pipeline.data.images import EXTENSIONS, BadImage, inspect
+from pipeline.data.labels import CLASSES, LONGEST, class_names, parse_label
+from pipeline.data.names import escape
+from pipeline.data.patterns import expand_shards
+from pipeline.data.progress import progress_bar
+from pipeline.data.reader import Dataset
 from pipeline.data.shards import MANIFEST, in_order
 from pipeline.errors import UserError
 from pipeline.files import sha256
@@ -23,11 +28,17 @@ _PERCENTILES = (0, 5, 50, 95, 100)
 
 @dataclass
 class ShardVerdict:
-    """One shard; `problems` pairs a sample's key (empty: the shard itself) with what is wrong."""
+    """One shard.
+
+    Attributes:
+        problems: a sample's key (empty: the shard itself) with what is wrong.
+        left_out: names of members that are in no sample, with why; nothing is wrong with these.
+    """
 
     shard: str
     samples: int = 0
     problems: list[tuple[str, str]] = field(default_factory=list)
+    left_out: list[tuple[str, str]] = field(default_factory=list)
 
 
 @dataclass
@@ -37,6 +48,7 @@ class Statistics:
     Attributes:
         formats: images by format; unusable ones by reason, with a minus sign in front.
         classes: samples by label; empty without labels.
+        bad_labels: samples by what is wrong with their label.
         height, width, kilobytes: minimum, 5th, 50th and 95th percentile, maximum over usable images.
     """
 
@@ -45,6 +57,7 @@ class Statistics:
     bytes: int
     formats: dict[str, int]
     classes: dict[int, int]
+    bad_labels: dict[str, int]
     height: list[float]
     width: list[float]
     kilobytes: list[float]
@@ -56,47 +69,63 @@ def verify(shards: str | Sequence[str], *, progress: bool = True) -> list[ShardV
     Raises:
         UserError: a shard is missing. What is wrong inside shards is in the verdicts.
     """
-    from tqdm import tqdm
-
     verdicts = []
     keys: dict[str, str] = {}
-    with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(unit=" images", disable=not progress) as bar:
+    with ThreadPoolExecutor(os.cpu_count()) as pool, progress_bar(progress, unit=" images") as bar:
         for shard in expand_shards(shards):
             verdict = ShardVerdict(str(shard))
             verdicts.append(verdict)
-            bar.set_description(shard.name)
+            bar.set_description(shard.name, refresh=False)
             try:
-                samples = tars.walk(shard)
+                contents = tars.scan(shard)
+                named = class_names(shard)
+                with open(shard, "rb", buffering=0) as file:
+                    _verify(verdict, file.fileno(), contents, named, pool, keys, bar)
             except UserError as error:
                 verdict.problems.append(("", error.what))
-                continue
-            verdict.problems += [
-                ("", problem) for problem in (*_index_problems(shard, samples), *_manifest_problems(shard))
-            ]
-            with open(shard, "rb", buffering=0) as file:
-                descriptor = file.fileno()
-                for sample, problems in in_order(pool, lambda s, d=descriptor: _sample_problems(d, s), samples):  # type: ignore[misc]
-                    bar.update()
-                    verdict.samples += sample.image is not None
-                    if sample.key in keys:
-                        problems = [*problems, f"the key appears in {keys[sample.key]} as well"]
-                    keys[sample.key] = shard.name
-                    verdict.problems += [(sample.key, problem) for problem in problems]
-            if not verdict.samples:
-                verdict.problems.append(("", "no image"))
+            except OSError as error:
+                verdict.problems.append(("", f"cannot be read: {error.strerror or error}"))
     return verdicts
 
 
+def _verify(
+    verdict: ShardVerdict,
+    descriptor: int,
+    contents: tars.Contents,
+    classes: list[str] | None,
+    pool: ThreadPoolExecutor,
+    keys: dict[str, str],
+    bar: Any,
+) -> None:
+    """Fill the verdict on an open shard; `keys` are those of all shards so far, with the shard's name."""
+    shard, samples = Path(verdict.shard), contents.samples
+    verdict.problems += [("", problem) for problem in (*_index_problems(shard, samples), *_manifest_problems(shard))]
+    for name, why in contents.passed_over:
+        lost = Path(name).suffix.lower().removeprefix(".") in EXTENSIONS and not Path(name).name.startswith(".")
+        (verdict.problems if lost else verdict.left_out).append((name, why))
+    for sample, problems in in_order(pool, lambda s: _sample_problems(descriptor, s, classes), samples):
+        bar.update()
+        verdict.samples += sample.image is not None
+        if sample.key in keys:
+            problems = [*problems, f"the key appears in {keys[sample.key]} as well"]
+        keys[sample.key] = shard.name
+        verdict.problems += [(escape(sample.key), problem) for problem in problems]
+        images = [member for member in sample.members if member.extension in EXTENSIONS]
+        verdict.left_out += [(escape(member.name), "not the first image of its sample") for member in images[1:]]
+    if not verdict.samples:
+        verdict.problems.append(("", "no image"))
+
+
 def _index_problems(shard: Path, samples: list[tars.Sample]) -> Iterator[str]:
-    if not tars.index_path(shard).exists():
+    if not indexes.has_index(shard):
         yield "no index"
         return
     try:
-        indexed = tars.read_index(shard)
+        indexed = indexes.read_index(shard)
     except UserError as error:
         yield error.what
         return
-    if tars.image_places(indexed) != tars.image_places(samples):
+    if list(tars.image_places(indexed)) != list(tars.image_places(samples)):
         yield "the index does not list the images of the shard"
 
 
@@ -117,24 +146,31 @@ def _manifest_problems(shard: Path) -> Iterator[str]:
         yield f"another checksum than in {MANIFEST}"
 
 
-def _sample_problems(descriptor: int, sample: tars.Sample) -> list[str]:
-    problems = []
+def _sample_problems(descriptor: int, sample: tars.Sample, classes: list[str] | None) -> list[str]:
     if sample.image is None:
-        return ["no image"]
-    data = os.pread(descriptor, sample.image.size, sample.image.offset)
+        return [f"no image: {sample.why_no_image}" if sample.dotted else "no image"]
+    problems = []
     try:
-        inspect(data, max_pixels=1 << 62)
-        decode(data)
-        if readable_format(data) is None:
-            problems.append("decode")
+        check(os.pread(descriptor, sample.image.size, sample.image.offset))
     except BadImage as error:
         problems.append(error.reason)
+    except OSError as error:
+        problems.append(f"cannot be read: {error.strerror}")
     if sample.label is not None:
-        label = os.pread(descriptor, sample.label.size, sample.label.offset)
-        if not label.strip().isdigit():
-            problems.append("label is no number")
+        problems += _label_problems(descriptor, sample.label, classes)
     extensions = Counter(member.extension for member in sample.members)
-    return problems + [f"two .{extension} files" for extension, count in extensions.items() if count > 1]
+    return problems + [f"two .{escape(extension)} files" for extension, count in extensions.items() if count > 1]
+
+
+def _label_problems(descriptor: int, member: tars.Member, classes: list[str] | None) -> Iterator[str]:
+    try:
+        label = parse_label(os.pread(descriptor, min(member.size, LONGEST + 1), member.offset))
+        if classes is not None and label >= len(classes):
+            yield f"label {label} has no name in {CLASSES}"
+    except ValueError as error:
+        yield str(error)
+    except OSError as error:
+        yield f"label cannot be read: {error.strerror}"
 
 
 def stats(shards: str | Sequence[str]) -> Statistics:
@@ -146,18 +182,26 @@ def stats(shards: str | Sequence[str]) -> Statistics:
     dataset = Dataset(shards)
     formats: Counter[str] = Counter()
     classes: Counter[int] = Counter()
+    bad_labels: Counter[str] = Counter()
     rows = []
     for record in range(len(dataset)):
-        data = dataset.image(record)
         try:
-            header = inspect(data, max_pixels=1 << 62)
+            data = dataset.image(record)
+            header = inspect(data, NO_LIMIT)
             formats[header.format] += 1
             rows.append((*header.size, len(data) / 1e3))
         except BadImage as error:
             formats[f"-{error.reason}"] += 1
-        label = dataset.label(record)
-        if label is not None:
-            classes[label] += 1
+        except OSError:
+            formats["-read"] += 1
+        try:
+            label = dataset.label(record)
+            if label is not None:
+                classes[label] += 1
+        except ValueError as error:
+            bad_labels[str(error)] += 1
+        except OSError:
+            bad_labels["cannot be read"] += 1
     height, width, kilobytes = np.percentile(rows, _PERCENTILES, axis=0).T.tolist() if rows else ([], [], [])
     return Statistics(
         shards=len(dataset.paths),
@@ -165,6 +209,7 @@ def stats(shards: str | Sequence[str]) -> Statistics:
         bytes=sum(path.stat().st_size for path in dataset.paths),
         formats=dict(sorted(formats.items())),
         classes=dict(sorted(classes.items())),
+        bad_labels=dict(bad_labels),
         height=height,
         width=width,
         kilobytes=kilobytes,

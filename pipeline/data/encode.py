@@ -1,64 +1,64 @@
 """The bytes of an image in a shard: the original file where training can read it, else a new one."""
 
 import io
-import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from pipeline.data.images import BadImage, decode, inspect
+from pipeline.data.decoders import NO_LIMIT, require_equal_pictures
+from pipeline.data.images import BadImage, Decoded, decode_stored, inspect, rgb
 
 if TYPE_CHECKING:
     from PIL import Image
 
-_NO_LIMIT = 1 << 62  # pixels; what is too large for training is for the experiment to say
 _LOSSY = ("jpeg", "webp")
 _EXTENSIONS = {"jpeg": "jpg", "png": "png", "webp": "webp"}
-_local = threading.local()
 
 
 def encode(content: "bytes | Image.Image", shorter_side: int | None = None) -> tuple[str, bytes]:
     """Extension and bytes under which an image is packed.
 
     Args:
-        content: an encoded file of any format that Pillow knows, or an image without a file.
+        content: an encoded file of one of `images.FORMATS`, or an image without a file.
         shorter_side: shrink so that the shorter side has this many pixels; smaller images stay as they are.
 
     Raises:
         BadImage: it cannot be decoded in full.
     """
     if not isinstance(content, bytes):
-        return "png", _as_file(_shrink(content, shorter_side), "png")
-    try:
-        image = decode(content)
-    except BadImage:
-        inspect(content, _NO_LIMIT)  # may know the reason better
-        raise
-    format_ = readable_format(content)
+        image = content if content.mode in ("L", "RGB") else rgb(content)
+        return "png", _as_file(_shrink(image, shorter_side), "png")
+    decoded = _decode(content)
+    format_ = _readable_format(content, decoded)
+    image = decoded.upright()
     if format_ and (shorter_side is None or min(image.size) <= shorter_side):
         return _EXTENSIONS[format_], content
     lossy = format_ in _LOSSY
     return ("jpg" if lossy else "png"), _as_file(_shrink(image, shorter_side), "jpeg" if lossy else "png")
 
 
-def readable_format(data: bytes) -> str | None:
-    """The format if the decoder of the training pipeline can read this file, else None."""
+def _decode(content: bytes) -> Decoded:
     try:
-        header = inspect(data, _NO_LIMIT)
+        return decode_stored(content)
+    except BadImage as error:
+        if error.reason in ("decode", "format"):
+            _raise_better_reason(content)
+        raise
+
+
+def _raise_better_reason(content: bytes) -> None:
+    """The header check may know why an image cannot be decoded."""
+    try:
+        inspect(content, NO_LIMIT)
+    except BadImage as error:
+        if error.reason != "format":  # one of its three
+            raise
+
+
+def _readable_format(content: bytes, decoded: Decoded) -> str | None:
+    """The format if training's decoder reads the same picture from this file, else None."""
+    try:
+        return require_equal_pictures(content, decoded.stored).format
     except BadImage:
         return None
-    return header.format if _decoder().decode(data) is not None else None
-
-
-def _decoder() -> Any:
-    """nvImageCodec's, which DALI's decoder is made of; one per thread."""
-    if not hasattr(_local, "decoder"):
-        from nvidia import nvimgcodec
-
-        _local.decoder = nvimgcodec.Decoder(
-            device_id=nvimgcodec.NVIMGCODEC_DEVICE_CPU_ONLY,
-            max_num_cpu_threads=1,
-            backends=[nvimgcodec.Backend(nvimgcodec.CPU_ONLY)],
-        )
-    return _local.decoder
 
 
 def _shrink(image: "Image.Image", shorter_side: int | None) -> "Image.Image":

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pipeline.config import DataConfig
 from pipeline.data.images import BadImage, decode, inspect
+from pipeline.data.labels import Numbering
 from pipeline.data.reader import Dataset
 
 MAX_PIXELS = DataConfig().max_pixels  # where no run's config says otherwise
@@ -20,16 +21,23 @@ class EvalImages:
         shards: pattern or patterns.
         preprocessing: what `timm.data.resolve_data_config` says of a model.
         max_pixels: larger images count as bad.
+        numbering: of the classes, where other shards have another.
 
     Raises:
         UserError: a shard is missing or damaged.
     """
 
-    def __init__(self, shards: str | Sequence[str], preprocessing: Mapping[str, Any], max_pixels: int = MAX_PIXELS):
+    def __init__(
+        self,
+        shards: str | Sequence[str],
+        preprocessing: Mapping[str, Any],
+        max_pixels: int = MAX_PIXELS,
+        numbering: Numbering | None = None,
+    ):
         from timm.data import create_transform
 
         self.dataset = Dataset(shards)
-        self.max_pixels = max_pixels
+        self.max_pixels, self.numbering = max_pixels, numbering or Numbering({})
         self.transform = create_transform(**preprocessing, is_training=False, normalize=False)
         self._mean = torch.tensor(preprocessing["mean"]).view(-1, 1, 1)
         self._std = torch.tensor(preprocessing["std"]).view(-1, 1, 1)
@@ -54,17 +62,17 @@ class EvalImages:
         """The class index.
 
         Raises:
-            BadImage: reason `unlabelled` or `label` (its file does not hold an integer).
+            BadImage: reason `unlabelled` or `label` (its file holds no class index, or one without a class name).
         """
         try:
             label = self.dataset.label(record)
+            if label is not None:
+                return self.numbering.of(self.dataset.shard(record), label)
         except ValueError as error:
             raise BadImage("label") from error
         except OSError as error:
             raise BadImage("read") from error
-        if label is None:
-            raise BadImage("unlabelled")
-        return label
+        raise BadImage("unlabelled")
 
     def normalize(self, images: Tensor) -> Tensor:
         """uint8 `[B, 3, H, W]` -> fp32 of mean 0 and deviation 1, on the same device."""

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from PIL import Image
 
 EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF", "TGA", "ICO")
+"""What Pillow may take bytes for; the first three are what shards hold."""
+_TIFF_BITS, _TIFF_PHOTOMETRIC = 258, 262
 _JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _JPEG_BARE = frozenset(range(0xD0, 0xD8)) | {0x01}  # markers without a length
 _ORIENTATION_TAG = 0x0112
@@ -91,44 +94,120 @@ def hide_exif(data: bytearray, header: Header) -> None:
         struct.pack_into(">I", data, at + 4 + length, zlib.crc32(data[at : at + 4 + length]))
 
 
+def open_image(data: bytes | bytearray) -> "Image.Image":
+    """Open an encoded image with Pillow, as one of `FORMATS` and nothing else.
+
+    Pillow alone would also try formats that start another program on the bytes (PostScript's Ghostscript), whatever
+    the name of the file says.
+
+    Raises:
+        BadImage: reason `huge` (more pixels than Pillow takes), `format` or `decode`.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        return Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.DecompressionBombError as error:
+        raise BadImage("huge") from error
+    except UnidentifiedImageError as error:
+        raise BadImage("format") from error
+    except Exception as error:  # Pillow's plugins raise nearly anything on damaged input
+        raise BadImage("decode") from error
+
+
+class Decoded(NamedTuple):
+    """A picture as its file stores it, 8-bit RGB, and the EXIF orientation that puts it upright."""
+
+    stored: "Image.Image"
+    orientation: int
+
+    def upright(self) -> "Image.Image":
+        from PIL import Image
+
+        turns = {
+            2: Image.Transpose.FLIP_LEFT_RIGHT,
+            3: Image.Transpose.ROTATE_180,
+            4: Image.Transpose.FLIP_TOP_BOTTOM,
+            5: Image.Transpose.TRANSPOSE,
+            6: Image.Transpose.ROTATE_270,
+            7: Image.Transpose.TRANSVERSE,
+            8: Image.Transpose.ROTATE_90,
+        }
+        turn = turns.get(self.orientation)
+        return self.stored if turn is None else self.stored.transpose(turn)
+
+
 def decode(data: bytes | bytearray) -> "Image.Image":
     """Decode fully with Pillow to upright 8-bit RGB: what training sees, for evaluation and checks.
 
     Transparency is dropped, 16-bit samples keep their high byte and of an animation the first frame is taken.
 
     Raises:
-        BadImage: reason `decode`.
+        BadImage: see `decode_stored`.
+    """
+    return decode_stored(data).upright()
+
+
+def decode_stored(data: bytes | bytearray) -> Decoded:
+    """`decode`, but for the orientation.
+
+    Raises:
+        BadImage: reason `format`, `huge`, `precision` (see `rgb`) or `decode`.
     """
     from PIL import Image
 
+    image = open_image(data)
     try:
-        image: Image.Image = Image.open(io.BytesIO(data))
         image.load()
-        image = _upright(image, data)
-        if image.mode.startswith("I;16"):
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        return image.convert("RGB")
-    except Exception as error:  # Pillow's plugins raise nearly anything on damaged input
+        return Decoded(rgb(image), _orientation(image, data))
+    except BadImage:
+        raise
+    except Image.DecompressionBombError as error:
+        raise BadImage("huge") from error
+    except Exception as error:
         raise BadImage("decode") from error
 
 
-def _upright(image: "Image.Image", data: bytes | bytearray) -> "Image.Image":
-    from PIL import Image, ImageOps
+def rgb(image: "Image.Image") -> "Image.Image":
+    """An image as 8-bit RGB, black staying black and white white.
 
+    Raises:
+        BadImage: reason `precision`: floats and integers of more than 16 bits have no known black and white, and of
+            16 bits the upper four are empty, so that what is left would be nearly black.
+    """
+    from PIL import Image
+
+    bits = _bits(image)
+    if bits > 16:
+        raise BadImage("precision")
+    if bits > 8:
+        samples = np.asarray(image)
+        if 0 < samples.max() < 1 << (bits - 4):
+            raise BadImage("precision")
+        levels = (samples >> (bits - 8)).astype(np.uint8)
+        return Image.fromarray(~levels if _white_is_zero(image) else levels).convert("RGB")
+    return image.convert("RGB")
+
+
+def _bits(image: "Image.Image") -> int:
+    """Bits of a sample's range; 32 stands for all that has no known range."""
+    if image.mode.startswith("I;16"):
+        return image.tag_v2.get(_TIFF_BITS, (16,))[0] if hasattr(image, "tag_v2") else 16
+    if image.mode == "I":
+        return 16 if image.format in ("PNG", "PPM") else 32  # Pillow stretches PPM's own range to 16 bits
+    return 32 if image.mode == "F" else 8
+
+
+def _white_is_zero(image: "Image.Image") -> bool:
+    """Whether a deep TIFF is stored as a negative, which Pillow turns for 8 bits only."""
+    return hasattr(image, "tag_v2") and image.tag_v2.get(_TIFF_PHOTOMETRIC) == 0
+
+
+def _orientation(image: "Image.Image", data: bytes | bytearray) -> int:
     try:
-        orientation = _parser(data)(data).orientation
+        return _parser(data)(data).orientation
     except (BadImage, struct.error, IndexError):  # nothing that training reads
-        return ImageOps.exif_transpose(image)
-    turns = {
-        2: Image.Transpose.FLIP_LEFT_RIGHT,
-        3: Image.Transpose.ROTATE_180,
-        4: Image.Transpose.FLIP_TOP_BOTTOM,
-        5: Image.Transpose.TRANSPOSE,
-        6: Image.Transpose.ROTATE_270,
-        7: Image.Transpose.TRANSVERSE,
-        8: Image.Transpose.ROTATE_90,
-    }
-    return image.transpose(turns[orientation]) if orientation in turns else image
+        return image.getexif().get(_ORIENTATION_TAG, _UPRIGHT)
 
 
 def _parser(data: bytes | bytearray) -> Any:

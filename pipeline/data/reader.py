@@ -3,42 +3,24 @@
 import functools
 import logging
 import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from pipeline.data import tars
+from pipeline.data import indexes, tars
 from pipeline.data.images import BadImage, Header, hide_exif, inspect
+from pipeline.data.labels import LONGEST, parse_label
+from pipeline.data.names import escape
+from pipeline.data.patterns import expand_shards
 from pipeline.data.philox import Purpose, philox
 from pipeline.errors import UserError
 
 _log = logging.getLogger(__name__)
 _MAX_SUBSTITUTES = 64
 _OPEN_FILES = 128
-
-
-def expand_shards(shards: str | Sequence[str]) -> list[Path]:
-    """File names of a pattern with braces (`train-{000000..000009}.tar`), or of a list of such patterns.
-
-    Raises:
-        UserError: a shard does not exist, or there is none.
-    """
-    from braceexpand import braceexpand
-
-    patterns = [shards] if isinstance(shards, str) else list(shards)
-    try:
-        paths = [Path(name) for pattern in patterns for name in braceexpand(str(pattern))]
-    except ValueError as error:
-        raise UserError("unbalanced braces in a shard pattern", str(error), "close every brace") from error
-    if not paths:
-        raise UserError("no shards", "data", "name at least one .tar file")
-    missing = [path for path in paths if not path.is_file()]
-    if missing:
-        count = f" ({len(missing)} of {len(paths)} shards missing)" if len(missing) > 1 else ""
-        raise UserError(f"missing shard{count}", str(missing[0]), "correct the pattern, or build the shard")
-    return paths
 
 
 class _File:
@@ -77,9 +59,9 @@ class Dataset:
         return self.paths[self._shard_number(record)]
 
     def key(self, record: int) -> str:
-        """The sample's key; slow, since keys are not kept in memory."""
+        """The sample's key, on one line; slow, since keys are not kept in memory."""
         place = record - int(self._starts[self._shard_number(record)])
-        return [sample for sample in _samples(self.shard(record)) if sample.image][place].key
+        return escape([sample for sample in _contents(self.shard(record)).samples if sample.image][place].key)
 
     def image(self, record: int) -> bytearray:
         """The encoded image. Raises OSError if the shard cannot be read."""
@@ -87,9 +69,14 @@ class Dataset:
         return self._read(record, int(offset), int(size))
 
     def label(self, record: int) -> int | None:
-        """The class index in the sample's `.cls` file, None without one."""
+        """The class index in the sample's `.cls` file, None without one.
+
+        Raises:
+            ValueError: see `parse_label`.
+            OSError: the shard cannot be read.
+        """
         offset, size = self._rows[record, 2:]
-        return int(self._read(record, int(offset), int(size))) if offset >= 0 else None
+        return parse_label(self._read(record, int(offset), min(int(size), LONGEST + 1))) if offset >= 0 else None
 
     def _shard_number(self, record: int) -> int:
         return int(np.searchsorted(self._starts, record, side="right")) - 1
@@ -103,23 +90,31 @@ class Dataset:
 
 
 def _warn_of_missing_indexes(paths: list[Path]) -> None:
-    bare = [path for path in paths if not tars.index_path(path).exists()]
+    bare = [path for path in paths if not indexes.has_index(path)]
     if bare:
-        text = "%d of %d shards have no index and are read whole, beginning with %s (poa shards index %s)"
-        _log.warning(text, len(bare), len(paths), bare[0], bare[0])
+        text = "%d of %d shards have no index and are read whole, beginning with %s (%s)"
+        _log.warning(text, len(bare), len(paths), bare[0], indexes.indexing(bare[0]))
 
 
-def _samples(shard: Path) -> list[tars.Sample]:
-    return tars.read_index(shard) if tars.index_path(shard).exists() else tars.walk(shard)
+def _contents(shard: Path) -> tars.Contents:
+    if indexes.has_index(shard):
+        return tars.Contents(indexes.read_index(shard), [])
+    contents = tars.scan(shard)
+    for name, why in contents.passed_over[:1]:
+        text = "%s: %d members are left out, beginning with %s (%s)"
+        _log.warning(text, shard, len(contents.passed_over), name, why)
+    return contents
 
 
 def _images_and_labels(shard: Path) -> np.ndarray:
-    samples = _samples(shard)
-    places = [(*_place(image), *_place(sample.label)) for sample in samples if (image := sample.image)]
-    if len(places) < len(samples):
-        _log.warning("%s: %d samples have no image and are left out", shard, len(samples) - len(places))
+    contents = _contents(shard)
+    places = [(*_place(image), *_place(sample.label)) for sample in contents.samples if (image := sample.image)]
     if not places:
-        raise UserError("the shard holds no image", str(shard), "leave it out, or build it again")
+        raise tars.no_image(shard, contents)
+    if len(places) < len(contents.samples):
+        first = next(sample for sample in contents.samples if not sample.image)
+        text = "%s: %d samples have no image and are left out, beginning with %s (%s)"
+        _log.warning(text, shard, len(contents.samples) - len(places), escape(first.key), first.why_no_image)
     return np.array(places, dtype=np.int64)
 
 
@@ -213,7 +208,9 @@ class SampleStream:
                     self.reject(record, "read")
             rejected.append((record, self._rejected[record]))
         shard = str(self.dataset.shard(rejected[-1][0]))
-        raise UserError(f"{_MAX_SUBSTITUTES} unusable images in a row", shard, f"poa shards verify {shard}")
+        raise UserError(
+            f"{_MAX_SUBSTITUTES} unusable images in a row", shard, f"poa shards verify {shlex.quote(shard)}"
+        )
 
     def _candidate(self, position: int, attempt: int) -> int:
         if attempt == 0:

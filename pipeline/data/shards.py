@@ -2,20 +2,25 @@
 
 import json
 import os
-import shutil
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pipeline.data import tars
+from pipeline.data import indexes, tars
+from pipeline.data.aside import new_folder
 from pipeline.data.encode import encode
 from pipeline.data.images import BadImage
+from pipeline.data.items import Item, Source
+from pipeline.data.labels import CLASSES
+from pipeline.data.names import escape
+from pipeline.data.patterns import expand_shards
 from pipeline.data.philox import Purpose, philox
-from pipeline.data.reader import expand_shards
-from pipeline.data.sources import Item, Source, open_source
+from pipeline.data.progress import progress_bar
+from pipeline.data.sources import open_source
 from pipeline.errors import UserError
 from pipeline.files import sha256, write_atomically
 
@@ -42,8 +47,9 @@ class BuildReport:
         samples: by split.
         shards: by split.
         classes: names by label, None without labels.
-        left_out: name and reason of images that cannot be decoded.
-        ignored: names of files that are no images.
+        left_out: name and reason of images that cannot be packed.
+        ignored: names of files that are no images, and of hidden ones and folders that were passed over, with why.
+        no_labels: why folders were not taken for classes, where some images lie in folders.
     """
 
     source: str
@@ -53,13 +59,22 @@ class BuildReport:
     classes: list[str] | None = None
     left_out: list[tuple[str, str]] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)
+    no_labels: str | None = None
 
 
 @dataclass
 class IndexReport:
+    """What an index lists.
+
+    Attributes:
+        without_image: samples left out.
+        left_out: their keys, and names of other members that are in no sample, with the reason.
+    """
+
     shard: str
     samples: int
     without_image: int
+    left_out: list[tuple[str, str]] = field(default_factory=list)
 
 
 def build(
@@ -90,26 +105,27 @@ def build(
     Raises:
         UserError: the source has no usable image, the destination is not empty, or an option makes no sense.
     """
-    _check_options(per_shard, shorter_side, val_fraction)
-    target = Path(destination)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError("the destination is not empty", str(target), "name a new folder, or remove this one")
-    opened = open_source(source, download)
-    splits = _split_and_shuffle(opened, val_fraction, seed)
-    options = {"per_shard": per_shard, "shorter_side": shorter_side, "seed": seed, "val_fraction": val_fraction}
-    report = BuildReport(source, options, classes=opened.classes, ignored=opened.ignored)
-    aside = _folder_aside(target)
-    try:
-        _pack(splits, aside, report, progress)
-        if not report.samples.get("train"):
-            raise UserError(f"none of {len(report.left_out)} images can be decoded", source, "name other images")
+    _check_options(per_shard, shorter_side, seed, val_fraction)
+    with new_folder(destination) as folder:
+        opened = open_source(source, download)
+        splits = _split_and_shuffle(opened, val_fraction, seed)
+        options = {"per_shard": per_shard, "shorter_side": shorter_side, "seed": seed, "val_fraction": val_fraction}
+        report = BuildReport(escape(source), options, classes=opened.classes, ignored=opened.ignored)
+        report.no_labels = opened.no_labels
+        _pack(splits, folder, report, progress)
+        if not report.samples["train"]:
+            count = len(splits["train"])
+            raise UserError(f"none of {count} images can be decoded", escape(source), _why_none(report))
         if report.classes:
-            write_atomically(aside / "classes.txt", "".join(f"{name}\n" for name in report.classes))
-        write_atomically(aside / MANIFEST, json.dumps(asdict(report), indent=1) + "\n")
-        os.replace(aside, target)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+            write_atomically(folder / CLASSES, "".join(f"{name}\n" for name in report.classes))
+        write_atomically(folder / MANIFEST, json.dumps(asdict(report), indent=1) + "\n")
     return report
+
+
+def _why_none(report: BuildReport) -> str:
+    """The reasons, the most frequent first."""
+    reasons = Counter(reason for _, reason in report.left_out).most_common()
+    return f"name other images ({', '.join(f'{count} {reason}' for reason, count in reasons)})"
 
 
 def index(shards: str | Sequence[str]) -> list[IndexReport]:
@@ -122,34 +138,27 @@ def index(shards: str | Sequence[str]) -> list[IndexReport]:
 
 
 def _index(shard: Path) -> IndexReport:
-    samples = tars.walk(shard)
-    complete = [sample for sample in samples if sample.image]
+    contents = tars.scan(shard)
+    complete = [sample for sample in contents.samples if sample.image]
     if not complete:
-        raise UserError("the shard holds no image", str(shard), "leave it out, or build it again")
+        raise tars.no_image(shard, contents)
     try:
-        tars.write_index(shard, complete)
+        indexes.write_index(shard, complete)
     except OSError as error:
         raise UserError(f"cannot write the index: {error.strerror}", str(shard), "check rights and space") from error
-    return IndexReport(str(shard), len(complete), len(samples) - len(complete))
+    bare = [(escape(sample.key), sample.why_no_image) for sample in contents.samples if not sample.image]
+    return IndexReport(str(shard), len(complete), len(bare), bare + contents.passed_over)
 
 
-def _check_options(per_shard: int, shorter_side: int | None, val_fraction: float | None) -> None:
+def _check_options(per_shard: int, shorter_side: int | None, seed: int, val_fraction: float | None) -> None:
     if per_shard < 1:
         raise UserError("a shard needs at least one sample", "--per-shard", "give a positive number")
     if shorter_side is not None and shorter_side < 1:
         raise UserError("images need at least one pixel", "--shorter-side", "give a positive number")
+    if not 0 <= seed < 1 << 64:
+        raise UserError("the seed is not within [0, 2^64)", "--seed", "give e.g. 0")
     if val_fraction is not None and not 0 <= val_fraction < 1:
         raise UserError("the share for validation is not within [0, 1)", "--val-fraction", "give e.g. 0.1")
-
-
-def _folder_aside(target: Path) -> Path:
-    where = target.resolve()
-    aside = where.with_name(f".{where.name}.{os.getpid()}.partial")
-    try:
-        aside.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"cannot write there: {error.strerror}", str(target), "check rights and space") from error
-    return aside
 
 
 def _split_and_shuffle(source: Source, val_fraction: float | None, seed: int) -> dict[str, list[Item]]:
@@ -160,29 +169,28 @@ def _split_and_shuffle(source: Source, val_fraction: float | None, seed: int) ->
     if val_fraction is None and "val" in splits:
         return splits
     images = splits["train"]
-    count = round(len(images) * (source.val_fraction if val_fraction is None else val_fraction))
+    wanted = round(len(images) * (source.val_fraction if val_fraction is None else val_fraction))
+    count = min(wanted, len(images) - 1)  # something is left to train on
     return {"train": images[count:], "val": images[:count]} if count else {"train": images}
 
 
 def _pack(splits: dict[str, list[Item]], folder: Path, report: BuildReport, progress: bool) -> None:
-    from tqdm import tqdm
-
     shorter_side = report.options["shorter_side"]
     with (
-        tqdm(total=sum(map(len, splits.values())), desc="packing", unit=" images", disable=not progress) as bar,
+        progress_bar(progress, total=sum(map(len, splits.values())), desc="packing", unit=" images") as bar,
         ThreadPoolExecutor(os.cpu_count()) as pool,
         open(folder / "sources.tsv", "w", encoding="utf-8") as names,
     ):
         for split, items in splits.items():
-            writer = _SplitWriter(folder, split, report.options["per_shard"])
-            for item, sample in in_order(pool, lambda item: _sample(item, shorter_side), items):
-                bar.update()
-                if isinstance(sample, str):
-                    report.left_out.append((item.name, sample))
-                else:
-                    names.write(f"{writer.write(sample)}\t{item.name}\n")
-            report.shards[split] = writer.close()
-            report.samples[split] = writer.samples
+            with _SplitWriter(folder, split, report.options["per_shard"]) as writer:
+                for item, sample in in_order(pool, lambda item: _sample(item, shorter_side), items):
+                    bar.update()
+                    if isinstance(sample, str):
+                        report.left_out.append((item.name, sample))
+                    else:
+                        names.write(f"{writer.write(sample)}\t{item.name}\n")
+                report.shards[split] = writer.close()
+                report.samples[split] = writer.samples
 
 
 def _sample(item: Item, shorter_side: int | None) -> dict[str, bytes] | str:
@@ -217,6 +225,15 @@ class _SplitWriter:
         self.samples = 0
         self._entries: list[ShardEntry] = []
         self._tar: Any = None
+        self._file: Any = None
+
+    def __enter__(self) -> "_SplitWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:  # the end of a build that failed: what its buffer holds need not fit the disk
+            with suppress(OSError):
+                self._file.close()
 
     def write(self, sample: dict[str, bytes]) -> str:
         """Write one sample and return its key."""
@@ -224,8 +241,9 @@ class _SplitWriter:
 
         if self.samples % self.per_shard == 0:
             self.close()
+            self._file = open(self._path(), "wb")  # noqa: SIM115  a shard outlives the call
             # fixed times and owners make the bytes reproducible
-            self._tar = webdataset.TarWriter(str(self._path()), user="root", group="root", encoder=False, mtime=0)
+            self._tar = webdataset.TarWriter(self._file, "root", "root", encoder=False, mtime=0, compress=False)
         key = f"{self.split}_{self.samples:08d}"
         self._tar.write({"__key__": key, **sample})
         self.samples += 1
@@ -235,7 +253,8 @@ class _SplitWriter:
         """Finish the open shard and return all."""
         if self._tar is not None:
             self._tar.close()
-            self._tar = None
+            self._file.close()
+            self._tar = self._file = None
             path = self._path()
             self._entries.append(ShardEntry(path.name, _index(path).samples, path.stat().st_size, sha256(path)))
         return self._entries

@@ -2,64 +2,17 @@
 
 import difflib
 import inspect
-import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from pipeline.data.folder import open_folder
+from pipeline.data.images import BadImage
+from pipeline.data.items import Item, Source
+from pipeline.data.names import escape
 from pipeline.errors import UserError
-
-if TYPE_CHECKING:
-    from PIL import Image
-
-_SUFFIXES = frozenset(
-    [
-        ".jpg",
-        ".jpeg",
-        ".jpe",
-        ".jfif",
-        ".png",
-        ".webp",
-        ".bmp",
-        ".gif",
-        ".tif",
-        ".tiff",
-        ".ppm",
-        ".pgm",
-        ".pbm",
-        ".jp2",
-        ".avif",
-        ".tga",
-        ".ico",
-    ]
-)
-_MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"RIFF")
-
-
-@dataclass(frozen=True)
-class Item:
-    """One image to pack. `load` gives the encoded file, or an image that was never one, and its label."""
-
-    name: str
-    load: Callable[[], "tuple[bytes | Image.Image, int | None]"]
-
-
-@dataclass(frozen=True)
-class Source:
-    """Images by split (`train`, `val`); a source with one split may be divided by `val_fraction`.
-
-    Attributes:
-        classes: names by label, None without labels.
-        ignored: files that are no images.
-    """
-
-    splits: Mapping[str, list[Item]]
-    classes: list[str] | None
-    val_fraction: float = 0.0
-    ignored: list[str] = field(default_factory=list)
 
 
 def open_source(source: str, download: bool = False) -> Source:
@@ -77,48 +30,9 @@ def open_source(source: str, download: bool = False) -> Source:
     if kind == "torchvision":
         name, _, root = rest.partition(":")
         return _torchvision(name, root or "data/torchvision", download)
-    return _folder(Path(source))
-
-
-def _folder(root: Path) -> Source:
-    """Class sub-folders (the first level below `root`) give labels if every image lies in one."""
-    if not root.is_dir():
-        raise UserError("no such folder", str(root), "name a folder of images, sklearn:digits or torchvision:CLASS")
-    images: list[Path] = []
-    ignored: list[str] = []
-    for folder, subfolders, files in os.walk(root, onerror=_unreadable):
-        subfolders.sort()
-        for name in sorted(files):
-            path = Path(folder, name)
-            relative = path.relative_to(root)
-            if _looks_like_image(path):
-                images.append(relative)
-            else:
-                ignored.append(str(relative))
-    if not images:
-        raise UserError("the folder holds no images", str(root), "name a folder with JPEG, PNG or WebP files")
-    classes = sorted({path.parts[0] for path in images}) if all(len(path.parts) > 1 for path in images) else None
-    number = {name: i for i, name in enumerate(classes or [])}
-    items = [_file_item(root, path, number.get(path.parts[0])) for path in images]
-    return Source({"train": items}, classes, ignored=ignored)
-
-
-def _file_item(root: Path, path: Path, label: int | None) -> Item:
-    return Item(str(path), lambda: ((root / path).read_bytes(), label))
-
-
-def _unreadable(error: OSError) -> None:
-    raise UserError(f"cannot list the folder: {error.strerror}", str(error.filename), "check its rights") from error
-
-
-def _looks_like_image(path: Path) -> bool:
-    if path.suffix.lower() in _SUFFIXES:
-        return True
-    try:
-        with open(path, "rb") as file:
-            return file.read(8).startswith(_MAGIC)
-    except OSError:
-        return False
+    if "://" in source:
+        raise UserError("a remote address, but images are read from local files", source, "copy them to a disk")
+    return open_folder(Path(source))
 
 
 def _digits(name: str) -> Source:
@@ -139,7 +53,9 @@ def _digits(name: str) -> Source:
 
 def _torchvision(name: str, root: str, download: bool) -> Source:
     import torchvision.datasets
+    from PIL import EpsImagePlugin
 
+    EpsImagePlugin.gs_binary = False  # these data sets open files with Pillow themselves: no Ghostscript for any
     constructor = getattr(torchvision.datasets, name, None)
     known = [n for n in torchvision.datasets.__all__ if n not in ("VisionDataset", "DatasetFolder", "ImageFolder")]
     if name not in known or constructor is None:
@@ -160,7 +76,7 @@ def _torchvision(name: str, root: str, download: bool) -> Source:
     _check_classification(datasets["train"], where)
     items = {split: [_torchvision_item(data, split, i) for i in range(len(data))] for split, data in datasets.items()}
     classes = getattr(datasets["train"], "classes", None)
-    return Source(items, [str(c) for c in classes] if classes else None)
+    return Source(items, [escape(str(c)) for c in classes] if classes else None)
 
 
 class _NoSuchSplitError(ValueError):
@@ -188,17 +104,37 @@ def _open_torchvision(constructor: Any, arguments: dict[str, Any], where: str, r
         if arguments.get("split") in ("val", "test"):
             raise _NoSuchSplitError from error
         raise UserError(f"torchvision refuses: {error}", where, "choose a data set of labelled images") from error
-    except TypeError as error:
+    except (TypeError, ImportError) as error:
         raise UserError(f"torchvision refuses: {error}", where, "choose a data set of labelled images") from error
+    except OSError as error:  # no network, no rights, no room
+        raise UserError(
+            f"the data set cannot be opened: {error}", root, "check the network, rights and room"
+        ) from error
 
 
 def _torchvision_item(data: Any, split: str, i: int) -> Item:
-    return Item(f"{split}/{i}", lambda: data[i])
+    def load() -> Any:
+        try:
+            image, label = data[i]
+        except OSError:
+            raise
+        except Exception as error:  # Pillow's plugins raise nearly anything on damaged input
+            raise BadImage("decode") from error
+        if not isinstance(label, int):
+            raise BadImage("label")
+        return image, label
+
+    return Item(f"{split}/{i}", load)
 
 
 def _check_classification(data: Any, where: str) -> None:
     from PIL import Image
 
-    sample = data[0]
+    if not len(data):
+        raise UserError("the data set holds no images", where, "try CIFAR10, Flowers102 or Food101")
+    try:
+        sample = data[0]
+    except Exception:  # a damaged image; packing leaves it out by name
+        return
     if not (isinstance(sample, tuple) and isinstance(sample[0], Image.Image) and isinstance(sample[1], int)):
         raise UserError("not a data set of labelled images", where, "try CIFAR10, Flowers102 or Food101")

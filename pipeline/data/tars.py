@@ -1,15 +1,25 @@
-"""The index of a WebDataset shard: where each sample's members lie, so that any of them is one `pread` away."""
+"""What a WebDataset shard holds: where each sample's members lie, so that any of them is one `pread` away."""
 
 import os
+import re
 import tarfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 from pipeline.data.images import EXTENSIONS
+from pipeline.data.names import escape
 from pipeline.errors import UserError
 
 BLOCK = 512
+_CHUNK = 1 << 20  # bytes read at once behind the end
+_COMPRESSED = {
+    b"\x1f\x8b": "gzip",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"PK\x03\x04": "zip",
+}
 
 
 class Member(NamedTuple):
@@ -39,6 +49,22 @@ class Sample(NamedTuple):
     def label(self) -> Member | None:
         return self._first(("cls",))
 
+    @property
+    def why_no_image(self) -> str:
+        """What the extensions are, where none of them is an image's."""
+        if self.dotted:
+            return f"the extension is all behind the first dot, here .{escape(self.dotted.extension)}: rename it"
+        ends = ", ".join(escape(f".{member.extension}") for member in self.members)
+        return f"{ends}, none of {', '.join(EXTENSIONS)}"
+
+    @property
+    def dotted(self) -> Member | None:
+        """A member that looks like an image, but for further dots in its name."""
+        for member in self.members:
+            if member.extension.rpartition(".")[2] in EXTENSIONS:
+                return member
+        return None
+
     def _first(self, extensions: tuple[str, ...]) -> Member | None:
         for member in self.members:
             if member.extension in extensions:
@@ -46,42 +72,131 @@ class Sample(NamedTuple):
         return None
 
 
-def index_path(shard: Path) -> Path:
-    return shard.with_suffix(".idx")
+class Contents(NamedTuple):
+    """What a walk finds.
+
+    Attributes:
+        samples: in the order of the tar.
+        passed_over: name and reason of what is in the file and in no sample; folders are not counted.
+    """
+
+    samples: list[Sample]
+    passed_over: list[tuple[str, str]]
+
+
+def no_image(shard: Path, contents: Contents) -> UserError:
+    """The refusal of a shard without any image."""
+    why = [f"{escape(sample.key)}: {sample.why_no_image}" for sample in contents.samples[:1]]
+    why += [f"{name}: {reason}" for name, reason in contents.passed_over[:1]]
+    detail = f" ({'; '.join(why)})" if why else ""
+    return UserError(f"the shard holds no image{detail}", str(shard), "leave it out, or build it again")
 
 
 def walk(shard: Path) -> list[Sample]:
-    """Read every header of a tar.
+    """The samples of `scan`."""
+    return scan(shard).samples
+
+
+def scan(shard: Path) -> Contents:
+    """Read every header of a tar, and of further tars that were joined to it.
 
     Raises:
-        UserError: the file cannot be read, is no tar, or ends early.
+        UserError: the file cannot be read, is no tar, is damaged or ends early.
     """
-    samples: list[Sample] = []
-    end = 0
+    found = Contents([], [])
     try:
-        size = shard.stat().st_size
-        with tarfile.open(shard, "r:") as tar:
+        with open(shard, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            start: int | None = 0
+            while start is not None:
+                end = _walk_archive(file, shard, start, size, found)
+                start = _next_archive(file, end, size, found)
+    except OSError as error:
+        why = error.strerror or error
+        raise UserError(f"cannot read the shard: {why}", str(shard), "check its path and rights") from error
+    return found
+
+
+def _walk_archive(file: IO[bytes], shard: Path, start: int, size: int, found: Contents) -> int:
+    """Take up one archive's members; returns where its last one ends."""
+    file.seek(start)
+    end = start
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
             for info in tar:
-                end = info.offset_data + -(-info.size // BLOCK) * BLOCK
+                end = tar.offset  # of the next header, sparse members' holes left out
                 if end > size:
                     break
-                if info.isreg():
-                    _append(samples, info.name, info.offset_data, info.size)
+                _take(info, found)
                 tar.members = []  # type: ignore[attr-defined]  # tarfile would keep them all
-    except OSError as error:
-        raise UserError(f"cannot read the shard: {error.strerror}", str(shard), "check its path and rights") from error
     except tarfile.TarError as error:
-        raise UserError(f"not a tar archive: {error}", str(shard), "build or copy the shard again") from error
+        raise _no_tar(file, shard, error) from error
     if size < end + 2 * BLOCK:
         raise UserError("the tar is truncated", str(shard), "copy it again or rebuild it")
-    return samples
+    if os.pread(file.fileno(), BLOCK, end).strip(b"\0"):
+        what = f"the tar is damaged: no header at byte {end}, with {size - end} bytes behind it"
+        raise UserError(what, str(shard), "copy it again or rebuild it")
+    return end
+
+
+def _no_tar(file: IO[bytes], shard: Path, error: tarfile.TarError) -> UserError:
+    magic = os.pread(file.fileno(), 8, 0)
+    for begin, name in _COMPRESSED.items():
+        if magic.startswith(begin):
+            return UserError(f"compressed with {name}, not a plain tar", str(shard), "unpack it into a plain .tar")
+    return UserError(f"not a tar archive: {error}", str(shard), "build or copy the shard again")
+
+
+def _next_archive(file: IO[bytes], end: int, size: int, found: Contents) -> int | None:
+    """Where another archive begins behind the end of one, None if nothing does; other bytes are passed over."""
+    data = first_byte(file.fileno(), end, size)
+    if data is None:
+        return None
+    start = data - (data - end) % BLOCK
+    try:
+        tarfile.TarInfo.frombuf(os.pread(file.fileno(), BLOCK, start), "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
+        found.passed_over.append((f"{size - start} bytes", f"behind the end of the archive, from byte {start} on"))
+        return None
+    return start
+
+
+def first_byte(descriptor: int, start: int, size: int) -> int | None:
+    """Where the first byte other than 0 stands from `start` on."""
+    for offset in range(start, size, _CHUNK):
+        match = re.search(rb"[^\0]", os.pread(descriptor, _CHUNK, offset))
+        if match:
+            return offset + match.start()
+    return None
+
+
+def _take(info: tarfile.TarInfo, found: Contents) -> None:
+    """Add a member to the samples, or to what is passed over."""
+    if info.isdir():
+        return
+    _, _, base = info.name.rpartition("/")
+    stem, dot, extension = base.partition(".")
+    if info.issym() or info.islnk():
+        why = f"a link to {escape(info.linkname)}, which holds no bytes"
+    elif info.issparse():
+        why = "stored with holes (sparse)"
+    elif not info.isreg():
+        why = "neither file nor folder"
+    elif not dot:
+        why = "no extension"
+    elif not stem:
+        why = "nothing before the first dot"
+    elif len(extension.split()) != 1:
+        why = "no extension behind the first dot" if not extension.strip() else "white space in its extension"
+    else:
+        _append(found.samples, info.name, info.offset_data, info.size)
+        return
+    found.passed_over.append((escape(info.name), why))
 
 
 def _append(samples: list[Sample], name: str, offset: int, size: int) -> None:
     folder, _, base = name.rpartition("/")
-    stem, dot, extension = base.partition(".")
-    if not dot or not stem:
-        return
+    stem, _, extension = base.partition(".")
     key = f"{folder}/{stem}" if folder else stem
     member = Member(extension.lower(), offset, size, name)
     if samples and samples[-1].key == key:
@@ -90,92 +205,6 @@ def _append(samples: list[Sample], name: str, offset: int, size: int) -> None:
         samples.append(Sample((member,)))
 
 
-def write_index(shard: Path, samples: Sequence[Sample]) -> Path:
-    """Write DALI's text index beside the shard, atomically: version 1.2, or 1.1 if a name holds white space."""
-    named = not any(len(member.name.split()) != 1 for sample in samples for member in sample.members)
-    lines = [f"v1.{2 if named else 1} {len(samples)}"]
-    for sample in samples:
-        fields = (f"{m.extension} {m.offset} {m.size}" + (f" {m.name}" if named else "") for m in sample.members)
-        lines.append(" ".join(fields))
-    path = index_path(shard)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    os.replace(aside, path)
-    return path
-
-
-def read_index(shard: Path) -> list[Sample]:
-    """Read the index beside a shard and check that it describes this very file.
-
-    Alignment and the end of the archive are checked for all members, headers in the tar for a few.
-
-    Raises:
-        UserError: the index is malformed or describes another file.
-    """
-    path = index_path(shard)
-    try:
-        samples = _parse_index(path.read_text(encoding="utf-8"))
-        with open(shard, "rb", buffering=0) as file:
-            problem = _mismatch(shard, file.fileno(), samples)
-            if not problem and not samples[0].members[0].name:
-                samples = [_named(file.fileno(), sample) for sample in samples]
-    except (ValueError, IndexError, tarfile.HeaderError) as error:
-        problem = f"malformed, {error}"
-    if problem:
-        raise UserError(f"the index does not describe its shard: {problem}", str(path), f"poa shards index {shard}")
-    return samples
-
-
-def _parse_index(text: str) -> list[Sample]:
-    lines = text.splitlines()
-    version, count = lines[0].split()
-    if version not in ("v1.1", "v1.2"):
-        raise ValueError(f"version {version}")
-    step = 4 if version == "v1.2" else 3
-    samples = []
-    for line in lines[1:]:
-        fields = line.split()
-        if not fields or len(fields) % step:
-            raise ValueError(f"line {line[:40]!r}")
-        members = [
-            Member(fields[i], int(fields[i + 1]), int(fields[i + 2]), fields[i + 3] if step == 4 else "")
-            for i in range(0, len(fields), step)
-        ]
-        samples.append(Sample(tuple(members)))
-    if len(samples) != int(count):
-        raise ValueError(f"{len(samples)} samples where {count} are announced")
-    return samples
-
-
-def _named(descriptor: int, sample: Sample) -> Sample:
-    """Version 1.1 of the format has no names: take them from the tar."""
-    return Sample(tuple(member._replace(name=_header(descriptor, member).name) for member in sample.members))
-
-
-def _mismatch(shard: Path, descriptor: int, samples: Sequence[Sample]) -> str | None:
-    """Why these samples cannot be the shard's, or None."""
-    members = [member for sample in samples for member in sample.members]
-    if not members:
-        return "it is empty"
-    end = max(member.offset + -(-member.size // BLOCK) * BLOCK for member in members)
-    if end + 2 * BLOCK > shard.stat().st_size:
-        return "members run past its end"
-    if any(member.offset < BLOCK or member.offset % BLOCK or member.size < 0 for member in members):
-        return "offsets are no block boundaries"
-    for member in members[:: max(len(members) // 8, 1)] + members[-1:]:
-        header = _header(descriptor, member)
-        cut = len(member.name) > 100 or not member.name.isascii()  # such names stand elsewhere in the tar
-        if header.size != member.size or (member.name and not cut and header.name != member.name):
-            return f"another member lies at byte {member.offset}"
-    if os.pread(descriptor, BLOCK, end).strip(b"\0") and image_places(walk(shard)) != image_places(samples):
-        return "the shard holds more"
-    return None
-
-
-def image_places(samples: Iterable[Sample]) -> list[tuple[int, int]]:
+def image_places(samples: Iterable[Sample]) -> Iterator[tuple[int, int]]:
     """(offset, size) of the image of every sample that has one."""
-    return [(s.image.offset, s.image.size) for s in samples if s.image]
-
-
-def _header(descriptor: int, member: Member) -> tarfile.TarInfo:
-    return tarfile.TarInfo.frombuf(os.pread(descriptor, BLOCK, member.offset - BLOCK), "utf-8", "surrogateescape")
+    return ((s.image.offset, s.image.size) for s in samples if s.image)

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from pipeline.data.eval_images import MAX_PIXELS, EvalImages
+from pipeline.data.labels import Numbering, common_numbering
+from pipeline.data.patterns import expand_shards
 from pipeline.data.reader import Dataset
 from pipeline.elastic import Subnet
 from pipeline.engine.distributed import Ranks
@@ -70,16 +72,29 @@ class Evaluation:
             return self.ranks.device
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
+    def numbering(self) -> Numbering:
+        """The classes of both sets of shards, by name if they have names.
+
+        Raises:
+            UserError: a shard is missing, or validation has classes that training lacks.
+        """
+        return common_numbering(expand_shards(self.train), expand_shards(self.val))
+
     def run(self, target: Target) -> Results:
         """Results by name of candidate.
 
         Raises:
-            UserError: a shard is missing, or none of its samples is usable.
+            UserError: a shard is missing, none of its samples is usable, or their classes differ.
         """
-        images = _everywhere(
-            self.ranks,
-            lambda: [EvalImages(shards, target.preprocessing, self.max_pixels) for shards in (self.train, self.val)],
-        )
+
+        def open_images() -> list[EvalImages]:
+            numbering = self.numbering()
+            return [
+                EvalImages(shards, target.preprocessing, self.max_pixels, numbering)
+                for shards in (self.train, self.val)
+            ]
+
+        images = _everywhere(self.ranks, open_images)
         results: Results = {}
         for group in target.groups(sum(map(len, images)), _GROUP_BYTES):
             models = {candidate.name: candidate.load() for candidate in group}
@@ -157,6 +172,7 @@ def evaluate(request: Request, ranks: Ranks | None = None, progress: bool = Fals
         UserError: the path, a sub-network or the shards are not usable.
     """
     evaluation, target = _everywhere(ranks, lambda: _prepare(request, ranks, progress))
+    warn_of_doubt(evaluation)
     found = evaluation.run(target)
     results = {name: entry for name, entry in found.items() if not name.startswith(UNTRAINED)}
     if request.untrained:
@@ -169,8 +185,23 @@ def evaluate(request: Request, ranks: Ranks | None = None, progress: bool = Fals
     data = {"train": _names(evaluation.train), "val": _names(evaluation.val)}
     results = {name: {**entry, **data} for name, entry in results.items()}
     if is_run(request.path) and (ranks is None or ranks.is_main):
-        _record(request.path / "eval" / f"{request.method}.json", results)
+        path = request.path / "eval" / f"{request.method}.json"
+        try:
+            _record(path, results)
+        except OSError as error:  # somebody else's run, a full disk: the work is done and its result counts
+            print(f"warning: cannot keep the results in {path}: {error.strerror}", file=sys.stderr)
     return results
+
+
+def warn_of_doubt(evaluation: Evaluation) -> None:
+    """Say, once and not once per rank, if classes cannot be compared by name.
+
+    Raises:
+        UserError: see `Evaluation.numbering`; on every rank alike.
+    """
+    doubt = _everywhere(evaluation.ranks, evaluation.numbering).doubt
+    if doubt and (evaluation.ranks is None or evaluation.ranks.is_main):
+        print(f"warning: {doubt}", file=sys.stderr)
 
 
 def _prepare(request: Request, ranks: Ranks | None, progress: bool) -> tuple[Evaluation, Target]:
@@ -239,7 +270,9 @@ def _record(path: Path, results: Results) -> None:
     except FileNotFoundError:
         old = {}
     except ValueError:
-        print(f"warning: {path} is not JSON and is written anew", file=sys.stderr)
+        old = None
+    if not isinstance(old, dict) or not all(isinstance(entry, dict) for entry in old.values()):
+        print(f"warning: {path} holds no results and is written anew", file=sys.stderr)
         old = {}
     kept = {name: entry for name, entry in old.items() if all(entry.get(key) == new[key] for key in identity)}
     write_atomically(path, json.dumps(kept | results, indent=1) + "\n")

@@ -11,7 +11,7 @@ from pipeline.config import ExperimentConfig
 from pipeline.elastic import Backbone, Grid, Subnet, cost
 from pipeline.engine.distributed import Ranks
 from pipeline.errors import UserError
-from pipeline.evaluate.evaluation import Evaluation
+from pipeline.evaluate.evaluation import Evaluation, warn_of_doubt
 from pipeline.evaluate.targets import Candidate, Target
 from pipeline.files import append_json_line
 from pipeline.models.timm_format import preprocessing, timm_module
@@ -25,7 +25,8 @@ class OnlineEvaluation:
         ranks: this process and its peers.
 
     Raises:
-        UserError: `eval.every_steps` is set, but not what to evaluate on.
+        UserError: `eval.every_steps` is set, but not what to evaluate on, or its classes are not those of the training
+            shards.
     """
 
     def __init__(self, config: ExperimentConfig, ranks: Ranks):
@@ -37,6 +38,7 @@ class OnlineEvaluation:
         if val is None:
             raise UserError("there is nothing to evaluate on", "eval.val", "name labelled shards, or unset every_steps")
         self._evaluation = Evaluation("knn", train, val, ranks, max_pixels=config.data.max_pixels)
+        warn_of_doubt(self._evaluation)
 
     def due(self, step: int) -> bool:
         every = self.config.eval.every_steps
@@ -60,8 +62,11 @@ class OnlineEvaluation:
         accuracies = {name: entry["accuracy"] for name, entry in results.items()}
         if self.ranks.is_main:
             path = Path(self.config.run.dir) / "eval" / "online_knn.jsonl"
-            path.parent.mkdir(exist_ok=True)
-            append_json_line(path, {"step": step, **accuracies})
+            try:
+                path.parent.mkdir(exist_ok=True)
+                append_json_line(path, {"step": step, **accuracies})
+            except OSError as error:  # the metrics have it as well: no reason to end a training
+                print(f"warning: cannot write {path}: {error.strerror}", file=sys.stderr)
         return accuracies
 
     def _target(self, backbone: Backbone) -> Target:

@@ -3,9 +3,11 @@
 import os
 
 from pipeline.config import ExperimentConfig
-from pipeline.data.images import BadImage, decode, inspect
-from pipeline.data.reader import Dataset, expand_shards
-from pipeline.data.tars import index_path
+from pipeline.data.decoders import check
+from pipeline.data.images import BadImage
+from pipeline.data.indexes import has_index, indexing
+from pipeline.data.patterns import expand_shards
+from pipeline.data.reader import Dataset
 from pipeline.plan.check import Check
 
 _SAMPLES = 64  # images that are decoded, spread over the shards
@@ -15,14 +17,14 @@ def check_shards(config: ExperimentConfig, world_size: int) -> Check:
     """Are the shards there, indexed, and enough for the ranks?"""
 
     paths = expand_shards(config.data.train)
-    bare = [path for path in paths if not index_path(path).exists()]
+    bare = [path for path in paths if not has_index(path)]
     dataset = Dataset(config.data.train)
     batch = config.data.batch_size * world_size
     finding = f"{len(paths)} shards, {len(dataset)} images, global batch {batch}"
     if len(dataset) < batch:
         return Check("shards", "fail", finding, "lower data.batch_size, or use fewer ranks")
     if bare:
-        return Check("shards", "warn", f"{finding}; {len(bare)} have no index", f"poa shards index {bare[0]} ...")
+        return Check("shards", "warn", f"{finding}; {len(bare)} have no index", f"{indexing(bare[0])} ...")
     if world_size > len(paths):
         fix = "many ranks read from one file at a time: build more, smaller shards (poa shards build --per-shard)"
         return Check("shards", "warn", f"{finding}; fewer shards than {world_size} ranks", fix)
@@ -42,9 +44,7 @@ def check_images(config: ExperimentConfig) -> Check:
     bad: dict[int, str] = {}
     for record in (i * len(dataset) // count for i in range(count)):
         try:
-            data = dataset.image(record)
-            inspect(data, config.data.max_pixels)
-            decode(data)
+            check(bytes(dataset.image(record)), config.data.max_pixels)
         except BadImage as error:
             bad[record] = error.reason
         except OSError:

@@ -117,10 +117,10 @@ def data(config: ExperimentConfig, ranks: int) -> dict[str, Any]:
 
 
 def _samples(shards: list[Path]) -> int | None:
-    from pipeline.data.tars import index_path, read_index
+    from pipeline.data.indexes import has_index, read_index
 
     try:
-        if not all(index_path(shard).exists() for shard in shards):
+        if not all(has_index(shard) for shard in shards):
             return None
         return sum(1 for shard in shards for sample in read_index(shard) if sample.image)
     except (OSError, UserError):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.data import tars
+from pipeline.data import indexes, tars
 from pipeline.data.reader import Dataset, SampleOrder, SampleStream, expand_shards
 from pipeline.errors import UserError
 
@@ -65,7 +65,7 @@ def test_dataset_agrees_with_webdataset(make_shard: Callable[..., Path], picture
         make_shard({f"k{r}.{e}": content(r, e) for r in range(4 * s, 4 * s + 4) for e in order}, f"{s}.tar")
         for s, order in enumerate(orders)
     ]
-    tars.write_index(paths[0], tars.walk(paths[0]))
+    indexes.write_index(paths[0], tars.walk(paths[0]))
     dataset = Dataset([str(path) for path in paths])
     samples = [s for path in paths for s in webdataset.WebDataset(str(path), shardshuffle=False)]
     theirs = [(s["__key__"], s["jpg"], int(s["cls"])) for s in samples]

@@ -10,7 +10,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from pipeline.cli import main
-from pipeline.data import tars
+from pipeline.data import indexes, tars
 from pipeline.data.check import stats, verify
 from pipeline.data.encode import encode
 from pipeline.data.images import BadImage, decode
@@ -66,7 +66,7 @@ def test_manifest_counts_and_checksums_are_those_of_the_files(folder: Path, tmp_
             data = (tmp_path / "out" / entry["name"]).read_bytes()
             assert entry["name"].startswith(split)
             assert (entry["bytes"], entry["sha256"]) == (len(data), hashlib.sha256(data).hexdigest())
-            assert entry["samples"] == len(tars.read_index(tmp_path / "out" / entry["name"]))
+            assert entry["samples"] == len(indexes.read_index(tmp_path / "out" / entry["name"]))
 
 
 def test_same_options_give_the_same_bytes_and_another_seed_another_order(folder: Path, tmp_path: Path) -> None:
@@ -197,7 +197,7 @@ def test_index_is_what_build_wrote(digits: Path, tmp_path: Path) -> None:
     copy = tmp_path / "val-000000.tar"
     copy.write_bytes((digits / copy.name).read_bytes())
     assert [report.samples for report in index(str(copy))] == [359]
-    assert tars.index_path(copy).read_bytes() == tars.index_path(digits / copy.name).read_bytes()
+    assert indexes.index_path(copy).read_bytes() == indexes.index_path(digits / copy.name).read_bytes()
 
 
 @pytest.fixture
@@ -245,7 +245,7 @@ def test_verify_sees_labels_keys_and_indexes(make_shard: Callable[..., Path], pi
     one = make_shard({"a.jpg": pictures[0], "a.cls": b"cat", "b.cls": b"1"}, "1.tar")
     two = make_shard({"a.jpg": pictures[1]}, "2.tar")
     index([str(one)])
-    tars.index_path(one).rename(tars.index_path(two))
+    indexes.index_path(one).rename(indexes.index_path(two))
     first, second = verify([str(one), str(two)], progress=False)
     assert sorted(first.problems) == [("", "no index"), ("a", "label is no number"), ("b", "no image")]
     assert [problem.split(":")[0] for _, problem in second.problems] == [
@@ -276,7 +276,7 @@ def test_commands_report_and_exit_as_promised(folder: Path, tmp_path: Path, caps
     assert main(["shards", "stats", pattern, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["samples"] == 12
     assert main(["shards", "index", pattern]) == 0
-    tars.index_path(out / "train-000001.tar").unlink()
+    indexes.index_path(out / "train-000001.tar").unlink()
     assert main(["shards", "verify", pattern]) == 1
     assert "no index" in capsys.readouterr().out
     assert main(["shards", "build", str(folder), str(out)]) == 2

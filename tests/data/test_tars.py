@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.data import tars
+from pipeline.data import indexes, tars
 from pipeline.errors import UserError
 
 
@@ -32,11 +32,11 @@ def test_walk_agrees_with_webdataset(shard: Path) -> None:
 def test_dali_reads_a_shard_through_our_index(shard: Path, pictures: list[bytes]) -> None:
     from nvidia.dali import fn, pipeline_def
 
-    tars.write_index(shard, tars.walk(shard))
+    indexes.write_index(shard, tars.walk(shard))
 
     @pipeline_def(batch_size=6, num_threads=1, device_id=None)
     def reader():
-        paths, index_paths = str(shard), str(tars.index_path(shard))
+        paths, index_paths = str(shard), str(indexes.index_path(shard))
         return tuple(fn.readers.webdataset(paths=paths, index_paths=index_paths, ext=["jpg", "cls"]))
 
     pipeline = reader()
@@ -54,8 +54,8 @@ def test_index_gives_back_what_was_walked(
 ) -> None:
     shard = make_shard(dict(zip(names, pictures, strict=False)))
     walked = tars.walk(shard)
-    tars.write_index(shard, walked)
-    read = tars.read_index(shard)
+    indexes.write_index(shard, walked)
+    read = indexes.read_index(shard)
     assert [s.key for s in read] == [s.key for s in walked]
     assert [[m[:3] for m in s.members] for s in read] == [[m[:3] for m in s.members] for s in walked]
 
@@ -66,8 +66,8 @@ def test_members_without_extension_or_image_are_no_samples(
     shard = make_shard({"README": b"x", ".hidden": b"x", "a.jpg": pictures[0], "b.txt": b"x", "c.JPG": pictures[1]})
     samples = tars.walk(shard)
     assert [(s.key, s.image is not None) for s in samples] == [("a", True), ("b", False), ("c", True)]
-    tars.write_index(shard, [s for s in samples if s.image])
-    assert [s.key for s in tars.read_index(shard)] == ["a", "c"]
+    indexes.write_index(shard, [s for s in samples if s.image])
+    assert [s.key for s in indexes.read_index(shard)] == ["a", "c"]
 
 
 @pytest.mark.parametrize("keep", [0.5, 0.9])
@@ -94,41 +94,41 @@ def test_what_is_no_tar_is_refused(tmp_path: Path) -> None:
 def test_index_of_another_shard_is_refused(shard: Path, make_shard: Callable[..., Path], pictures: list[bytes]) -> None:
     others = {f"k{i}.jpg": data for i, data in enumerate(pictures[6:12])}
     other = make_shard(others, "train-000001.tar")
-    tars.write_index(other, tars.walk(other))
-    tars.index_path(other).rename(tars.index_path(shard))
+    indexes.write_index(other, tars.walk(other))
+    indexes.index_path(other).rename(indexes.index_path(shard))
     with pytest.raises(UserError, match=r"does not describe its shard.*poa shards index"):
-        tars.read_index(shard)
+        indexes.read_index(shard)
 
 
 def test_index_with_names_of_another_shard_is_refused(make_shard: Callable[..., Path], pictures: list[bytes]) -> None:
     one, two = make_shard({"a.jpg": pictures[0]}, "1.tar"), make_shard({"b.jpg": pictures[0]}, "2.tar")
-    tars.write_index(one, tars.walk(one))
-    tars.index_path(one).rename(tars.index_path(two))
+    indexes.write_index(one, tars.walk(one))
+    indexes.index_path(one).rename(indexes.index_path(two))
     with pytest.raises(UserError, match="another member"):
-        tars.read_index(two)
+        indexes.read_index(two)
 
 
 def test_index_with_another_size_is_refused(shard: Path) -> None:
-    path = tars.write_index(shard, tars.walk(shard))
+    path = indexes.write_index(shard, tars.walk(shard))
     size = tars.walk(shard)[-1].members[0].size
     path.write_text(path.read_text().replace(f" {size} ", f" {size - 1} "))
     with pytest.raises(UserError, match="another member"):
-        tars.read_index(shard)
+        indexes.read_index(shard)
 
 
 def test_index_older_than_appended_samples_is_refused(make_shard: Callable[..., Path], pictures: list[bytes]) -> None:
     files = {f"k{i}.jpg": data for i, data in enumerate(pictures[:6])}
     shard = make_shard(dict(list(files.items())[:3]))
-    tars.write_index(shard, tars.walk(shard))
+    indexes.write_index(shard, tars.walk(shard))
     make_shard(files)
     with pytest.raises(UserError, match="the shard holds more"):
-        tars.read_index(shard)
+        indexes.read_index(shard)
 
 
 @pytest.mark.parametrize(
     "text", ["", "v9 1\n", "v1.2 2\njpg 512 10 a.jpg\n", "v1.2 1\njpg x 10 a.jpg\n", "v1.2 1\njpg 513\n"]
 )
 def test_malformed_index_is_refused(text: str, shard: Path) -> None:
-    tars.index_path(shard).write_text(text)
+    indexes.index_path(shard).write_text(text)
     with pytest.raises(UserError, match="does not describe its shard"):
-        tars.read_index(shard)
+        indexes.read_index(shard)

@@ -1,0 +1,36 @@
+"""Files that DALI leaves behind: it rewrites a graph with conditions as a Python file in the folder for temporary files.
+
+The file is imported at once and never read again, but stays until the process exits; after kill -9, for ever.
+"""
+
+import importlib.util
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+_PREFIX = "__autograph_generated_file"
+_OLD = 3600.0  # seconds; another process may be about to import a younger one
+
+
+def remove_generated_files() -> None:
+    """Remove what this process's graphs have left, and what dead processes of this user left."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith(_PREFIX) and module.__file__:
+            for path in (module.__file__, importlib.util.cache_from_source(module.__file__)):
+                with suppress(OSError):
+                    os.unlink(path)
+    for path in _left_over(Path(tempfile.gettempdir())):
+        with suppress(OSError):
+            path.unlink()
+
+
+def _left_over(folder: Path) -> Iterator[Path]:
+    for path in (*folder.glob(f"{_PREFIX}*.py"), *folder.glob(f"__pycache__/{_PREFIX}*.pyc")):
+        with suppress(OSError):
+            status = path.lstat()
+            if status.st_uid == os.getuid() and status.st_mtime < time.time() - _OLD:
+                yield path

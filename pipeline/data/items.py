@@ -1,0 +1,36 @@
+"""What a source of images hands to the packer."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image to pack. `load` gives the encoded file, or an image that was never one, and its label.
+
+    `name` stands on one line (`names.escape`). `load` raises BadImage or OSError where there is no image.
+    """
+
+    name: str
+    load: Callable[[], "tuple[bytes | Image.Image, int | None]"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Images by split (`train`, `val`); a source with one split may be divided by `val_fraction`.
+
+    Attributes:
+        classes: names by label, None without labels.
+        ignored: files that are no images, hidden ones, folders that were not entered.
+        no_labels: why folders are no classes, if they are not.
+    """
+
+    splits: Mapping[str, list[Item]]
+    classes: list[str] | None
+    val_fraction: float = 0.0
+    ignored: list[str] = field(default_factory=list)
+    no_labels: str | None = None

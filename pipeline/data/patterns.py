@@ -1,0 +1,90 @@
+"""From what a user names as shards to the files meant."""
+
+import itertools
+import os
+import re
+import stat
+from collections.abc import Sequence
+from pathlib import Path
+
+from braceexpand import braceexpand
+
+from pipeline.errors import UserError
+
+_MOST = 1_000_000  # shards; more is a slip of the keyboard
+_REMOTE = re.compile(r"(?:[a-zA-Z][a-zA-Z0-9+.-]*:/|pipe:)")
+_BRACES = "name its shards, e.g. train-{000..009}.tar in quotes"
+
+
+def expand_shards(shards: str | Sequence[str]) -> list[Path]:
+    """File names of a pattern with braces (`train-{000000..000009}.tar`), or of a list of such patterns.
+
+    `~` and `$VARIABLES` stand for what they mean in a shell: a pattern in quotes never meets one.
+
+    Raises:
+        UserError: a shard is not there or cannot be one, or there is none.
+    """
+    patterns = [shards] if isinstance(shards, str) else list(shards)
+    paths = [Path(name) for pattern in patterns for name in _expand(str(pattern))]
+    if not paths:
+        raise UserError("no shards", "data", "name at least one .tar file")
+    missing = [path for path in paths if not _is_there(path)]
+    if missing:
+        count = f" ({len(missing)} of {len(paths)} shards missing)" if len(missing) > 1 else ""
+        raise UserError(f"missing shard{count}", str(missing[0]), _advice(missing[0]))
+    return paths
+
+
+def _expand(pattern: str) -> list[str]:
+    if _REMOTE.match(pattern):
+        raise UserError("a remote address, but shards are read from local files", pattern, "copy the shards to a disk")
+    if not pattern:
+        raise UserError("an empty name for a shard", "data", "name a .tar file")
+    try:
+        names = list(itertools.islice(braceexpand(os.path.expandvars(os.path.expanduser(pattern))), _MOST + 1))
+    except ValueError as error:
+        raise UserError("unbalanced braces in a shard pattern", str(error), "close every brace") from error
+    if len(names) > _MOST:
+        raise UserError(f"more than {_MOST} shards", pattern, "correct the numbers in braces")
+    return names
+
+
+def _is_there(path: Path) -> bool:
+    """Whether a file is there that may be a shard; what is there and cannot be one is refused."""
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"cannot look for the shard: {why}", str(path), "check the rights of its folder") from error
+    if stat.S_ISDIR(mode):
+        raise UserError("a folder, not a shard", str(path), _within(path))
+    if not stat.S_ISREG(mode):
+        raise UserError("not a regular file", str(path), "name a .tar file on a disk")
+    if path.suffix == ".idx":
+        raise UserError("an index, not a shard", str(path), f"name {path.with_suffix('.tar')}")
+    return True
+
+
+def _within(folder: Path) -> str:
+    """What to write instead of a folder's name."""
+    try:
+        tars = sorted(entry.name for entry in os.scandir(folder) if entry.name.endswith(".tar"))
+    except OSError:
+        return _BRACES
+    groups = itertools.groupby(tars, lambda name: re.split(r"\d+(?=\.tar$)", name)[0])
+    for prefix, names in groups:
+        first, *rest = names
+        number = first.removeprefix(prefix).removesuffix(".tar")
+        last = rest[-1].removeprefix(prefix).removesuffix(".tar") if rest else ""
+        if number.isdigit() and last.isdigit():
+            return f"name its shards in quotes: '{folder / prefix}{{{number}..{last}}}.tar'"
+        return f"name its shards: {folder / first}"
+    return "name a folder's .tar files; this one holds none"
+
+
+def _advice(path: Path) -> str:
+    if re.search(r"[*?\[\]]", str(path)):
+        return f"globs are not read here, so that no shard is lost unseen: {_BRACES}"
+    return "correct the pattern, or build the shard"
