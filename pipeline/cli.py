@@ -2,13 +2,16 @@
 
 import argparse
 import difflib
+import errno
 import os
 import re
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from pipeline.commands import demo, doctor, eval, extract, plan, report, shards, subnets, train, watch
+from pipeline.commands.streams import stdout_is_broken, steady_streams
 from pipeline.errors import UserError
 
 EXIT_USER_ERROR = 2
@@ -17,24 +20,48 @@ COMMANDS: dict[str, Any] = {
     for module in (train, doctor, plan, shards, subnets, extract, eval, report, watch, demo)
 }
 """In the order of `poa --help`."""
+_FIXES = {
+    errno.ENOENT: "name a path that exists",
+    errno.EACCES: "choose another path, or ask its owner for rights",
+    errno.EPERM: "choose another path, or ask its owner for rights",
+    errno.EROFS: "choose another file system",
+    errno.ENOSPC: "make room, or choose another file system",
+    errno.EDQUOT: "make room within the quota, or choose another file system",
+    errno.ENAMETOOLONG: "choose a shorter name",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the result is the process's exit code."""
-    try:
-        args, extra = _parser().parse_known_args(argv)
-        _take_overrides(args, extra)
-        return args.run(args)
-    except UserError as error:
-        if not (error.shared and os.environ.get("RANK", "0") != "0"):  # once, not once per rank
-            print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    except BrokenPipeError:  # `poa subnets ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    with steady_streams():
+        try:
+            args, extra = _parser().parse_known_args(argv)
+            _take_overrides(args, extra)
+            code = args.run(args)
+            sys.stdout.flush()
+            return code
+        except UserError as error:
+            if not (error.shared and os.environ.get("RANK", "0") != "0"):  # once, not once per rank
+                print(f"error: {error}", file=sys.stderr)
+            return EXIT_USER_ERROR
+        except OSError as error:
+            if stdout_is_broken() and isinstance(error, BrokenPipeError):  # `poa subnets ... | head`
+                return 0
+            print(f"error: {_of_the_system(error)}", file=sys.stderr)
+            return EXIT_USER_ERROR
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130
+
+
+def _of_the_system(error: OSError) -> UserError:
+    """What the operating system refused, with the file; without one, with the place in the code that asked for it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f"{frames[-1].filename}, line {frames[-1].lineno}"
+    if error.filename is not None:
+        where = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else str(error.filename)
+    fix = _FIXES.get(error.errno or 0, "check the path, its rights and the file system")
+    return UserError(error.strerror or str(error) or type(error).__name__, where, fix)
 
 
 class _Parser(argparse.ArgumentParser):

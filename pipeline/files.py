@@ -1,22 +1,71 @@
-"""Writing so that a reader sees the old file or the new one, never half of one."""
+"""Files as every room writes and reads them.
+
+A reader sees the old file or the new one, never half of one; what is written follows the umask; what a crash cut short
+is left out by name instead of ending the reader.
+"""
 
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import UserError, printable
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write aside, flush to disk, rename."""
+    """Write aside, flush to disk, rename. What is not UTF-8 (names of files may be so) is escaped."""
     aside = path.with_name(f".{path.name}.tmp")  # the same every time: what a crash leaves, the next write replaces
-    with open(aside, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+    try:
+        with open(aside, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except OSError:
+        with suppress(OSError):
+            aside.unlink()
+        raise
     sync(path.parent)
+
+
+def save_tensors(tensors: Mapping[str, "Tensor"], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file and flush it to disk. The library alone would keep others from reading it.
+
+    Raises:
+        OSError: the disk is full and the like.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    with open(path, "wb") as file:  # only to learn what rights a new file gets here
+        mode = os.fstat(file.fileno()).st_mode & 0o777
+    try:
+        save_file(dict(tensors), path, metadata=metadata)
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+    path.chmod(mode)
+    sync(path)
+
+
+def require_writable(directory: Path, fix: str) -> None:
+    """Find out before the work whether its result can be written; by trying, since rights are not all that counts.
+
+    Raises:
+        UserError: it cannot; `fix` says what to do.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=directory):
+            return
+    except OSError as error:
+        raise UserError(f"cannot write here: {error.strerror}", str(directory), fix) from error
 
 
 def sync(path: Path) -> None:
@@ -33,18 +82,49 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def read_json(path: Path, fix: str) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        UserError: it cannot be read, or holds something else; `fix` says what to do.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise UserError(f"cannot read the file: {error.strerror}", str(path), fix) from error
+    except (ValueError, RecursionError) as error:
+        raise UserError("the file is damaged: it is not JSON", str(path), fix) from error
+    if not isinstance(value, dict):
+        raise UserError("the file is damaged: it holds no JSON object", str(path), fix)
+    return value
+
+
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Records of a `.jsonl` file; a last line that a crash cut short is left out."""
-    if not path.exists():
+    """Records of a `.jsonl` file. A line that a crash or a full disk cut short is left out, and named unless it is the
+    last."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    except FileNotFoundError:
         return []
-    records = []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    for number, line in enumerate(lines):
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            if number < len(lines) - 1:
-                raise
+    records: list[dict[str, Any]] = []
+    damaged: list[int] = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
+                record = None
+            if isinstance(record, dict):
+                records.append(record)
+            elif number < len(lines):
+                damaged.append(number)
+    if damaged:
+        more = f" and {len(damaged) - 1} more" if len(damaged) > 1 else ""
+        text = f"warning: {path}: line {damaged[0]}{more} cut short or damaged, left out"
+        print(printable(text), file=sys.stderr)
     return records
 
 
@@ -53,5 +133,10 @@ def write_json_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
 
 
 def append_json_line(path: Path, record: dict[str, Any]) -> None:
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+    """Add a record, on a line of its own even if the one before was cut short."""
+    line = json.dumps(record).encode() + b"\n"
+    with open(path, "ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            line = line if file.read(1) == b"\n" else b"\n" + line
+        file.write(line)

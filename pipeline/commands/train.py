@@ -22,10 +22,7 @@ def run(args: argparse.Namespace) -> int:
     """Train; see `pipeline.run.loop.train` for the exit codes."""
     from pipeline.config import load_config
 
-    overrides = list(args.overrides)
-    if args.run_dir is not None:
-        overrides.append(f"run.dir={args.run_dir}")
-    config = load_config(args.config, overrides)
+    config = load_config(args.config, args.overrides, args.run_dir)
     if args.dry_run:
         from pipeline.plan.plan import describe
 

@@ -1,8 +1,11 @@
 """The section `model:`: the elastic backbone, its largest network and the grid of its sub-networks."""
 
+from math import prod
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from pipeline.config.section import PathText, Section, is_section
 
 Family = Literal["vit", "swin", "resnet"]
 
@@ -25,15 +28,13 @@ FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
         "layer_scale": None,
     },
 }
+LARGEST_GRID = 100_000
+"""Sub-networks; the paper's largest grid has 465. Far beyond it lies a typing error that would fill the memory."""
 UNUSED_KEYS = {
     "vit": ("window_size",),
     "swin": ("layer_scale",),
     "resnet": ("patch_size", "head_dim", "window_size", "layer_scale"),  # its stem takes every fourth pixel
 }
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
 
 class Span(Section):
@@ -48,6 +49,9 @@ class Span(Section):
         if self.min > self.max or (self.max - self.min) % self.step:
             raise ValueError(f"{self.min}..{self.max} is not reached in steps of {self.step}: change min, max or step")
         return self
+
+    def __len__(self) -> int:
+        return (self.max - self.min) // self.step + 1
 
     def values(self) -> tuple[int, ...]:
         return tuple(range(self.min, self.max + 1, self.step))
@@ -67,8 +71,14 @@ class DepthSpan(Section):
         ):
             raise ValueError("min and max must have the same number of stages")
         for low, high in zip(self._list(self.min), self._list(self.max), strict=True):
-            Span(min=low, max=high, step=self.step if low != high else 1)
+            if low < 1 or low > high or (high - low) % self.step:
+                raise ValueError(f"{low}..{high} is not reached in steps of {self.step}: change min, max or step")
         return self
+
+    def __len__(self) -> int:
+        """How many choices there are over all stages."""
+        pairs = zip(self._list(self.min), self._list(self.max), strict=True)
+        return prod((high - low) // self.step + 1 for low, high in pairs)
 
     @staticmethod
     def _list(value: int | list[int]) -> list[int]:
@@ -91,7 +101,7 @@ class ModelConfig(Section):
     depth: DepthSpan
     drop_path: float = Field(0.2, ge=0, lt=1)
     layer_scale: float | None = Field(1.0e-5, gt=0)
-    init_from: str | None = None
+    init_from: PathText | None = None
     window_size: int = Field(7, gt=0)
 
     @model_validator(mode="before")
@@ -100,12 +110,22 @@ class ModelConfig(Section):
         """Fill what is left out of the file, single keys of `width` and `depth` included."""
         if not isinstance(values, dict):
             return values
-        merged = {**FAMILY_DEFAULTS.get(str(values.get("family", "vit")), {}), **values}
+        given = {key: value for key, value in values.items() if value is not None or not is_section(cls, key)}
+        merged = {**FAMILY_DEFAULTS.get(str(values.get("family", "vit")), {}), **given}
         for name in ("width", "depth"):
             default = FAMILY_DEFAULTS.get(str(values.get("family", "vit")), {}).get(name)
             if isinstance(merged.get(name), dict) and default:
                 merged[name] = {**default, **merged[name]}
         return merged
+
+    @model_validator(mode="after")
+    def _grid_is_finite(self) -> "ModelConfig":
+        if len(self.width) * len(self.depth) > LARGEST_GRID:
+            raise ValueError(
+                f"{len(self.width) * len(self.depth)} sub-networks are more than {LARGEST_GRID}: "
+                "use larger steps of width and depth"
+            )
+        return self
 
     @model_validator(mode="after")
     def _no_idle_key(self) -> "ModelConfig":

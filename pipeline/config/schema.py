@@ -1,12 +1,15 @@
 """The schema of an experiment: every key, its default (the paper's ViT run) and the checks between keys."""
 
+import re
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from pipeline.config.model import ModelConfig, Section
+from pipeline.config.model import ModelConfig
+from pipeline.config.section import PathText, Section, Shards
 
 Fraction = tuple[float, float]
+_LONGEST_SECONDS = 1e9  # thirty years; clocks and timeouts bear no more
 
 IMAGE_CHANNELS = 3  # what the data path delivers
 KERNEL_HEAD_DIMS = (16, 32, 64)  # of kernels.fused.attention, whose import needs Triton
@@ -86,8 +89,8 @@ class LocalCropConfig(CropConfig):
 class DataConfig(Section):
     """Shards, crops and augmentation. `batch_size` counts images per rank."""
 
-    train: str | list[str] = "shards/train-{000000..000999}.tar"
-    val: str | list[str] | None = None
+    train: Shards = "shards/train-{000000..000999}.tar"
+    val: Shards | None = None
     batch_size: int = Field(50, gt=0)
     global_crops: CropConfig = CropConfig()
     local_crops: LocalCropConfig = LocalCropConfig()
@@ -173,36 +176,48 @@ class EngineConfig(Section):
 
 
 class RunConfig(Section):
-    dir: str = "runs/vit_large"
+    dir: PathText = "runs/vit_large"
     max_steps: int | None = Field(None, gt=0, description="stop early; schedules unchanged")
     checkpoint_every_steps: int = Field(1000, gt=0)
     keep: int = Field(3, gt=0)
     log_every_steps: int = Field(10, gt=0)
-    hang_timeout_seconds: float = Field(1800, gt=0)
+    hang_timeout_seconds: float = Field(1800, gt=0, le=_LONGEST_SECONDS)
     requeue: bool = Field(True, description="requeue the own Slurm job after stopping on a signal")
 
 
 class CheckpointConfig(Section):
     signal_lead_seconds: float = Field(
-        300, gt=0, description="time between Slurm's warning signal and the end of the job: N of sbatch --signal=USR1@N"
+        300,
+        gt=0,
+        le=_LONGEST_SECONDS,
+        description="time between Slurm's warning signal and the end of the job: N of sbatch --signal=USR1@N",
     )
 
 
 class EvalConfig(Section):
     every_steps: int | None = Field(None, gt=0)
-    train: str | list[str] | None = None
-    val: str | list[str] | None = None
+    train: Shards | None = None
+    val: Shards | None = None
 
 
 class MetricsConfig(Section):
-    host: str = "127.0.0.1"
-    port: int = Field(9400, ge=0, le=65535)
-    cert_file: str | None = Field(None, description="PEM certificate: serve HTTPS")
-    key_file: str | None = Field(None, description="PEM key of cert_file")
-    client_ca_file: str | None = Field(None, description="PEM authority that scrapers must be certified by")
-    targets_dir: str | None = None
+    host: str | None = Field(
+        None, description="address to serve on; none: 127.0.0.1, but all addresses where targets_dir tells other nodes"
+    )
+    port: int = Field(19400, ge=0, le=65535)
+    cert_file: PathText | None = Field(None, description="PEM certificate: serve HTTPS")
+    key_file: PathText | None = Field(None, description="PEM key of cert_file")
+    client_ca_file: PathText | None = Field(None, description="PEM authority that scrapers must be certified by")
+    targets_dir: PathText | None = None
     health_every_steps: int = Field(50, gt=0, description="how often to look at targets and features")
     tensorboard: bool = True
+
+    @field_validator("host")
+    @classmethod
+    def _is_an_address(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"[\w.:%-]+", value):
+            raise ValueError(f"{value!r} is no address: name one, such as 127.0.0.1 or 0.0.0.0, without port or scheme")
+        return value
 
     @model_validator(mode="after")
     def _certificate_is_whole(self) -> "MetricsConfig":
@@ -232,7 +247,9 @@ class ExperimentConfig(Section):
     @classmethod
     def _fresh_heads_learn_first(cls, values: Any) -> Any:
         """Pretrained weights wait an epoch for the heads, unless the file says otherwise."""
-        model, optim = (values.get(name, {}) for name in ("model", "optim")) if isinstance(values, dict) else ({}, None)
+        model, optim = (
+            (values.get(name) or {} for name in ("model", "optim")) if isinstance(values, dict) else ({}, None)
+        )
         if isinstance(model, dict) and model.get("init_from") and isinstance(optim, dict):
             return {**values, "optim": {"head_warmup_epochs": 1, **optim}}
         return values

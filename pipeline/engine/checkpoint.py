@@ -19,15 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor
 
 from pipeline.engine.core import Engine
 from pipeline.engine.distributed import Ranks
 from pipeline.engine.groups import FlatGroup, Piece
 from pipeline.errors import UserError
-from pipeline.files import sha256, sync, write_atomically
+from pipeline.files import save_tensors, sha256, sync, write_atomically
 from pipeline.method.losses import Centering
 
 FORMAT = 2
@@ -142,11 +141,7 @@ class Checkpoints:
                 for kind, heads in centering.center.items()
                 for h, center in enumerate(heads)
             }
-        try:
-            save_file(tensors, aside / name)
-        except SafetensorError as error:  # disk full and the like
-            raise OSError(str(error)) from error
-        sync(aside / name)
+        save_tensors(tensors, aside / name)
         return {name: {"bytes": (aside / name).stat().st_size, "sha256": sha256(aside / name)}}
 
     def _publish(self, aside: Path, final: Path, manifest: dict[str, Any]) -> None:

@@ -22,12 +22,12 @@ from pipeline.evaluate.features import LabelledFeatures, extract_features
 from pipeline.evaluate.knn import knn_accuracy
 from pipeline.evaluate.linear import linear_accuracy
 from pipeline.evaluate.targets import PIXELS, UNTRAINED, Target, directory_target, is_run, pixels_target, run_target
-from pipeline.files import write_atomically
+from pipeline.files import require_writable, write_atomically
 from pipeline.models.loading import RunModels, run_config
+from pipeline.models.results import Results, read_results
 
 Shards = str | Sequence[str]
 T = TypeVar("T")
-Results = dict[str, dict[str, Any]]
 _GROUP_BYTES = 4 << 30
 
 
@@ -173,6 +173,9 @@ def evaluate(request: Request, ranks: Ranks | None = None, progress: bool = Fals
     """
     evaluation, target = _everywhere(ranks, lambda: _prepare(request, ranks, progress))
     warn_of_doubt(evaluation)
+    keeps = is_run(request.path) and (ranks is None or ranks.is_main)
+    if keeps:
+        _warn_if_not_kept(request.path)
     found = evaluation.run(target)
     results = {name: entry for name, entry in found.items() if not name.startswith(UNTRAINED)}
     if request.untrained:
@@ -184,12 +187,8 @@ def evaluate(request: Request, ranks: Ranks | None = None, progress: bool = Fals
             entry["pixels_accuracy"] = yardstick
     data = {"train": _names(evaluation.train), "val": _names(evaluation.val)}
     results = {name: {**entry, **data} for name, entry in results.items()}
-    if is_run(request.path) and (ranks is None or ranks.is_main):
-        path = request.path / "eval" / f"{request.method}.json"
-        try:
-            _record(path, results)
-        except OSError as error:  # somebody else's run, a full disk: the work is done and its result counts
-            print(f"warning: cannot keep the results in {path}: {error.strerror}", file=sys.stderr)
+    if keeps:
+        _record(request.path / "eval" / f"{request.method}.json", results)
     return results
 
 
@@ -261,18 +260,29 @@ def _threads(ranks: Ranks | None) -> int:
 
 
 def _record(path: Path, results: Results) -> None:
-    """Add results to a file; older ones of another checkpoint or other data would mislead and go."""
-    path.parent.mkdir(exist_ok=True)
+    """Add results to a file; older ones of another checkpoint or other data would mislead and go.
+
+    The results are on their way to whoever asked: a file that cannot be written costs a warning.
+    """
     identity = ("step", "branch", "train", "val")
     new = next(iter(results.values()))
     try:
-        old = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        old = {}
-    except ValueError:
-        old = None
-    if not isinstance(old, dict) or not all(isinstance(entry, dict) for entry in old.values()):
-        print(f"warning: {path} holds no results and is written anew", file=sys.stderr)
+        old = read_results(path)
+    except UserError as error:
+        print(f"warning: {error.what} and is written anew ({path})", file=sys.stderr)
         old = {}
     kept = {name: entry for name, entry in old.items() if all(entry.get(key) == new[key] for key in identity)}
-    write_atomically(path, json.dumps(kept | results, indent=1) + "\n")
+    try:
+        path.parent.mkdir(exist_ok=True)
+        write_atomically(path, json.dumps(kept | results, indent=1) + "\n")
+    except OSError as error:
+        print(f"warning: the results are not kept in {path}: {error.strerror}", file=sys.stderr)
+
+
+def _warn_if_not_kept(run: Path) -> None:
+    """Say before the work that its results will only be printed."""
+    folder = run / "eval"
+    try:
+        require_writable(folder if folder.exists() else run, "")
+    except UserError as error:
+        print(f"warning: {error.what} ({error.where}): results will be printed, not kept", file=sys.stderr)

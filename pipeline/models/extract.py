@@ -1,19 +1,21 @@
 """Sub-networks of a run as plain timm directories, each with the proof that it is the sub-network."""
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from tqdm import tqdm
 
+from pipeline.config import ExperimentConfig
 from pipeline.elastic import Subnet
 from pipeline.errors import UserError
-from pipeline.files import sync, write_atomically
+from pipeline.files import require_writable, save_tensors, sha256, sync, write_atomically
 from pipeline.models.card import model_card
 from pipeline.models.loading import RunModels, choose, run_config
 from pipeline.models.proof import (
@@ -25,9 +27,12 @@ from pipeline.models.proof import (
     load_proof_images,
     proof_of,
 )
+from pipeline.models.results import Results, read_results
 from pipeline.models.timm_format import hub_config
 
 PROOF_IMAGES = 8
+CONFIG, WEIGHTS, CARD, PROOF = FILES = ("config.json", "model.safetensors", "README.md", "proof.json")
+"""All that an extraction writes; the proof last, since it vouches for the others."""
 
 
 @dataclass(frozen=True)
@@ -78,10 +83,9 @@ def extract(
     """
     out = Path(out)
     config = run_config(Path(run_dir))
-    shards = proof_shards or config.data.val or config.eval.val or config.data.train
     models = RunModels.open(run_dir, branch)
     chosen = choose(models.grid, subnets)
-    images = load_proof_images(config, shards, proof_images)
+    images = _images(config, proof_shards, proof_images)
     _require_room(models, chosen, out)
     for subnet in chosen:
         _require_free(out / subnet.name, models, subnet, branch)
@@ -90,11 +94,23 @@ def extract(
     return [_extract_one(models, subnet, out, branch, images, measured.get(subnet.name)) for subnet in bar]
 
 
+def _images(config: ExperimentConfig, shards: str | Sequence[str] | None, count: int) -> ProofImages:
+    if shards:
+        return load_proof_images(config, shards, count)
+    try:
+        return load_proof_images(config, config.data.val or config.eval.val or config.data.train, count)
+    except UserError as error:  # the run's own paths may be relative to where it was started
+        where = f"{error.where}, from {Path.cwd()}"
+        fix = "name shards with --proof-shards, or start from where the run was started"
+        raise UserError(f"no images for the proof: {error.what}", where, fix) from error
+
+
 def _require_room(models: RunModels, chosen: Sequence[Subnet], out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot use the directory: {error.strerror}", str(out), "choose another --out") from error
+    require_writable(out, "choose another --out")
     needed = 4 * sum(models.params(subnet) for subnet in chosen)
     free = shutil.disk_usage(out).free
     if needed > free:
@@ -106,27 +122,28 @@ def _require_room(models: RunModels, chosen: Sequence[Subnet], out: Path) -> Non
 
 
 def _require_free(path: Path, models: RunModels, subnet: Subnet, branch: str) -> None:
-    """What is there may be replaced only if it is this very model."""
+    """What is there may be replaced only if it is this very model, and only what an extraction wrote of it."""
     if not path.exists() and not path.is_symlink():
         return
     try:
-        proof = json.loads((path / "proof.json").read_text(encoding="utf-8"))
+        proof = json.loads((path / PROOF).read_text(encoding="utf-8"))
         same = identity(models, subnet, branch).items() <= proof.items()
-    except (OSError, ValueError, AttributeError):
-        same = False
+        written = dict(proof.get("files", {}))
+    except (OSError, ValueError, TypeError, AttributeError):
+        same, written = False, {}
     if not same:
         raise UserError("something else is in the way", str(path), "remove it, or choose another --out")
+    for name, digest in written.items():
+        if name in FILES and (path / name).is_file() and sha256(path / name) != digest:
+            raise UserError(
+                "the file was changed since it was extracted", str(path / name), "move it, or its directory"
+            )
+    require_writable(path, "choose another --out")
 
 
-def _measured(run_dir: Path, step: int, branch: str) -> dict[str, dict[str, Any]]:
+def _measured(run_dir: Path, step: int, branch: str) -> Results:
     """k-NN results of sub-networks, where they are of this very checkpoint."""
-    path = run_dir / "eval" / "knn.json"
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise UserError("the file is not JSON", str(path), "remove it and run `poa eval knn` again") from error
+    results = read_results(run_dir / "eval" / "knn.json")
     return {
         name: entry for name, entry in results.items() if (entry.get("step"), entry.get("branch")) == (step, branch)
     }
@@ -136,14 +153,13 @@ def _extract_one(
     models: RunModels, subnet: Subnet, out: Path, branch: str, images: ProofImages, knn: dict[str, Any] | None
 ) -> Extracted:
     final, aside = out / subnet.name, out / f".{subnet.name}.tmp"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
+    _remove_own(aside)
+    aside.mkdir(exist_ok=True)
     try:
         export = models.backbone.export(subnet)
         hub = hub_config(models.config.model, export)
-        write_atomically(aside / "config.json", json.dumps(hub, indent=2) + "\n")
-        save_file(export.state_dict, aside / "model.safetensors", metadata={"format": "pt"})
-        sync(aside / "model.safetensors")
+        write_atomically(aside / CONFIG, json.dumps(hub, indent=2) + "\n")
+        save_tensors(export.state_dict, aside / WEIGHTS, {"format": "pt"})
         difference = largest_difference(models, subnet, aside, images)
         proof = proof_of(models, subnet, branch, images, difference)
         if not difference <= TOLERANCE:  # NaN is no agreement
@@ -151,13 +167,33 @@ def _extract_one(
                 f"{subnet} differs from the sub-network in place by {difference:.3g}, more than {TOLERANCE:g}; "
                 f"nothing was written to {final}"
             )
-        write_atomically(aside / "proof.json", json.dumps(proof, indent=2) + "\n")
         extracted = Extracted(subnet.name, final, difference, models.params(subnet), models.gflops(subnet))
-        write_atomically(aside / "README.md", model_card(models, subnet, hub, proof, knn))
-        if final.exists():
-            shutil.rmtree(final)
-        aside.rename(final)
+        write_atomically(aside / CARD, model_card(models, subnet, hub, proof, knn))
+        proof["files"] = {name: sha256(aside / name) for name in (CONFIG, WEIGHTS, CARD)}
+        write_atomically(aside / PROOF, json.dumps(proof, indent=2) + "\n")
+        _publish(aside, final)
         sync(out)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        _remove_own(aside)
     return extracted
+
+
+def _publish(aside: Path, final: Path) -> None:
+    """Give a model its name. Where it stands already it is replaced file by file: what else lies there is its owner's,
+    and a crash in between mixes files of one and the same model."""
+    if not final.exists():
+        aside.rename(final)
+        return
+    for name in FILES:
+        os.replace(aside / name, final / name)
+    sync(final)
+
+
+def _remove_own(aside: Path) -> None:
+    """Remove what an extraction put there; anything else stays, and with it the directory."""
+    for name in FILES:
+        for path in (aside / name, aside / f".{name}.tmp"):
+            with suppress(OSError):
+                path.unlink()
+    with suppress(OSError):
+        aside.rmdir()

@@ -104,6 +104,61 @@ def test_overrides_are_yaml_and_their_keys_are_checked(tmp_path):
             load_config(path, [bad])
 
 
+@pytest.mark.parametrize("name", ["runs/exp #2", "2024", "no", "1:30", "010", "a: b", "{a,b}", "*x", "null and void"])
+def test_a_name_is_taken_as_it_is(tmp_path, name):
+    path = write(tmp_path, "{}")
+    for config in (load_config(path, [f"run.dir={name}"]), load_config(path, run_dir=name)):
+        assert config.run.dir == name
+        assert load_config(write(tmp_path, dump_config(config))) == config
+
+
+def test_names_in_a_file_need_no_quotes(tmp_path):
+    config = load_config(write(tmp_path, "run: {dir: 2024-01-01}\ndata: {train: [010, no], seed: 010}"))
+    assert (config.run.dir, config.data.train, config.data.seed) == ("2024-01-01", ["010", "no"], 10)
+
+
+def test_a_list_of_names_and_a_quoted_name_are_yaml(tmp_path):
+    config = load_config(write(tmp_path, "{}"), ["data.train=[a.tar, 'b #.tar']", 'run.dir="a\\tb"', "data.val=null"])
+    assert (config.data.train, config.run.dir, config.data.val) == (["a.tar", "b #.tar"], "a\tb", None)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "run_dir"),
+    [
+        (["data.train=s/t-000.tar", "data.train=s/t-001.tar"], None),
+        (["run.dir=a"], "b"),
+        (["optim.epochs=5", "optim={base_lr: 1}"], None),
+        (["optim={base_lr: 1}", "optim.epochs=5"], None),
+    ],
+)
+def test_a_key_given_twice_is_refused_with_a_hint_at_quotes(tmp_path, overrides, run_dir):
+    with pytest.raises(UserError, match="quote") as caught:
+        load_config(write(tmp_path, "{}"), overrides, run_dir)
+    assert overrides[0].split("=")[0].split(".")[0] in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        *("data.seed=1:30", "data.seed=0b11", "data.seed=true", "data.seed=99999999999999999999", "optim.base_lr=.inf"),
+        *("optim.base_lr=nan", "optim.base_lr=1e400", "optim.ema=[.nan, 1]", "optim.base_lr={{x}}", "run.keep=[[[["),
+        *("run.dir={{ name }}", "run.dir=", "metrics.port=65536", "metrics.host=http://a:1", "data.train=[]"),
+        *("model.depth.min=0", "model.width.max=64000000", "run.hang_timeout_seconds=1e300", "run.keep=!!set {a}"),
+        *("optim=3", "model.family=[vit]", "data=&a [*a]", f"run.keep={'[' * 3000}", f"data.seed={'9' * 5000}"),
+    ],
+)
+def test_odd_values_are_refused_in_one_short_line(tmp_path, override):
+    with pytest.raises(UserError) as caught:
+        load_config(write(tmp_path, "{}"), [override])
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+def test_a_section_whose_keys_are_commented_out_keeps_its_defaults(tmp_path):
+    text = "optim:\n  # epochs: 3\nloss:\n  teacher_temp:\nmodel:\n  width:\n"
+    assert load_config(write(tmp_path, text)) == parse_config({})
+
+
 def test_loading_a_config_imports_no_torch():
     code = "import sys, pipeline.config as c; c.parse_config({}); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

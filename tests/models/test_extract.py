@@ -162,11 +162,11 @@ def test_an_extracted_model_can_be_fine_tuned_at_another_size(everything):
 
 @pytest.mark.parametrize("change", [1.01, float("nan")])
 def test_tampered_weights_fail_the_proof_and_leave_nothing(trained_run, tmp_path, monkeypatch, capsys, change):
-    def tampered(tensors, path, **kwargs):
+    def tampered(tensors, path, metadata):
         tensors["patch_embed.proj.weight"] = tensors["patch_embed.proj.weight"] * change
-        save_file(tensors, path, **kwargs)
+        save_file(tensors, path, metadata)
 
-    monkeypatch.setattr(extraction, "save_file", tampered)
+    monkeypatch.setattr(extraction, "save_tensors", tampered)
     with pytest.raises(ProofFailed, match="32x2 differs"):
         extract(trained_run, ["32x2"], tmp_path / "out")
     assert command(trained_run, "--subnet", "32x2", "--out", tmp_path / "out") == 1

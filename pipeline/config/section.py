@@ -1,0 +1,110 @@
+"""What all sections of an experiment share: how a value is read by the kind of its key, and the kinds of names."""
+
+import os
+import re
+import types
+from functools import cache
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+
+from pipeline.config.plain import numbers
+
+_LARGEST = (1 << 63) - 1
+_VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})", re.ASCII)
+_TEMPLATE = re.compile(r"\{\{(?:(?!\.\.)[^{},])*\}\}|\{%")  # braces within braces are a pattern of shards
+
+
+class Section(BaseModel):
+    """Values of keys that take text are the text that was written; where numbers are wanted they are read as such."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_sections_are_defaults(cls, values: Any) -> Any:
+        """`optim:` with nothing below it, as a file has it whose lines are commented out."""
+        if not isinstance(values, dict):
+            return values
+        return {key: value for key, value in values.items() if value is not None or not is_section(cls, key)}
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _read(cls, value: Any, info: ValidationInfo) -> Any:
+        assert info.field_name is not None
+        return value if takes_text(cls, info.field_name) else numbers(value)
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _no_giants(cls, value: Any) -> Any:
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int) and abs(number) > _LARGEST:
+                raise ValueError("the number does not fit into 64 bits: use a smaller one")
+        return value
+
+
+@cache
+def takes_text(section: type[BaseModel], key: str) -> bool:
+    """Whether a key holds a name (or a list of names), as opposed to numbers, switches and choices."""
+    field = section.model_fields.get(key)
+    return field is not None and str in _kinds(field.annotation)
+
+
+@cache
+def is_section(section: type[BaseModel], key: str) -> bool:
+    """Whether a key has keys of its own."""
+    field = section.model_fields.get(key)
+    return field is not None and any(isinstance(k, type) and issubclass(k, BaseModel) for k in _kinds(field.annotation))
+
+
+def expand_path(text: str) -> str:
+    """A path with `~` and `$NAME` filled in, which the shell does not do behind `KEY=` or within a file.
+
+    Raises:
+        ValueError: it is empty, names a variable or user that does not exist, or was left unrendered.
+    """
+    if not text.strip():
+        raise ValueError("an empty path: name one")
+    if "\0" in text:
+        raise ValueError("no path holds a NUL: write another")
+    if _TEMPLATE.search(text):
+        raise ValueError(f"{text!r} holds an unrendered template: fill it in")
+    expanded = _VARIABLE.sub(_variable, text)
+    if text.startswith("~"):
+        expanded = os.path.expanduser(expanded)
+        if expanded.startswith("~"):
+            raise ValueError(
+                f"there is no user {text.split('/')[0][1:]!r} whose directory {text!r} could mean: use ./~"
+            )
+    return expanded
+
+
+def _variable(match: re.Match[str]) -> str:
+    name = match[1] or match[2]
+    value = os.environ.get(name)
+    if not value:
+        raise ValueError(f"{match[0]} stands in the path and the variable {name} is not set: set it, or write it out")
+    return value
+
+
+def _paths(value: str | list[str]) -> str | list[str]:
+    return [expand_path(part) for part in value] if isinstance(value, list) else expand_path(value)
+
+
+PathText = Annotated[str, AfterValidator(expand_path)]
+"""A path; `~` and variables are filled in."""
+
+Shards = Annotated[str | Annotated[list[str], Field(min_length=1)], AfterValidator(_paths)]
+"""A pattern of shards, or a list of them."""
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """The types that an annotation is made of; of a tuple or list, those of its items."""
+    origin = get_origin(annotation)
+    if origin is Literal:
+        return {Literal}
+    if origin is Annotated:
+        return _kinds(get_args(annotation)[0])
+    if origin in (Union, types.UnionType, list, tuple):
+        return {kind for part in get_args(annotation) for kind in _kinds(part)}
+    return {annotation}

@@ -1,0 +1,28 @@
+"""What evaluations of a run found, as `RUN/eval/METHOD.json` keeps it beside the checkpoints that it is about."""
+
+from pathlib import Path
+from typing import Any
+
+from pipeline.files import read_json
+
+Results = dict[str, dict[str, Any]]
+_NUMBERS = ("accuracy", "params", "gflops")
+
+
+def read_results(path: Path) -> Results:
+    """Entries by name of sub-network; empty if there is no such file.
+
+    Raises:
+        UserError: the file is damaged or cannot be read.
+    """
+    try:
+        entries = read_json(path, "remove it and run `poa eval` again")
+    except FileNotFoundError:
+        return {}
+    return {name: entry for name, entry in entries.items() if _is_result(entry)}
+
+
+def _is_result(entry: Any) -> bool:
+    return isinstance(entry, dict) and all(
+        isinstance(entry.get(key), int | float) and not isinstance(entry.get(key), bool) for key in _NUMBERS
+    )
