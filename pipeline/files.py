@@ -4,6 +4,7 @@ A reader sees the old file or the new one, never half of one; what is written fo
 is left out by name instead of ending the reader.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -102,41 +103,71 @@ def read_json(path: Path, fix: str) -> dict[str, Any]:
     return value
 
 
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Records of a `.jsonl` file. A line that a crash or a full disk cut short is left out, and named unless it is the
-    last."""
+def read_json_lines(path: Path, key: str | None = None) -> list[dict[str, Any]]:
+    """Records of a `.jsonl` file. Lines that are no records are left out and said aloud, except the last, which a
+    crash may have cut short.
+
+    Args:
+        path: of the file; one that does not exist has no records.
+        key: a record has a number under this name.
+    """
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     except FileNotFoundError:
         return []
-    records: list[dict[str, Any]] = []
-    damaged: list[int] = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError):
-                record = None
-            if isinstance(record, dict):
-                records.append(record)
-            elif number < len(lines):
-                damaged.append(number)
-    if damaged:
-        more = f" and {len(damaged) - 1} more" if len(damaged) > 1 else ""
-        text = f"warning: {path}: line {damaged[0]}{more} cut short or damaged, left out"
-        print(printable(text), file=sys.stderr)
-    return records
+    records = {number: record for number, line in enumerate(lines, 1) if (record := _parse(line, key)) is not None}
+    broken = [number for number, line in enumerate(lines[:-1], 1) if line and number not in records]
+    if broken:
+        more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
+        print(printable(f"warning: left out line {broken[0]}{more} of {path}: no record"), file=sys.stderr)
+    return list(records.values())
+
+
+def _parse(line: str, key: str | None) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if isinstance(record, dict) and (key is None or isinstance(record.get(key), int | float)):
+        return record
+    return None
 
 
 def write_json_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
     write_atomically(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
-def append_json_line(path: Path, record: dict[str, Any]) -> None:
-    """Add a record, on a line of its own even if the one before was cut short."""
-    line = json.dumps(record).encode() + b"\n"
-    with open(path, "ab+") as file:
-        if file.tell():
-            file.seek(-1, os.SEEK_END)
-            line = line if file.read(1) == b"\n" else b"\n" + line
-        file.write(line)
+class Journal:
+    """A `.jsonl` file that grows. A record that cannot be written is lost, which is said once; whoever writes goes on.
+
+    Args:
+        path: of the file.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._lost = 0
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Add a line, or nothing of it."""
+        try:
+            self._append(json.dumps(record) + "\n")
+        except OSError as error:
+            if not self._lost:
+                print(f"warning: cannot write to {self.path}: {error.strerror}; its lines are lost", file=sys.stderr)
+            self._lost += 1
+        else:
+            if self._lost:
+                print(f"note: writing to {self.path} again, {self._lost} lines are lost", file=sys.stderr)
+            self._lost = 0
+
+    def _append(self, line: str) -> None:
+        self.path.parent.mkdir(exist_ok=True)
+        with open(self.path, "ab+", buffering=0) as file:
+            before, data = file.seek(0, os.SEEK_END), line.encode()
+            if before:
+                file.seek(-1, os.SEEK_END)
+                data = data if file.read(1) == b"\n" else b"\n" + data  # the line before was cut short
+            if file.write(data) != len(data):  # the disk became full within the line
+                file.truncate(before)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -2,9 +2,9 @@
 #
 # A training process tells this script what became of it by files in $POA_JOB_DIR, not by exit codes: srun returns the
 # highest code of all tasks, and --kill-on-bad-exit turns healthy ones into 137.
-#   done                 the run is complete
-#   stopped.ATTEMPT      saved after a signal; its content is `requeue` or `stay` (run.requeue)
-#   progress             the last step saved by this job
+#   end.ATTEMPT    how the run ended: `done`; `stopped` (saved after a signal; `stay` if run.requeue is off); `try again`;
+#                  `give up`, where the next attempt would end alike. A run that crashed or was killed says nothing.
+#   progress       the last step saved by this job
 
 say() { printf '%(%FT%T)T job %s attempt %s: %s\n' -1 "$POA_JOB" "$POA_ATTEMPT" "$*"; }
 
@@ -39,15 +39,21 @@ free_port() {
     echo "$port"
 }
 
+# CPUs of a task. Where they are asked for per GPU (--cpus-per-gpu), Slurm does not say it per task.
+cpus_per_task() {
+    local gpus=${SLURM_GPUS_PER_TASK:-1} # TYPE:NUMBER or NUMBER; unset: one task per GPU
+    echo "${SLURM_CPUS_PER_TASK:-$((${SLURM_CPUS_PER_GPU:-1} * ${gpus##*:}))}"
+}
+
 # run_tasks COMMAND [ARG ...]: `poa COMMAND`, one task per rank. USR1 is ignored until Python has its handler.
 run_tasks() {
-    srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --label \
+    srun --kill-on-bad-exit=1 --cpus-per-task="$(cpus_per_task)" --label \
         "${POA_CONTAINER[@]}" bash -c 'trap "" USR1; exec "$@"' task "${POA_PYTHON[@]}" -m pipeline "$@"
 }
 
 prepare() {
     MASTER_ADDR=$(master_address) MASTER_PORT=$(free_port)
-    OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
+    OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(cpus_per_task)}
     export MASTER_ADDR MASTER_PORT OMP_NUM_THREADS PYTHONUNBUFFERED=1
     mkdir -p "$POA_JOB_DIR" || exit 1
 }
@@ -56,7 +62,7 @@ prepare() {
 train_and_requeue() {
     local terminated=0 before after code why
     prepare
-    if [ -e "$POA_JOB_DIR/done" ]; then say "already done"; exit 0; fi
+    rm -f "$POA_JOB_DIR/end.$POA_ATTEMPT" # of an earlier job with this number
     trap 'terminated=1' TERM # scancel, requeue, preemption, time limit: outlive it to see what became of the ranks
     before=$(cat "$POA_JOB_DIR/progress" 2>/dev/null || echo 0)
     say "$SLURM_NTASKS tasks on $SLURM_JOB_NODELIST, rendezvous at $MASTER_ADDR:$MASTER_PORT"
@@ -64,10 +70,11 @@ train_and_requeue() {
     run_tasks train "$@"
     code=$?
     after=$(cat "$POA_JOB_DIR/progress" 2>/dev/null || echo 0)
-    if [ -e "$POA_JOB_DIR/done" ]; then say "done"; exit 0; fi
-    case $(cat "$POA_JOB_DIR/stopped.$POA_ATTEMPT" 2>/dev/null) in
-        requeue) why="stopped on a signal at step $after" ;;
+    case $(cat "$POA_JOB_DIR/end.$POA_ATTEMPT" 2>/dev/null) in
+        done) say "done"; exit 0 ;;
+        stopped) why="stopped on a signal at step $after" ;;
         stay) say "stopped on a signal at step $after; run.requeue is off"; exit 75 ;;
+        "give up") say "gave up at step $after: another attempt would end alike, see the error above"; exit $((code ? code : 1)) ;;
         *)
             if [ "$after" -le "$before" ]; then
                 say "failed (exit code $code) without a new checkpoint: not trying again, see the error above"
@@ -83,12 +90,14 @@ train_and_requeue() {
 # Slurm requeues by itself. Only a time limit, which sends the same signal, is ours to mend. (When a job ends cannot be
 # known beforehand: limits are changed.) The signal may also come while we ask, and end scontrol.
 requeue() {
-    local attempt answer
+    local attempt answer reason
     if [ "$POA_ATTEMPT" -ge "${POA_MAX_REQUEUES:-1000}" ]; then say "$1; too many requeues"; exit 1; fi
     for attempt in {1..60}; do # a controller that restarts may be away for minutes
-        if [ "$terminated" = 1 ] && [ "$(job_field Reason)" != TimeLimit ]; then say "$1; ended by Slurm"; exit 1; fi
+        reason=$(job_field Reason) # empty if the controller does not answer: then nothing is known, and we ask again
+        if [ "$terminated" = 1 ] && [ -z "$reason" ]; then say "$1; no answer from Slurm"; sleep 5; continue; fi
+        if [ "$terminated" = 1 ] && [ "$reason" != TimeLimit ]; then say "$1; ended by Slurm"; exit 1; fi
         if [ "$(job_field Restarts)" -gt "$POA_ATTEMPT" ] 2>/dev/null; then say "a later attempt is running"; exit 1; fi
-        if [ "$attempt" = 1 ]; then say "$1; requeueing"; fi
+        if [ -z "$answer" ]; then say "$1; requeueing"; fi
         answer=$(scontrol requeue "$POA_JOB" 2>&1) && break
         say "requeue: ${answer:-interrupted}"
         case $answer in *disabled*) exit 75 ;; *pending*) break ;; esac # --no-requeue; already requeued

@@ -1,20 +1,16 @@
-"""Checkpoints: atomic, checksummed, retained by count, independent of the number of ranks and the ZeRO stage.
+"""Checkpoints written and resumed from: atomic, checksummed, retained by count.
 
-A checkpoint is a directory `step_00001000` with one `shard_RRRRR.safetensors` per rank and a `manifest.json`, written
-last. A shard holds, for every parameter group g, the rank's pieces of the flat fp32 vectors `g.master`, `g.ema`,
-`g.exp_avg` and `g.exp_avg_sq`, one after the other, and in `g.pieces` (int64 `[P, 2]`) where each begins in the vector
-and how long it is; shard 0 also holds the centers. The manifest names the parameters in each vector, so any number of
-ranks at any ZeRO stage can read it, and `load_weights` needs no training engine at all.
+They depend on neither the number of ranks nor the ZeRO stage; `saved` has their format.
 """
 
 import json
 import os
+import re
 import shutil
 import sys
-from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +21,21 @@ from torch import Tensor
 from pipeline.engine.core import Engine
 from pipeline.engine.distributed import Ranks
 from pipeline.engine.groups import FlatGroup, Piece
+from pipeline.engine.saved import (
+    COUNTS,
+    FORMAT,
+    VECTORS,
+    damaged,
+    find_problem,
+    list_checkpoints,
+    read_manifest,
+    read_vectors,
+)
 from pipeline.errors import UserError
 from pipeline.files import save_tensors, sha256, sync, write_atomically
 from pipeline.method.losses import Centering
 
-FORMAT = 2
-VECTORS = ("master", "ema", "exp_avg", "exp_avg_sq")
-BRANCHES = {"teacher": "ema", "student": "master"}
+_LEFTOVER = re.compile(r"\.step_\d{8}\.(tmp|old\d*)")
 
 
 @dataclass
@@ -53,6 +57,19 @@ class Progress:
     skipped_samples: dict[str, int]
 
 
+@dataclass(frozen=True)
+class Saved:
+    """An intact checkpoint: where it lies, and its manifest."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+    @property
+    def progress(self) -> Progress:
+        """Where a run goes on from it; bad steps in a row are counted anew."""
+        return Progress(**{**{key: self.manifest[key] for key in COUNTS}, "bad_in_a_row": 0})
+
+
 class Checkpoints:
     """The `checkpoints` directory of a run.
 
@@ -66,8 +83,14 @@ class Checkpoints:
     def __init__(self, root: Path, keep: int, ranks: Ranks, fence: Callable[[], None] = lambda: None):
         self.root, self.keep, self.ranks, self.fence = root, keep, ranks, fence
 
-    def save(self, engine: Engine, centering: Centering, progress: Progress) -> Path:
+    def save(self, engine: Engine, centering: Centering, progress: Progress, retire: bool = True) -> Path:
         """Write a checkpoint; it appears under its name only when complete and on disk.
+
+        Args:
+            engine: of the weights.
+            centering: of the teacher's targets.
+            progress: of the run.
+            retire: then remove all but the newest `keep`; one that cannot be removed is tried again the next time.
 
         Raises:
             OSError: on every rank if any rank could not write; earlier checkpoints are untouched.
@@ -90,40 +113,46 @@ class Checkpoints:
             if self.ranks.is_main:
                 shutil.rmtree(aside, ignore_errors=True)
             raise
+        if retire:
+            self.ranks.agree(self._retire)
         return final
 
-    def resume(self, engine: Engine, centering: Centering) -> Progress | None:
-        """Load the newest intact checkpoint, falling back with a loud message if one is damaged.
-
-        Returns:
-            Its progress, or None if there is no checkpoint.
+    def find(self) -> Saved | None:
+        """The newest intact checkpoint, falling back with a loud message if one is damaged; None if there is none.
 
         Raises:
-            UserError: there are checkpoints but none is intact, or they are of another model.
+            UserError: there are checkpoints but none is intact, or one cannot be read.
         """
-        candidates = self.ranks.agree(lambda: [c.name for c in list_checkpoints(self.root)])
+        candidates = self.ranks.agree(lambda: [path.name for path in list_checkpoints(self.root)])
         for name in candidates:
             path = self.root / name
             problem = self._first_problem(path)
             if problem is None:
-                manifest = read_manifest(path)
-                self.ranks.together(lambda p=path, m=manifest: _restore(engine, centering, p, m))  # type: ignore[misc]
-                engine.refresh()
-                return Progress(**{key: manifest[key] for key in Progress.__dataclass_fields__})
+                return Saved(path, read_manifest(path))
             if self.ranks.is_main:
-                print(f"warning: checkpoint {path} is damaged: {problem}; trying the one before", file=sys.stderr)
+                damaged(path, problem)
         if candidates:
             raise UserError(
-                "none of the checkpoints is intact", str(self.root), "restore one, or remove them to start anew"
+                "none of the checkpoints is intact", str(self.root), "restore one, or train in another run directory"
             )
         return None
+
+    def load(self, saved: Saved, engine: Engine, centering: Centering) -> None:
+        """Bring engine and centers to the state of a checkpoint.
+
+        Raises:
+            UserError: it is of another model.
+        """
+        self.ranks.together(lambda: _restore(engine, centering, saved.path, saved.manifest))
+        engine.refresh()
 
     def _make_room(self, aside: Path) -> None:
         self.fence()
         self.root.mkdir(parents=True, exist_ok=True)
-        for leftover in self.root.glob(".step_*.tmp"):
-            shutil.rmtree(leftover)
-        aside.mkdir()
+        for name in os.listdir(self.root):
+            if _LEFTOVER.fullmatch(name):
+                _remove(self.root / name)
+        aside.mkdir(exist_ok=True)
 
     def _write_shard(self, aside: Path, engine: Engine, centering: Centering) -> dict[str, dict[str, Any]]:
         name = f"shard_{self.ranks.rank:05d}.safetensors"
@@ -147,79 +176,54 @@ class Checkpoints:
     def _publish(self, aside: Path, final: Path, manifest: dict[str, Any]) -> None:
         write_atomically(aside / "manifest.json", json.dumps(manifest, indent=1))
         self.fence()
-        if final.exists():  # a damaged one, passed over when the run resumed
-            shutil.rmtree(final)
+        damaged_one = _set_aside(final) if final.exists() else None  # it was passed over when the run resumed
         # `latest` first: a crash in between leaves it naming nothing, never naming an older checkpoint than there is
         write_atomically(self.root / "latest", final.name + "\n")
         os.rename(aside, final)
         sync(self.root)
-        for old in list_checkpoints(self.root)[self.keep :]:
-            shutil.rmtree(old)
+        if damaged_one:
+            _remove(damaged_one)
+
+    def _retire(self) -> None:
+        try:
+            retired = list_checkpoints(self.root)[self.keep :]
+        except UserError as error:
+            print(f"warning: no old checkpoint is removed: {error}", file=sys.stderr)
+            return
+        for path in retired:
+            try:
+                aside = _set_aside(path)
+            except OSError as error:
+                _still_there(path, error)
+            else:
+                _remove(aside)
 
     def _first_problem(self, path: Path) -> str | None:
         """What is wrong with a checkpoint; its files are shared out over the ranks for checking."""
-        problems = self.ranks.gather(find_problem(path, self.ranks.rank, self.ranks.world_size))
+        problems = self.ranks.together(lambda: find_problem(path, self.ranks.rank, self.ranks.world_size))
         return next((p for p in problems if p), None)
 
 
-def list_checkpoints(root: Path) -> list[Path]:
-    """Finished checkpoints, the one `latest` names first, then from new to old."""
-    if not root.is_dir():
-        return []
-    found = sorted((p for p in root.glob("step_*") if p.is_dir()), reverse=True)
+def _set_aside(path: Path) -> Path:
+    """Rename a checkpoint that is to be removed, so that what is half removed bears no checkpoint's name."""
+    names = (path.with_name(f".{path.name}.old{number or ''}") for number in count())
+    aside = next(name for name in names if not os.path.lexists(name))
+    os.rename(path, aside)
+    return aside
+
+
+def _remove(path: Path) -> None:
+    """Remove a directory; if that fails it stays for the next time, for others may still be reading its files."""
     try:
-        latest = root / (root / "latest").read_text(encoding="utf-8").strip()
-    except OSError:
-        return found
-    return sorted(found, key=lambda path: path != latest)  # stable: the others stay from new to old
+        shutil.rmtree(path)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        _still_there(path, error)
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
-    return json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-
-
-def find_problem(path: Path, part: int = 0, parts: int = 1) -> str | None:
-    """Compare a checkpoint with its manifest; the checksums of every `parts`-th file only."""
-    try:
-        manifest = read_manifest(path)
-        if manifest["format"] != FORMAT:
-            return f"format {manifest['format']}, expected {FORMAT}"
-        for index, (name, entry) in enumerate(sorted(manifest["files"].items())):
-            if (path / name).stat().st_size != entry["bytes"]:
-                return f"{name} has {(path / name).stat().st_size} bytes, expected {entry['bytes']}"
-            if index % parts == part and sha256(path / name) != entry["sha256"]:
-                return f"{name} has another checksum than the manifest"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"{type(error).__name__}: {error}"
-    return None
-
-
-def load_weights(root: Path, branch: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Full fp32 weights of the newest intact checkpoint, without an engine.
-
-    Args:
-        root: a `checkpoints` directory.
-        branch: "teacher" (the EMA) or "student".
-
-    Returns:
-        Parameter name -> fp32 tensor, and the manifest.
-
-    Raises:
-        UserError: there is no intact checkpoint.
-    """
-    for path in list_checkpoints(root):
-        problem = find_problem(path)
-        if problem is None:
-            manifest = read_manifest(path)
-            weights: dict[str, Tensor] = {}
-            wholes = [[Piece(0, 0, group["numel"])] for group in manifest["groups"]]
-            vectors = _read(path, manifest, wholes, [group["numel"] for group in manifest["groups"]], BRANCHES[branch])
-            for flat, group in zip(vectors, manifest["groups"], strict=True):
-                for name, shape, offset in zip(group["names"], group["shapes"], group["offsets"], strict=True):
-                    weights[name] = flat[BRANCHES[branch]][offset : offset + torch.Size(shape).numel()].view(shape)
-            return weights, manifest
-        print(f"warning: checkpoint {path} is damaged: {problem}; trying the one before", file=sys.stderr)
-    raise UserError("no intact checkpoint", str(root), "train first, or name another run")
+def _still_there(path: Path, error: OSError) -> None:
+    print(f"warning: cannot remove {path}: {error.strerror}; trying again at the next save", file=sys.stderr)
 
 
 def _describe(group: FlatGroup) -> dict[str, Any]:
@@ -243,50 +247,12 @@ def _joined(parts: list[Tensor]) -> Tensor:
     return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts or [torch.empty(0)])
 
 
-def _read(
-    path: Path, manifest: dict[str, Any], wanted: Sequence[Sequence[Piece]], lengths: Sequence[int], *keys: str
-) -> list[dict[str, Tensor]]:
-    """Per group, vectors by key with the wanted pieces filled in, and zeros where no piece is (padding).
-
-    Raises:
-        ValueError: the shards do not hold every element that is wanted.
-    """
-    out = [{key: torch.zeros(length) for key in keys} for length in lengths]
-    missing = sum(piece.length for pieces in wanted for piece in pieces)
-    for rank in range(manifest["world_size"]):
-        with safe_open(path / f"shard_{rank:05d}.safetensors", framework="pt") as file:
-            for index, pieces in enumerate(wanted):
-                for here, there in _overlaps(pieces, file.get_tensor(f"{index}.pieces").tolist()):
-                    missing -= here.stop - here.start
-                    for key in keys:
-                        out[index][key][here] = file.get_slice(f"{index}.{key}")[there]
-    if missing:
-        raise ValueError(f"{path}: {missing} elements are in none of the shards")
-    return out
-
-
-def _overlaps(wanted: Sequence[Piece], saved: Sequence[tuple[int, int]]) -> Iterator[tuple[slice, slice]]:
-    """Places in a shard with the places of the same elements in a saved one; both list their pieces in rising order."""
-    ends = list(accumulate(length for _, length in saved))
-    begins = [start for start, _ in saved]
-    for piece in wanted:
-        stop = piece.start + piece.length
-        for i in range(max(bisect_right(begins, piece.start) - 1, 0), len(saved)):
-            start, length = saved[i]
-            low, high = max(piece.start, start), min(stop, start + length)
-            if start >= stop:
-                break
-            if low < high:
-                here, there = piece.local - piece.start, ends[i] - length - start
-                yield slice(low + here, high + here), slice(low + there, high + there)
-
-
 def _restore(engine: Engine, centering: Centering, path: Path, manifest: dict[str, Any]) -> None:
     ours = json.loads(json.dumps([_describe(group) for group in engine.groups]))
     if ours != manifest["groups"]:
         raise UserError("the checkpoint is of another model or optimizer", str(path), "use another run directory")
     wanted = [group.pieces for group in engine.groups]
-    shards = _read(path, manifest, wanted, [len(group.master) for group in engine.groups], *VECTORS)
+    shards = read_vectors(path, manifest, wanted, [len(group.master) for group in engine.groups], *VECTORS)
     for index, shard in enumerate(shards):
         engine.restore(index, shard, manifest["optimizer_steps"])
     with safe_open(path / "shard_00000.safetensors", framework="pt") as file:

@@ -13,7 +13,7 @@ from pipeline.engine.distributed import Ranks
 from pipeline.errors import UserError
 from pipeline.evaluate.evaluation import Evaluation, warn_of_doubt
 from pipeline.evaluate.targets import Candidate, Target
-from pipeline.files import append_json_line
+from pipeline.files import Journal
 from pipeline.models.timm_format import preprocessing, timm_module
 
 
@@ -31,6 +31,7 @@ class OnlineEvaluation:
 
     def __init__(self, config: ExperimentConfig, ranks: Ranks):
         self.config, self.ranks = config, ranks
+        self._log = Journal(Path(config.run.dir) / "eval" / "online_knn.jsonl")
         self._evaluation: Evaluation | None = None
         if config.eval.every_steps is None:
             return
@@ -61,12 +62,7 @@ class OnlineEvaluation:
                 return {}
         accuracies = {name: entry["accuracy"] for name, entry in results.items()}
         if self.ranks.is_main:
-            path = Path(self.config.run.dir) / "eval" / "online_knn.jsonl"
-            try:
-                path.parent.mkdir(exist_ok=True)
-                append_json_line(path, {"step": step, **accuracies})
-            except OSError as error:  # the metrics have it as well: no reason to end a training
-                print(f"warning: cannot write {path}: {error.strerror}", file=sys.stderr)
+            self._log.append({"step": step, **accuracies})
         return accuracies
 
     def _target(self, backbone: Backbone) -> Target:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pipeline.config import ExperimentConfig, load_config
 from pipeline.elastic import Grid, Subnet, build, cost
 from pipeline.elastic.pretrained import load_pretrained
-from pipeline.engine.checkpoint import BRANCHES, load_weights
+from pipeline.engine.saved import BRANCHES, load_weights
 from pipeline.errors import UserError
 from pipeline.models.timm_format import timm_module
 

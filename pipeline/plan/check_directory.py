@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pipeline.config import ExperimentConfig, load_config
 from pipeline.elastic import cost
-from pipeline.engine.checkpoint import list_checkpoints
+from pipeline.engine.saved import list_checkpoints
 from pipeline.errors import UserError
 from pipeline.plan import forecast
 from pipeline.plan.check import Check

@@ -31,7 +31,7 @@ def report(directory: Path) -> str:
         UserError: `directory` holds no run, or one that has recorded nothing yet.
     """
     config = run_config(directory)
-    records = read_json_lines(directory / "metrics.jsonl")
+    records = read_json_lines(directory / "metrics.jsonl", "step")
     if not records:
         raise UserError("the run has recorded nothing yet", str(directory), "wait for its first log line")
     manifest = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
@@ -206,7 +206,7 @@ def _faults(directory: Path, records: Records, manifest: dict[str, Any]) -> str:
     bad = [[r["step"], ", ".join(r["bad"])] for r in records if "bad" in r]
     if bad:
         parts += ["<h3>Steps left out</h3>", table(["step", "not finite"], bad[:100])]
-    skipped = read_json_lines(directory / "skipped.jsonl")
+    skipped = read_json_lines(directory / "skipped.jsonl", "position")
     if skipped:
         counts = Counter(s["reason"] for s in skipped)
         first = {s["reason"]: s for s in reversed(skipped)}

@@ -2,8 +2,9 @@
 
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, TextIO
 
 from pipeline.config import EngineConfig
@@ -60,10 +61,23 @@ class Console:
         if self.live and "bad" in record:
             print(file=self.stream)
 
-    def starting(self, run_dir: Path, step: int, engine: EngineConfig) -> None:
-        """What begins, and what differs from what the config says."""
+    def already_complete(self, run_dir: Path, step: int) -> None:
+        """There is nothing to do."""
+        self.say(f"{run_dir} is complete: it has a checkpoint of step {step}, and ends at {self.last_step}")
+
+    def starting(
+        self,
+        run_dir: Path,
+        step: int,
+        engine: EngineConfig,
+        changes: Mapping[str, tuple[Any, Any]] = MappingProxyType({}),
+    ) -> None:
+        """What begins, what changes with it, and what differs from what the config says."""
+        self._start = time.monotonic()
         if step:
             self.say(f"resuming {run_dir} at step {step}")
+        for key, (before, now) in changes.items():
+            self.say(f"note: from step {step} on {key} is {now}, and was {before}")
         if engine.effective_stage() != engine.zero_stage:
             self.say("note: bf16 shards its fp32 masters even at ZeRO stage 0: running stage 1")
 
@@ -90,15 +104,17 @@ class Console:
             f"make room and start again; the run continues from step {saved_step}"
         )
 
-    def ended(self, end: End, progress: Progress, bad: list[str], checkpoints: Path) -> None:
+    def ended(self, end: End, progress: Progress, saved_step: int, bad: list[str], checkpoints: Path) -> None:
         """Why the run ends, if it is not complete."""
-        if end is End.FAILED:
+        if end is End.GIVE_UP:
+            last = f"the newest checkpoint is that of step {saved_step}" if saved_step else "there is no checkpoint yet"
             self.say(
-                f"error: {progress.bad_in_a_row} steps in a row were not finite ({', '.join(bad)}): the last good "
-                f"state is saved in {checkpoints}; lower optim.base_lr or use engine.precision=fp32"
+                f"error: {progress.bad_in_a_row} steps in a row were not finite ({', '.join(bad)}), the last of them "
+                f"step {progress.step}; none of them is saved, {last} ({checkpoints}): lower optim.base_lr or use "
+                "engine.precision=fp32, and start again"
             )
         elif end is End.STOPPED:
-            self.say(f"stopped on a signal after saving step {progress.step} in {checkpoints}")
+            self.say(f"stopped on a signal after saving step {saved_step} in {checkpoints}")
 
     def _text(self, record: dict[str, Any], now: float) -> str:
         done = record["step"] - self.first_step

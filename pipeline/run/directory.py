@@ -1,6 +1,5 @@
-"""A run directory: who owns it, what it describes, what it records."""
+"""A run directory: what it describes and what it records."""
 
-import fcntl
 import hashlib
 import json
 import os
@@ -12,17 +11,12 @@ from typing import Any
 
 from pipeline.config import ExperimentConfig, dump_config, load_config
 from pipeline.errors import UserError
-from pipeline.files import append_json_line, read_json_lines, write_atomically, write_json_lines
+from pipeline.files import Journal, read_json_lines, write_atomically, write_json_lines
 from pipeline.measure.provenance import code_revision, environment, versions
+from pipeline.run.experiment import Settings, require_same_experiment, settle
+from pipeline.run.ownership import Ownership
 from pipeline.run.slurm_job import Job
 from pipeline.run.watchdog import clear
-
-# Keys that change how or where a run is computed but not what it computes.
-_FREE_KEYS = (
-    *("run", "checkpoint", "engine", "metrics", "eval"),
-    *("data.train", "data.val", "data.threads", "data.batch_size"),
-)
-_TAKE_OVER_SECONDS = 120.0
 
 
 class RunDirectory:
@@ -38,78 +32,82 @@ class RunDirectory:
         self.metrics = path / "metrics.jsonl"
         self.skipped = path / "skipped.jsonl"
         self.heartbeats = path / ".heartbeats"
-        self._owner = path / ".owner"
-        self._lock: Any = None
-        self._name = ""
+        self._manifest = path / "manifest.json"
+        self._config = path / "config.yaml"
+        self._owner = Ownership(path)
+        self._log, self._log_skipped = Journal(self.metrics), Journal(self.skipped)
 
     def claim(self, config: ExperimentConfig, job: Job | None = None) -> None:
-        """Take the directory for this process and write `config.yaml`.
-
-        A later attempt of a Slurm job takes it over from an earlier one: when only the daemon of a node dies, Slurm
-        requeues the job while its old processes train on.
+        """Take the directory for this process; see `Ownership.claim`.
 
         Raises:
             UserError: something is in the way, another process trains here, or the directory is of another experiment.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.path / ".lock", "w")  # noqa: SIM115 - held until the process ends
+            self._owner.claim(job)
         except OSError as error:
             raise UserError(
                 f"cannot use the run directory: {error.strerror}", str(self.path), "set run.dir or --run-dir to another"
             ) from error
-        self._name = job.name if job else f"{platform.node()}.{os.getpid()}"
-        deadline = time.monotonic() + (_TAKE_OVER_SECONDS if self._may_take_over(job) else 0.0)
-        while not self._try_lock():
-            if time.monotonic() >= deadline:
-                raise UserError(
-                    "another process is training here", str(self.path), "stop it, or choose another run directory"
-                )
-            write_atomically(self._owner, self._name + "\n")
-            time.sleep(0.5)
-        write_atomically(self._owner, self._name + "\n")
         clear(self.heartbeats)
-        if (self.path / "config.yaml").exists():
-            require_same_experiment(load_config(self.path / "config.yaml"), config, self.path)
-        write_atomically(self.path / "config.yaml", dump_config(config))
+        there = self._config_there()
+        if there is not None:
+            require_same_experiment(there, config, self.path)
 
     def require_ownership(self) -> None:
-        """Stop a process whose run was taken over, before it writes into what is no longer its own.
-
-        Raises:
-            RuntimeError: the directory has another owner.
-        """
-        if _read(self._owner) != self._name:
-            raise RuntimeError(f"{self.path} was taken over by {_read(self._owner)}: this process must not write to it")
-
-    def _may_take_over(self, job: Job | None) -> bool:
-        """Whether the owner is an earlier attempt of the same job."""
-        id_, _, attempt = _read(self._owner).rpartition(".")
-        return job is not None and id_ == job.id and attempt.isdigit() and int(attempt) < job.attempt
-
-    def _try_lock(self) -> bool:
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
+        """Raise RuntimeError if another process has taken the run over."""
+        self._owner.require()
 
     def release(self) -> None:
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        self._owner.release()
 
-    def record_start(self, config: ExperimentConfig, step: int, world_size: int, data: dict[str, Any]) -> None:
-        """Add this start to `manifest.json`.
+    def require_no_past(self) -> None:
+        """Refuse to begin where a run has already saved checkpoints, of which none is found.
+
+        Raises:
+            UserError: they are gone; to begin anew would wipe the records of the run.
+        """
+        starts = [start["step"] for start in self._read_manifest()["starts"]]
+        saved = [r["step"] for r in read_json_lines(self.metrics, "step") if "checkpoint_seconds" in r]
+        if step := max([*starts, *saved], default=0):
+            raise UserError(
+                f"this run has been at step {step} and has no checkpoint now",
+                str(self.checkpoints),
+                "bring them back (is a file system away?); to start anew choose another run directory",
+            )
+
+    def settle(self, config: ExperimentConfig, step: int) -> Settings:
+        """What the keys that may change are from a step on; see `experiment.settle`."""
+        return settle(config, self._config_there(), self._read_manifest(), step, self.path)
+
+    def _config_there(self) -> ExperimentConfig | None:
+        return load_config(self._config) if self._config.exists() else None
+
+    def _read_manifest(self) -> dict[str, Any]:
+        try:
+            return {"starts": [], **json.loads(self._manifest.read_text(encoding="utf-8"))}
+        except FileNotFoundError:
+            return {"starts": []}
+        except (ValueError, TypeError) as error:
+            raise UserError(f"not a manifest: {error}", str(self._manifest), "restore it") from error
+
+    def record_start(
+        self, config: ExperimentConfig, step: int, world_size: int, data: dict[str, Any], settings: Settings
+    ) -> None:
+        """Add this start to `manifest.json`, and write `config.yaml`.
 
         Args:
+            config: as the user gave it.
+            step: where the run goes on.
+            world_size: its ranks.
             data: what identifies the training data; a resumed run must find the same.
+            settings: values of the keys that may change.
 
         Raises:
             UserError: the data or the global batch is not what the run began with.
         """
-        path = self.path / "manifest.json"
-        previous = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"starts": []}
+        previous = self._read_manifest()
         batch = config.data.batch_size * world_size
         if step > 0:
             _require_same_stream(previous, data, batch, world_size, str(self.path))
@@ -128,54 +126,24 @@ class RunDirectory:
             "seed": config.data.seed,
             "world_size": world_size,
             "global_batch": batch,
+            "settings": settings.history,
             "starts": [*previous["starts"], start],
         }
-        write_atomically(path, json.dumps(manifest, indent=1) + "\n")
+        write_atomically(self._manifest, json.dumps(manifest, indent=1) + "\n")
+        write_atomically(self._config, dump_config(config))
 
     def rewind(self, step: int, samples: int) -> None:
         """Drop the records that lie after a checkpoint; the steps that made them will be done again."""
-        write_json_lines(self.metrics, (r for r in read_json_lines(self.metrics) if r["step"] <= step))
-        write_json_lines(self.skipped, (r for r in read_json_lines(self.skipped) if r["position"] < samples))
+        write_json_lines(self.metrics, (r for r in read_json_lines(self.metrics, "step") if r["step"] <= step))
+        skipped = read_json_lines(self.skipped, "position")
+        write_json_lines(self.skipped, (r for r in skipped if r["position"] < samples))
 
     def log(self, record: dict[str, Any]) -> None:
-        append_json_line(self.metrics, record)
+        self._log.append(record)
 
     def log_skipped(self, records: Iterable[dict[str, Any]]) -> None:
         for record in records:
-            append_json_line(self.skipped, record)
-
-
-def require_same_experiment(there: ExperimentConfig, here: ExperimentConfig, where: Path) -> None:
-    """Refuse to mix two experiments in one directory, naming the first key that differs.
-
-    Raises:
-        UserError: a key that decides what is computed differs.
-    """
-    old, new = _fixed_keys(there), _fixed_keys(here)
-    for key in old:
-        if old[key] != new[key]:
-            raise UserError(
-                f"the run directory holds another experiment: {key} is {old[key]} there and {new[key]} here",
-                str(where),
-                "choose another run.dir, or the same value",
-            )
-
-
-def _fixed_keys(config: ExperimentConfig) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-
-    def visit(tree: dict[str, Any], prefix: str) -> None:
-        for name, value in tree.items():
-            key = f"{prefix}{name}"
-            if key in _FREE_KEYS:
-                continue
-            if isinstance(value, dict):
-                visit(value, f"{key}.")
-            else:
-                flat[key] = value
-
-    visit(config.model_dump(mode="json"), "")
-    return flat
+            self._log_skipped.append(record)
 
 
 def _require_same_stream(
@@ -193,13 +161,6 @@ def _require_same_stream(
             else f"use a number of ranks that divides {before}"
         )
         raise UserError(f"the global batch was {before} images and would be {batch}", where, way_out)
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8").strip()
-    except FileNotFoundError:
-        return ""
 
 
 def fingerprint(shards: Iterable[tuple[str, int, int]]) -> dict[str, Any]:

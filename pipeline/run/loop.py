@@ -1,20 +1,24 @@
 """The life of a run: claim the directory, resume, step, log, save, stop well."""
 
+import copy
 import time
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.config import ExperimentConfig
 from pipeline.engine import distributed
-from pipeline.engine.checkpoint import Checkpoints, Progress, list_checkpoints
+from pipeline.engine.checkpoint import Checkpoints, Progress, Saved
 from pipeline.engine.distributed import Ranks
+from pipeline.errors import UserError
 from pipeline.evaluate.online import OnlineEvaluation
 from pipeline.monitor.monitor import Monitor
 from pipeline.monitor.report import StepReport
 from pipeline.run.console import Console
 from pipeline.run.directory import RunDirectory, fingerprint
-from pipeline.run.policy import End, Policy, after
+from pipeline.run.experiment import Settings
+from pipeline.run.policy import End, Policy, Save, after
 from pipeline.run.records import count, count_skipped, record
 from pipeline.run.slurm_job import Job, stop_signals
 from pipeline.run.step import Trainer
@@ -31,8 +35,8 @@ def train(config: ExperimentConfig, quiet: bool = False, stop_requested: list[in
         stop_requested: filled by the caller's `stop_signals`; None to handle signals here.
 
     Returns:
-        0 when the run is complete, 75 when it stopped on SIGTERM or SIGUSR1 after saving, 1 after too many bad steps or
-        when a checkpoint cannot be written.
+        0 when the run is complete, 75 when it stopped on SIGTERM, SIGUSR1 or SIGINT after saving, 1 after too many bad
+        steps or when a checkpoint cannot be written.
 
     Raises:
         UserError: the directory, the data or the launch is not usable.
@@ -41,7 +45,7 @@ def train(config: ExperimentConfig, quiet: bool = False, stop_requested: list[in
         # collectives give up later than the watchdog, which knows more
         ranks = distributed.initialize(1.5 * config.run.hang_timeout_seconds + 60)
         with threads_that_fit(config, ranks.device):
-            return _train(config, ranks, stop, quiet).value
+            return _train(config, ranks, stop, quiet).exit_code
 
 
 def _train(config: ExperimentConfig, ranks: Ranks, stop_requested: list[int], quiet: bool) -> End:
@@ -49,18 +53,26 @@ def _train(config: ExperimentConfig, ranks: Ranks, stop_requested: list[int], qu
     watchdog = Watchdog(ranks.rank, ranks.world_size, config.run.hang_timeout_seconds)
     trainer, policy = None, Policy.of(config)
     try:
-        with distributed.crash_together(ranks):
+        with distributed.crash_together(ranks), _giving_up(job, ranks):
             ranks.agree(lambda: run.claim(config, job))
             watchdog.share(run.heartbeats)
-            watchdog.beat("the start: model and optimizer")
-            fresh = not ranks.agree(lambda: list_checkpoints(run.checkpoints))
-            trainer = Trainer(config, ranks, watchdog.beat, fresh)
+            watchdog.beat("the start: checkpoints")
             checkpoints = Checkpoints(run.checkpoints, config.run.keep, ranks, run.require_ownership)
-            progress = checkpoints.resume(trainer.engine, trainer.tri_branch.centering) or Progress(0, 0, {}, 0, {})
-            watchdog.beat("the start: data")
-            trainer.start_data(progress.samples)
+            saved = checkpoints.find()
+            progress = saved.progress if saved else Progress(0, 0, {}, 0, {})
             with Console(ranks.is_main, policy.last_step, progress.step, quiet) as console:
-                ranks.agree(lambda: _open_records(run, config, progress, trainer, console))
+                if progress.step >= policy.last_step:
+                    console.already_complete(run.path, progress.step)
+                    ranks.agree(lambda: _tell_job(job, End.DONE, config.run.requeue))
+                    return End.DONE
+                settings = ranks.agree(lambda: _settle(run, config, saved))
+                watchdog.beat("the start: model and optimizer")
+                trainer = Trainer(settings.config, ranks, watchdog.beat, fresh=saved is None)
+                if saved:
+                    checkpoints.load(saved, trainer.engine, trainer.tri_branch.centering)
+                watchdog.beat("the start: data")
+                trainer.start_data(progress.samples)
+                ranks.agree(lambda: _open_records(run, config, settings, progress, trainer, console))
                 with Monitor(config, ranks, trainer.phases, trainer.bands, progress, policy.last_step) as monitor:
                     evaluation = OnlineEvaluation(config, ranks)
                     life = Run(config, run, job, watchdog, trainer, checkpoints, progress, monitor, evaluation, console)
@@ -76,9 +88,31 @@ def _train(config: ExperimentConfig, ranks: Ranks, stop_requested: list[int], qu
         distributed.shut_down()
 
 
+@contextmanager
+def _giving_up(job: Job | None, ranks: Ranks) -> Iterator[None]:
+    """A user's mistake will be there the next time too."""
+    try:
+        yield
+    except UserError:
+        if job is not None and ranks.is_main:
+            job.ended(End.GIVE_UP.value)
+        raise
+
+
+def _settle(run: RunDirectory, config: ExperimentConfig, saved: Saved | None) -> Settings:
+    if saved is None:
+        run.require_no_past()
+    return run.settle(config, saved.progress.step if saved else 0)
+
+
 @dataclass
 class Run:
-    """A run under way on one rank; every method is called on all ranks at the same step."""
+    """A run under way on one rank; every method is called on all ranks at the same step.
+
+    Attributes:
+        good: where the run was after its last good step; the weights are those of then, since bad steps change none.
+        saved_step: of the newest checkpoint.
+    """
 
     config: ExperimentConfig
     directory: RunDirectory
@@ -90,10 +124,13 @@ class Run:
     monitor: Monitor
     evaluation: OnlineEvaluation
     console: Console
+    good: Progress = field(init=False)
+    saved_step: int = field(init=False, default=0)
 
     def live(self, policy: Policy, stop_requested: list[int]) -> End:
         """Step after step; every branch is taken by all ranks alike, since it follows from what they agreed on."""
-        progress, saved_step = self.progress, self.progress.step
+        progress = self.progress
+        self.saved_step, self.good = progress.step, copy.deepcopy(progress)
         while progress.step < policy.last_step:
             if self.is_main:
                 self.directory.require_ownership()
@@ -101,21 +138,19 @@ class Run:
             self.watchdog.beat(f"records of step {progress.step + 1}")
             count(progress, report, self.trainer.loader.next_sample)
             self.collect_skipped(report)
+            if not report.agreed.bad:
+                self.good = copy.deepcopy(progress)
             self.monitor.step(progress, report)
             decision = after(policy, progress.step, progress.bad_in_a_row, report.agreed.stop)
             if decision.evaluate:
                 self.evaluate()
             if decision.log:
                 self.log(report)
-            if decision.save:
-                try:
-                    self.save(report)
-                except OSError as error:
-                    self.console.cannot_save(progress.step, error, self.directory.checkpoints, saved_step)
-                    return End.FAILED
-                saved_step = progress.step
+            is_saved = decision.save is None or self.save(decision.save, report)
+            if not is_saved and decision.end is not End.GIVE_UP:
+                return End.TRY_AGAIN
             if decision.end is not None:
-                self.console.ended(decision.end, progress, report.agreed.bad, self.directory.checkpoints)
+                self.console.ended(decision.end, progress, self.saved_step, report.agreed.bad, self.checkpoints.root)
                 return decision.end
         return End.DONE
 
@@ -151,35 +186,45 @@ class Run:
             self.monitor.logged(line)
             self.console.update(line)
 
-    def save(self, report: StepReport) -> None:
-        """Save, let the batch script know, and compare the time it took with the warning that Slurm gives.
-
-        Raises:
-            OSError: see `Checkpoints.save`.
-        """
-        self.watchdog.beat(f"the checkpoint of step {self.progress.step}")
+    def save(self, which: Save, report: StepReport) -> bool:
+        """Save unless that state is saved already, let the batch script know, and compare the time it took with the
+        warning that Slurm gives; False if it could not be written."""
+        progress = self.progress if which is Save.NOW else self.good
+        if progress.step == self.saved_step:
+            return True
+        self.watchdog.beat(f"the checkpoint of step {progress.step}")
         began = time.perf_counter()
-        path = self.checkpoints.save(self.trainer.engine, self.trainer.tri_branch.centering, self.progress)
-        self.monitor.saved(self.progress.step, path, time.perf_counter() - began)
+        engine, centering = self.trainer.engine, self.trainer.tri_branch.centering
+        try:
+            path = self.checkpoints.save(engine, centering, progress, retire=which is not Save.GOOD_AND_KEEP_ALL)
+        except OSError as error:
+            self.console.cannot_save(progress.step, error, self.checkpoints.root, self.saved_step)
+            return False
+        self.saved_step = progress.step
+        seconds = time.perf_counter() - began
+        self.monitor.saved(progress.step, path, seconds)
         if self.job is not None and self.is_main:
-            self.job.saved(self.progress.step)
-            needed = time.perf_counter() - began + report.timing.step
-            self.console.saved_in(needed, self.config.checkpoint.signal_lead_seconds)
+            self.job.saved(progress.step)
+            self.console.saved_in(seconds + report.timing.step, self.config.checkpoint.signal_lead_seconds)
+        return True
 
 
 def _tell_job(job: Job | None, end: End, requeue: bool) -> None:
     """Before any rank exits: the first exit code that is not 0 ends all tasks of a job step."""
-    if job is not None and end is End.STOPPED:
-        job.stopped(requeue)
-    elif job is not None and end is End.DONE:
-        job.complete()
+    if job is not None:
+        job.ended("stay" if end is End.STOPPED and not requeue else end.value)
 
 
 def _open_records(
-    run: RunDirectory, config: ExperimentConfig, progress: Progress, trainer: Trainer, console: Console
+    run: RunDirectory,
+    config: ExperimentConfig,
+    settings: Settings,
+    progress: Progress,
+    trainer: Trainer,
+    console: Console,
 ) -> None:
     dataset = trainer.dataset
     shards = [(p.name, p.stat().st_size, int(n)) for p, n in zip(dataset.paths, dataset.shard_sizes, strict=True)]
-    run.record_start(config, progress.step, trainer.ranks.world_size, fingerprint(shards))
+    run.record_start(config, progress.step, trainer.ranks.world_size, fingerprint(shards), settings)
     run.rewind(progress.step, progress.samples)
-    console.starting(run.path, progress.step, config.engine)
+    console.starting(run.path, progress.step, config.engine, settings.changes)

@@ -7,11 +7,16 @@ from pipeline.config import ExperimentConfig
 
 
 class End(Enum):
-    """Why a run ends. The value is the process's exit code."""
+    """Why a run ends: its process's exit code, and whether the same command may be worth another try."""
 
-    DONE = 0
-    FAILED = 1
-    STOPPED = 75
+    DONE = "done"
+    STOPPED = "stopped"
+    TRY_AGAIN = "try again"
+    GIVE_UP = "give up"
+
+    @property
+    def exit_code(self) -> int:
+        return {End.DONE: 0, End.STOPPED: 75}.get(self, 1)
 
 
 @dataclass(frozen=True)
@@ -44,18 +49,29 @@ class Policy:
         )
 
 
+class Save(Enum):
+    """Which state to save, if it is not saved yet, and whether old checkpoints then go."""
+
+    NOW = "as it is now"
+    GOOD = "after the last good step"
+    GOOD_AND_KEEP_ALL = "the same, and let no other go for it"
+
+
 @dataclass(frozen=True)
 class Decision:
     """What to do after a step, in this order; `end` is why the run ends with it, None if it goes on."""
 
     evaluate: bool
     log: bool
-    save: bool
+    save: Save | None
     end: End | None
 
 
 def after(policy: Policy, step: int, bad_in_a_row: int, stop: bool) -> Decision:
     """Decide.
+
+    Bad steps change no weights, so what they would save is the last good state under later names, for which retention
+    would let the good ones go.
 
     Args:
         policy: of the run.
@@ -65,10 +81,15 @@ def after(policy: Policy, step: int, bad_in_a_row: int, stop: bool) -> Decision:
     """
     last = step == policy.last_step
     exhausted = bad_in_a_row >= policy.max_bad_steps
-    end = End.FAILED if exhausted else End.DONE if last else End.STOPPED if stop else None
+    end = End.GIVE_UP if exhausted else End.DONE if last else End.STOPPED if stop else None
+    save = None
+    if end is End.GIVE_UP:
+        save = Save.GOOD_AND_KEEP_ALL
+    elif end is not None or step % policy.save_every == 0:
+        save = Save.GOOD if bad_in_a_row and end is not End.DONE else Save.NOW
     return Decision(
         evaluate=policy.evaluate_every is not None and step % policy.evaluate_every == 0,
         log=step % policy.log_every == 0 or last or bad_in_a_row > 0,
-        save=step % policy.save_every == 0 or end is not None,
+        save=save,
         end=end,
     )

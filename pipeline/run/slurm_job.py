@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,21 +13,35 @@ from pipeline.files import write_atomically
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Collect SIGTERM and SIGUSR1 instead of dying of them; the list is empty until one arrives.
+    """Collect SIGTERM, SIGUSR1 and SIGINT instead of dying of them; the list is empty until one arrives.
 
     Enter it before the slow imports, so that no signal is lost to them. Python runs handlers in the main thread only,
-    between two of its instructions, so whatever is being written is finished first, however many signals come.
+    between two of its instructions, so whatever is being written is finished first, however many signals come. Only a
+    second SIGINT ends the process at once, wherever it is.
     """
     received: list[int] = []
-    previous = {
-        number: signal.signal(number, lambda n, _frame: received.append(n))
-        for number in (signal.SIGTERM, signal.SIGUSR1)
-    }
+    numbers = [signal.SIGTERM, signal.SIGUSR1]
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as a shell sets it for what it starts in the background
+        numbers.append(signal.SIGINT)
+
+    def receive(number: int, _frame: object) -> None:
+        received.append(number)
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            if speaks_for_all():
+                os.write(2, b"\ninterrupted: saving after this step; once more ends it at once\n")
+
+    previous = {number: signal.signal(number, receive) for number in numbers}
     try:
         yield received
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def speaks_for_all() -> bool:
+    """Whether this process is rank 0, as far as its launcher says."""
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
 
 
 @dataclass(frozen=True)
@@ -61,13 +76,15 @@ class Job:
         """A checkpoint exists: if this attempt fails, another one is worth it."""
         self._tell("progress", str(step))
 
-    def stopped(self, requeue: bool) -> None:
-        """The run ends on a signal, with everything saved."""
-        self._tell(f"stopped.{self.attempt}", "requeue" if requeue else "stay")
-
-    def complete(self) -> None:
-        self._tell("done", "")
+    def ended(self, how: str) -> None:
+        """The run ends: `done`, `stopped`, `stay` (stopped, and not to be requeued), `try again` or `give up`."""
+        self._tell(f"end.{self.attempt}", how)
 
     def _tell(self, name: str, text: str) -> None:
-        if self.directory is not None:
+        """The job script then knows less, which must not end a run."""
+        if self.directory is None:
+            return
+        try:
             write_atomically(self.directory / name, text + "\n")
+        except OSError as error:
+            print(f"warning: cannot tell the job script {text!r}: {error}", file=sys.stderr)

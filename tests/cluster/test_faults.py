@@ -370,6 +370,17 @@ def full_disk(lab: Lab) -> None:
         subprocess.run(["umount", "--lazy", str(directory)], check=True)
 
 
+def diverged(lab: Lab) -> None:
+    """A run whose steps are no longer finite: another attempt would end alike, so there is none."""
+    run = lab.submit("diverged", "optim.base_lr=1e30", "optim.max_bad_steps=3", f"run.max_steps={STEPS}")
+    run.job.ends("FAILED", 0)
+    assert "3 steps in a row were not finite" in run.job.log
+    assert re.search(r"gave up at step \d+: another attempt would end alike", run.job.log)
+    records = read_records(run.directory)
+    good = [r["step"] for r in records if "bad" not in r]
+    assert [path.name for path in (run.directory / "checkpoints").glob("step_*")] == [f"step_{good[-1]:08d}"]
+
+
 def sweep(lab: Lab) -> None:
     """An array of two, the second (which carries the array's own number) stopped and requeued by itself."""
     cwd = lab.directory / "sweep"
@@ -404,6 +415,7 @@ SCENARIOS: dict[str, Callable[[Lab], None]] = {
         killed_rank,
         usr1_without_requeue,
         sweep,
+        diverged,
         undisturbed,
         four_ranks,
         doctor,

@@ -98,18 +98,28 @@ def test_a_damaged_checkpoint_is_passed_over_loudly(train, tmp_path, experiment)
 def test_bad_steps_change_nothing_are_counted_and_stop_the_run(launch, tmp_path, experiment):
     engines = [{"zero_stage": 0}, {"zero_stage": 1}, {"zero_stage": 2, "offload_optimizer": "cpu"}, {"zero_stage": 3}]
     runs = [tmp_path / f"run{i}" for i in range(len(engines))]
-    for engine, run in zip(engines, runs, strict=True):
-        tree = experiment(
-            optim={"max_bad_steps": 3}, run={"dir": str(run), "checkpoint_every_steps": 100}, engine=engine
-        )
+    for every, engine, run in zip((2, 100, 100, 100), engines, runs, strict=True):
+        keys = {"dir": str(run), "checkpoint_every_steps": every, "keep": 1}
+        tree = experiment(optim={"max_bad_steps": 3}, run=keys, engine=engine)
         run.with_suffix(".yaml").write_text(yaml.safe_dump(tree))
+    tree = yaml.safe_load(runs[0].with_suffix(".yaml").read_text())
+    tree["optim"]["base_lr"] = 0.01  # the way out that is printed
+    (tmp_path / "again.yaml").write_text(yaml.safe_dump(tree))
     worker, configs = Path(__file__).parents[1] / "workers" / "bad_steps.py", [run.with_suffix(".yaml") for run in runs]
-    outputs = launch(worker, 2, tmp_path / "out.json", *configs)
-    results = json.loads((tmp_path / "out.json").read_text())
+    outputs = launch(worker, 2, tmp_path / "out.json", *configs, tmp_path / "again.yaml")
+    *results, again = json.loads((tmp_path / "out.json").read_text())
     for engine, run, result in zip(engines, runs, results, strict=True):
         assert result == {"code": 1, "unchanged": [True] * 4}, engine
         records = read_json_lines(run / "metrics.jsonl")
         assert [r.get("bad") for r in records] == [None, ["ibot/elastic"], None, *[["ibot/elastic"]] * 3]
         assert records[-1]["bad_steps"] == 4
-        assert (run / "checkpoints" / "step_00000006" / "manifest.json").exists()
-    assert outputs[0].count("3 steps in a row were not finite (ibot/elastic)") == len(engines)
+        # the state after the last good step, and nothing later that would push it out
+        assert [path.name for path in (run / "checkpoints").glob("step_*")] == ["step_00000003"]
+        manifest = json.loads((run / "checkpoints" / "step_00000003" / "manifest.json").read_text())
+        assert (manifest["step"], manifest["bad_in_a_row"], manifest["bad_steps"]) == (3, 0, {"ibot/elastic": 1})
+    assert again == {"code": 1, "unchanged": [True] * 3}  # three more, counted anew
+    assert outputs[0].count("3 steps in a row were not finite (ibot/elastic)") == len(engines) + 1
+    assert outputs[0].count("the newest checkpoint is that of step 3 (") == len(engines) + 1
+    assert "note: from step 3 on optim.base_lr is 0.01, and was 0.05" in outputs[0]
+    history = json.loads((runs[0] / "manifest.json").read_text())["settings"]
+    assert [(entry["from_step"], entry["values"]["optim.base_lr"]) for entry in history] == [(0, 0.05), (3, 0.01)]

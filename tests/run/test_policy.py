@@ -3,7 +3,7 @@
 import pytest
 
 from pipeline.config import parse_config
-from pipeline.run.policy import Decision, End, Policy, after
+from pipeline.run.policy import Decision, End, Policy, Save, after
 
 POLICY = Policy(last_step=20, log_every=4, save_every=6, evaluate_every=5, max_bad_steps=3)
 
@@ -11,17 +11,21 @@ POLICY = Policy(last_step=20, log_every=4, save_every=6, evaluate_every=5, max_b
 @pytest.mark.parametrize(
     ("step", "bad_in_a_row", "stop", "expected"),
     [
-        (1, 0, False, Decision(evaluate=False, log=False, save=False, end=None)),
-        (4, 0, False, Decision(evaluate=False, log=True, save=False, end=None)),
-        (5, 0, False, Decision(evaluate=True, log=False, save=False, end=None)),
-        (6, 0, False, Decision(evaluate=False, log=False, save=True, end=None)),
-        (7, 1, False, Decision(evaluate=False, log=True, save=False, end=None)),
-        (7, 3, False, Decision(evaluate=False, log=True, save=True, end=End.FAILED)),
-        (7, 0, True, Decision(evaluate=False, log=False, save=True, end=End.STOPPED)),
-        (7, 3, True, Decision(evaluate=False, log=True, save=True, end=End.FAILED)),
-        (20, 0, False, Decision(evaluate=True, log=True, save=True, end=End.DONE)),
-        (20, 0, True, Decision(evaluate=True, log=True, save=True, end=End.DONE)),
-        (20, 3, False, Decision(evaluate=True, log=True, save=True, end=End.FAILED)),
+        (1, 0, False, Decision(evaluate=False, log=False, save=None, end=None)),
+        (4, 0, False, Decision(evaluate=False, log=True, save=None, end=None)),
+        (5, 0, False, Decision(evaluate=True, log=False, save=None, end=None)),
+        (6, 0, False, Decision(evaluate=False, log=False, save=Save.NOW, end=None)),
+        (6, 1, False, Decision(evaluate=False, log=True, save=Save.GOOD, end=None)),
+        (7, 1, False, Decision(evaluate=False, log=True, save=None, end=None)),
+        (6, 3, False, Decision(evaluate=False, log=True, save=Save.GOOD_AND_KEEP_ALL, end=End.GIVE_UP)),
+        (7, 3, False, Decision(evaluate=False, log=True, save=Save.GOOD_AND_KEEP_ALL, end=End.GIVE_UP)),
+        (7, 0, True, Decision(evaluate=False, log=False, save=Save.NOW, end=End.STOPPED)),
+        (7, 2, True, Decision(evaluate=False, log=True, save=Save.GOOD, end=End.STOPPED)),
+        (7, 3, True, Decision(evaluate=False, log=True, save=Save.GOOD_AND_KEEP_ALL, end=End.GIVE_UP)),
+        (20, 0, False, Decision(evaluate=True, log=True, save=Save.NOW, end=End.DONE)),
+        (20, 0, True, Decision(evaluate=True, log=True, save=Save.NOW, end=End.DONE)),
+        (20, 2, False, Decision(evaluate=True, log=True, save=Save.NOW, end=End.DONE)),
+        (20, 3, False, Decision(evaluate=True, log=True, save=Save.GOOD_AND_KEEP_ALL, end=End.GIVE_UP)),
     ],
 )
 def test_decision_after_a_step(step, bad_in_a_row, stop, expected):
@@ -37,3 +41,7 @@ def test_a_run_without_evaluation_never_evaluates():
 def test_a_run_ends_with_its_schedule_or_earlier(max_steps, last):
     config = parse_config({"optim": {"epochs": 20, "steps_per_epoch": 2}, "run": {"max_steps": max_steps}})
     assert Policy.of(config).last_step == last
+
+
+def test_exit_codes_are_those_that_scripts_wait_for():
+    assert {end: end.exit_code for end in End} == {End.DONE: 0, End.STOPPED: 75, End.TRY_AGAIN: 1, End.GIVE_UP: 1}

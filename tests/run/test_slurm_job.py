@@ -10,6 +10,7 @@ from pipeline.config import load_config
 from pipeline.monitor.report import Timing
 from pipeline.run import loop
 from pipeline.run.console import Console
+from pipeline.run.policy import Save
 from pipeline.run.slurm_job import Job
 
 STEP_SECONDS = 10.0
@@ -33,12 +34,12 @@ def save(experiment, tmp_path, monkeypatch, capsys):
             job=Job.from_environment(),
             watchdog=stub(beat=lambda phase: None),
             trainer=stub(ranks=stub(is_main=True), engine=None, tri_branch=stub(centering=None)),
-            checkpoints=stub(save=lambda *_: tmp_path),
+            checkpoints=stub(save=lambda *_, retire: tmp_path, root=tmp_path),
             progress=stub(step=7),
             monitor=stub(saved=lambda *_: None),
             evaluation=stub(),
             console=Console(speaks=True, last_step=9, first_step=0),
-        ).save(stub(timing=Timing(0.0, STEP_SECONDS)))
+        ).save(Save.NOW, stub(timing=Timing(0.0, STEP_SECONDS)))
         return capsys.readouterr().err
 
     monkeypatch.setenv("SLURM_JOB_ID", "12")
@@ -68,5 +69,5 @@ def test_job_script_is_told_of_the_checkpoint_and_the_end(save, tmp_path, monkey
     job = Job.from_environment()
     assert job is not None
     assert job.name == "12.3"
-    job.stopped(requeue=False)
-    assert (tmp_path / "stopped.3").read_text() == "stay\n"
+    job.ended("stay")
+    assert (tmp_path / "end.3").read_text() == "stay\n"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.engine.checkpoint import load_weights
+from pipeline.engine.saved import load_weights
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 

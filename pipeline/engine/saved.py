@@ -1,0 +1,208 @@
+"""What a run has saved: checkpoints found, checked and read, with or without a training engine.
+
+A checkpoint is a directory `step_00001000` with one `shard_RRRRR.safetensors` per rank and a `manifest.json`, written
+last. A shard holds, for every parameter group g, the rank's pieces of the flat fp32 vectors `g.master`, `g.ema`,
+`g.exp_avg` and `g.exp_avg_sq`, one after the other, and in `g.pieces` (int64 `[P, 2]`) where each begins in the vector
+and how long it is; shard 0 also holds the centers. The manifest names the parameters in each vector, so any number of
+ranks at any ZeRO stage can read it, and `load_weights` needs no training engine at all.
+
+What cannot be looked at is not taken for absent or damaged: every error of the file system but a plain absence is a
+`UserError` here.
+"""
+
+import json
+import os
+import re
+import stat
+import sys
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from pipeline.engine.groups import Piece
+from pipeline.errors import UserError
+from pipeline.files import sha256
+
+FORMAT = 2
+VECTORS = ("master", "ema", "exp_avg", "exp_avg_sq")
+BRANCHES = {"teacher": "ema", "student": "master"}
+COUNTS = ("step", "samples", "bad_steps", "bad_in_a_row", "skipped_samples")
+"""Of the run, in a manifest."""
+
+_NAME = re.compile(r"step_\d{8}")
+_ENTRIES = ("format", *COUNTS, "world_size", "optimizer_steps", "groups", "files")
+
+
+def list_checkpoints(root: Path) -> list[Path]:
+    """Finished checkpoints: the one that `latest` names, those before it from new to old, then any of later steps.
+
+    Later ones are left from before the run went back to an earlier state, as it does when the newest are damaged.
+
+    Raises:
+        UserError: the directory cannot be looked at.
+    """
+    try:
+        found = [root / name for name in os.listdir(root) if _NAME.fullmatch(name) and _is_directory(root / name)]
+        latest = _read_latest(root)
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) and not os.path.lexists(root):
+            return []
+        raise unreadable(root, error) from error
+    newest = latest if _NAME.fullmatch(latest) else max((path.name for path in found), default="")
+    return sorted(found, key=lambda path: (path.name <= newest, path.name), reverse=True)
+
+
+def _is_directory(path: Path) -> bool:
+    try:
+        return stat.S_ISDIR(path.stat().st_mode)
+    except FileNotFoundError:
+        if path.is_symlink():  # to what is not there now
+            raise
+        return False  # removed since it was listed
+
+
+def _read_latest(root: Path) -> str:
+    try:
+        return (root / "latest").read_text(encoding="utf-8", errors="replace").strip()
+    except FileNotFoundError:
+        return ""  # as long as the first checkpoint is being written
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    return json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+
+
+def find_problem(path: Path, part: int = 0, parts: int = 1, checksums: bool = True) -> str | None:
+    """Compare a checkpoint with its manifest: what was read and is wrong, or None.
+
+    Args:
+        path: a checkpoint that `list_checkpoints` found.
+        part: compare the checksums of every `parts`-th file only, from this one on.
+        parts: see `part`.
+        checksums: compare them; without, files are only looked at.
+
+    Raises:
+        UserError: it cannot be read, so that nothing is known of it.
+    """
+    try:
+        path.stat()  # or it was found on another node, and is not there on this one
+        return _first_problem(path, part, parts, checksums)
+    except OSError as error:
+        raise unreadable(path, error) from error
+
+
+def _first_problem(path: Path, part: int, parts: int, checksums: bool) -> str | None:
+    try:
+        manifest = read_manifest(path)
+        if manifest["format"] != FORMAT:
+            return f"format {manifest['format']}, expected {FORMAT}"
+        if missing := [name for name in _ENTRIES if name not in manifest]:
+            return f"manifest.json has no {missing[0]}"
+        for index, (name, entry) in enumerate(sorted(manifest["files"].items())):
+            with open(path / name, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+            if size != entry["bytes"]:
+                return f"{name} has {size} bytes, expected {entry['bytes']}"
+            if checksums and index % parts == part and sha256(path / name) != entry["sha256"]:
+                return f"{name} has another checksum than the manifest"
+    except FileNotFoundError as error:
+        if os.path.lexists(error.filename):  # a link to what is not there now
+            raise
+        return f"{Path(error.filename).name} is missing"
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def unreadable(path: Path, error: OSError) -> UserError:
+    """What to say of a place that cannot be looked at."""
+    return UserError(
+        f"cannot read the checkpoints: {error.strerror or error}",
+        str(error.filename or path),
+        "see to its rights and to the file system it is on; nothing was changed",
+    )
+
+
+def damaged(path: Path, problem: str) -> None:
+    """Say that a checkpoint is passed over."""
+    print(f"warning: checkpoint {path} is damaged: {problem}; trying the one before", file=sys.stderr)
+
+
+def load_weights(root: Path, branch: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Full fp32 weights of the newest intact checkpoint, without an engine.
+
+    Args:
+        root: a `checkpoints` directory.
+        branch: "teacher" (the EMA) or "student".
+
+    Returns:
+        Parameter name -> fp32 tensor, and the manifest.
+
+    Raises:
+        UserError: there is no intact checkpoint, or one cannot be read.
+    """
+    saved = list_checkpoints(root)
+    for path in saved:
+        problem = find_problem(path)
+        if problem is None:
+            return _weights(path, branch)
+        damaged(path, problem)
+    if saved:
+        raise UserError("no intact checkpoint", str(root), "restore one, or name another run")
+    raise UserError("no intact checkpoint", str(root), "train first, or name another run")
+
+
+def _weights(path: Path, branch: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    manifest = read_manifest(path)
+    weights: dict[str, Tensor] = {}
+    wholes = [[Piece(0, 0, group["numel"])] for group in manifest["groups"]]
+    lengths = [group["numel"] for group in manifest["groups"]]
+    vectors = read_vectors(path, manifest, wholes, lengths, BRANCHES[branch])
+    for flat, group in zip(vectors, manifest["groups"], strict=True):
+        for name, shape, offset in zip(group["names"], group["shapes"], group["offsets"], strict=True):
+            weights[name] = flat[BRANCHES[branch]][offset : offset + torch.Size(shape).numel()].view(shape)
+    return weights, manifest
+
+
+def read_vectors(
+    path: Path, manifest: dict[str, Any], wanted: Sequence[Sequence[Piece]], lengths: Sequence[int], *keys: str
+) -> list[dict[str, Tensor]]:
+    """Per group, vectors by key with the wanted pieces filled in, and zeros where no piece is (padding).
+
+    Raises:
+        ValueError: the shards do not hold every element that is wanted.
+    """
+    out = [{key: torch.zeros(length) for key in keys} for length in lengths]
+    missing = sum(piece.length for pieces in wanted for piece in pieces)
+    for rank in range(manifest["world_size"]):
+        with safe_open(path / f"shard_{rank:05d}.safetensors", framework="pt") as file:
+            for index, pieces in enumerate(wanted):
+                for here, there in _overlaps(pieces, file.get_tensor(f"{index}.pieces").tolist()):
+                    missing -= here.stop - here.start
+                    for key in keys:
+                        out[index][key][here] = file.get_slice(f"{index}.{key}")[there]
+    if missing:
+        raise ValueError(f"{path}: {missing} elements are in none of the shards")
+    return out
+
+
+def _overlaps(wanted: Sequence[Piece], saved: Sequence[tuple[int, int]]) -> Iterator[tuple[slice, slice]]:
+    """Places in a shard with the places of the same elements in a saved one; both list their pieces in rising order."""
+    ends = list(accumulate(length for _, length in saved))
+    begins = [start for start, _ in saved]
+    for piece in wanted:
+        stop = piece.start + piece.length
+        for i in range(max(bisect_right(begins, piece.start) - 1, 0), len(saved)):
+            start, length = saved[i]
+            low, high = max(piece.start, start), min(stop, start + length)
+            if start >= stop:
+                break
+            if low < high:
+                here, there = piece.local - piece.start, ends[i] - length - start
+                yield slice(low + here, high + here), slice(low + there, high + there)
