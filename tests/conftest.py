@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 import yaml
 
-sys.path.append(str(Path(__file__).parent / "workers"))  # launcher.py, which is no test
+sys.path.extend(str(Path(__file__).parent / folder) for folder in ("workers", "pictures"))  # modules that are no tests
 
+from awkward import write_awkward
 from launcher import run_ranks, unused_port
+from scenes import write_labelled
 
 ROOT = Path(__file__).parent.parent
-SHARED_DATA = ROOT.parent / "shared" / "data"
+SHARED_DATA = Path(os.environ.get("POA_TEST_DATA") or ROOT.parent / "shared" / "data")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 TINY = {
@@ -56,22 +58,39 @@ FAMILIES = {
 }
 
 
+def _sources() -> list[Any]:
+    """Where pictures come from: rendered ones always, and the real ones of `POA_TEST_DATA` where they are."""
+    if (SHARED_DATA / "clothing").is_dir():
+        return ["own", pytest.param("shared", marks=pytest.mark.wide)]
+    if os.environ.get("POA_TEST_DATA"):
+        raise pytest.UsageError(f"{SHARED_DATA} holds no clothing/ (POA_TEST_DATA): name the folder of the real images")
+    return ["own"]
+
+
+@pytest.fixture(scope="session", params=_sources())
+def source(request: pytest.FixtureRequest) -> str:
+    """`own` or `shared`; a test that looks at pictures runs for each."""
+    return request.param
+
+
 @pytest.fixture(scope="session")
-def photos() -> Path:
+def photos(source: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Directory with the labelled photographs `train-*.tar` and `val-*.tar`."""
-    path = SHARED_DATA / "clothing"
-    if not path.is_dir():
-        pytest.skip(f"{path} is not here: this test wants photographs")
-    return path
+    if source == "shared":
+        return SHARED_DATA / "clothing"
+    directory = tmp_path_factory.mktemp("photos")
+    write_labelled(directory)
+    return directory
 
 
 @pytest.fixture(scope="session")
-def odd() -> Path:
+def odd(source: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Directory with the shard of awkward images and `odd.json`."""
-    path = SHARED_DATA / "odd"
-    if not path.is_dir():
-        pytest.skip(f"{path} is not here: this test wants awkward images")
-    return path
+    if source == "shared":
+        return SHARED_DATA / "odd"
+    directory = tmp_path_factory.mktemp("odd")
+    write_awkward(directory)
+    return directory
 
 
 @pytest.fixture(scope="session")
@@ -102,11 +121,9 @@ def experiment(digits: Path) -> Callable[..., dict[str, Any]]:
 
 
 @pytest.fixture(scope="session")
-def labelled(request: pytest.FixtureRequest) -> dict[str, list[str]]:
-    """Some labelled shards, `train` and `val`: photographs where they are, else the embedded digits."""
-    photographs = SHARED_DATA / "clothing"
-    directory = photographs if photographs.is_dir() else request.getfixturevalue("digits")
-    train, val = (sorted(map(str, directory.glob(f"{split}-*.tar"))) for split in ("train", "val"))
+def labelled(photos: Path) -> dict[str, list[str]]:
+    """Some shards of the labelled photographs, `train` and `val`."""
+    train, val = (sorted(map(str, photos.glob(f"{split}-*.tar"))) for split in ("train", "val"))
     return {"train": train[:2], "val": val[-1:]}
 
 

@@ -5,11 +5,8 @@ import tarfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
-
-CLOTHING = Path(__file__).parents[3] / "shared" / "data" / "clothing" / "train-000000.tar"
 
 
 @pytest.fixture(scope="session")
@@ -25,17 +22,11 @@ def encoded() -> Callable[..., bytes]:
 
 
 @pytest.fixture(scope="session")
-def pictures(encoded: Callable[..., bytes]) -> list[bytes]:
-    """32 JPEG files: photographs where they are, else enlarged digits, which prove less (and the log says so)."""
-    if CLOTHING.exists():
-        with tarfile.open(CLOTHING) as tar:
-            members = [member for member in tar if member.name.endswith(".jpg")][:32]
-            return [tar.extractfile(member).read() for member in members]  # type: ignore[union-attr]
-    from sklearn.datasets import load_digits
-
-    print(f"{CLOTHING} is not here: using digits instead of photographs")
-    digits = [Image.fromarray((digit * 15).astype(np.uint8)) for digit in load_digits().images[:32]]
-    return [encoded(digit.resize((160, 200), Image.Resampling.BICUBIC).convert("RGB"), "JPEG") for digit in digits]
+def pictures(photos: Path) -> list[bytes]:
+    """32 JPEG files of photographs."""
+    with tarfile.open(photos / "train-000000.tar") as tar:
+        members = [member for member in tar if member.name.endswith(".jpg")][:32]
+        return [tar.extractfile(member).read() for member in members]  # type: ignore[union-attr]
 
 
 @pytest.fixture
