@@ -21,13 +21,19 @@ from pipeline.run.step import Trainer
 from pipeline.run.watchdog import Watchdog
 
 
-def train(config: ExperimentConfig, quiet: bool = False, stop_requested: list[int] | None = None) -> int:
+def train(
+    config: ExperimentConfig,
+    quiet: bool = False,
+    stop_requested: list[int] | None = None,
+    trainer: type[Trainer] = Trainer,
+) -> int:
     """Train until `run.max_steps` or the end of the schedule, resuming if the run directory holds a checkpoint.
 
     Args:
         config: the experiment.
         quiet: no progress line.
         stop_requested: filled by the caller's `stop_signals`; None to handle signals here.
+        trainer: makes the steps; another one for other data.
 
     Returns:
         0 when the run is complete, 75 when it stopped on SIGTERM or SIGUSR1 after saving, 1 after too many bad steps or
@@ -39,10 +45,10 @@ def train(config: ExperimentConfig, quiet: bool = False, stop_requested: list[in
     with stop_signals() if stop_requested is None else nullcontext(stop_requested) as stop:
         # collectives give up later than the watchdog, which knows more
         ranks = distributed.initialize(1.5 * config.run.hang_timeout_seconds + 60)
-        return _train(config, ranks, stop, quiet).value
+        return _train(config, ranks, stop, quiet, trainer).value
 
 
-def _train(config: ExperimentConfig, ranks: Ranks, stop_requested: list[int], quiet: bool) -> End:
+def _train(config: ExperimentConfig, ranks: Ranks, stop_requested: list[int], quiet: bool, make: type[Trainer]) -> End:
     run, job = RunDirectory(Path(config.run.dir)), Job.from_environment()
     watchdog = Watchdog(ranks.rank, ranks.world_size, config.run.hang_timeout_seconds)
     trainer, policy = None, Policy.of(config)
@@ -52,7 +58,7 @@ def _train(config: ExperimentConfig, ranks: Ranks, stop_requested: list[int], qu
             watchdog.share(run.heartbeats)
             watchdog.beat("the start: model and optimizer")
             fresh = not ranks.agree(lambda: list_checkpoints(run.checkpoints))
-            trainer = Trainer(config, ranks, watchdog.beat, fresh)
+            trainer = make(config, ranks, watchdog.beat, fresh)
             checkpoints = Checkpoints(run.checkpoints, config.run.keep, ranks, run.require_ownership)
             progress = checkpoints.resume(trainer.engine, trainer.tri_branch.centering) or Progress(0, 0, {}, 0, {})
             watchdog.beat("the start: data")
@@ -177,6 +183,7 @@ def _open_records(
     run: RunDirectory, config: ExperimentConfig, progress: Progress, trainer: Trainer, console: Console
 ) -> None:
     dataset = trainer.dataset
+    assert dataset is not None, "a run has data"
     shards = [(p.name, p.stat().st_size, int(n)) for p, n in zip(dataset.paths, dataset.shard_sizes, strict=True)]
     run.record_start(config, progress.step, trainer.ranks.world_size, fingerprint(shards))
     run.rewind(progress.step, progress.samples)
