@@ -1,46 +1,31 @@
-"""`python -m pipeline.bench step|data|layout|metrics CONFIG`: one JSON object, with what it was measured on."""
+"""`python -m pipeline.bench step|data|layout|metrics CONFIG` prints one JSON object; `... gpu` writes a report."""
 
 import argparse
 import json
 import os
 import platform
 import sys
+from pathlib import Path
+from typing import Any
 
-from pipeline.config import load_config
+from pipeline.bench.gpu import STAGES
+from pipeline.config import ExperimentConfig, load_config
 from pipeline.errors import UserError
 
 
 def main() -> int:
     """Print one JSON object with the figures and what they were measured on."""
-    parser = argparse.ArgumentParser(prog="python -m pipeline.bench", description=__doc__)
-    parser.add_argument("what", choices=("step", "data", "layout", "metrics"))
-    parser.add_argument("config", metavar="CONFIG")
-    parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", default=[])
-    parser.add_argument("--steps", type=int, default=20, help="to measure, or batches or passes (default: %(default)s)")
-    parser.add_argument("--warmup", type=int, default=5, help="steps before (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=8, help="of metrics (default: %(default)s)")
-    args = parser.parse_args()
+    args = _parser().parse_args()
     try:
+        if args.what == "gpu":
+            from pipeline.bench.gpu.battery import run
+
+            return run(args.out, args.stages, args.tiny)
         config = load_config(args.config, args.overrides)
         import torch
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        if args.what == "data":
-            from pipeline.bench.data import benchmark
-
-            result = benchmark(config.data, device=device, batches=args.steps)
-        elif args.what == "layout":
-            from pipeline.bench.layout import benchmark_layout
-
-            result = benchmark_layout(config, args.steps, args.warmup)
-        elif args.what == "metrics":
-            from pipeline.bench.metrics import benchmark_metrics
-
-            result = benchmark_metrics(config, args.steps, args.rounds)
-        else:
-            from pipeline.bench.step import benchmark_step
-
-            result = benchmark_step(config, args.steps, args.warmup)
+        result = _measure(args, config, device)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -53,6 +38,61 @@ def main() -> int:
     if os.environ.get("RANK", "0") == "0":
         print(json.dumps({"what": args.what, "config": args.config, **machine, **result}, indent=1))
     return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m pipeline.bench", description=__doc__)
+    kinds = parser.add_subparsers(dest="what", required=True)
+    texts = {
+        "step": "a training step, by phase",
+        "data": "the data pipeline, by stage",
+        "layout": "NCHW against channels_last, for networks with convolutions",
+        "metrics": "what metrics cost a training",
+    }
+    for kind, text in texts.items():
+        sub = kinds.add_parser(kind, help=text)
+        sub.add_argument("config", metavar="CONFIG")
+        sub.add_argument("overrides", metavar="KEY=VALUE", nargs="*", default=[])
+        sub.add_argument(
+            "--steps", type=int, default=20, help="to measure, or batches or passes (default: %(default)s)"
+        )
+        if kind in ("step", "layout"):
+            sub.add_argument("--warmup", type=int, default=5, help="steps before (default: %(default)s)")
+    step = kinds.choices["step"]
+    step.add_argument("--synthetic", action="store_true", help="random pictures: no shards, no DALI")
+    step.add_argument("--against", choices=("plain",), help="a plain implementation beside ours, step by step")
+    step.add_argument("--subnets", default="", metavar="NAME,...", help="elastic students, by turns")
+    kinds.choices["metrics"].add_argument("--rounds", type=int, default=8, help="(default: %(default)s)")
+    gpu = kinds.add_parser("gpu", help="everything that wants a GPU, in a quarter of an hour, each part on its own")
+    gpu.add_argument("stages", nargs="*", metavar="STAGE", default=[], help=f"of {' '.join(STAGES)}; all by default")
+    gpu.add_argument(
+        "--out", type=Path, default=Path("gpu-report"), help="logs, figures, summary (default: %(default)s)"
+    )
+    gpu.add_argument("--tiny", action="store_true", help="small shapes: rehearse on a CPU")
+    return parser
+
+
+def _measure(args: argparse.Namespace, config: ExperimentConfig, device: str) -> dict[str, Any]:
+    if args.what == "data":
+        from pipeline.bench.data import benchmark
+
+        return benchmark(config.data, device=device, batches=args.steps)
+    if args.what == "layout":
+        from pipeline.bench.layout import benchmark_layout
+
+        return benchmark_layout(config, args.steps, args.warmup)
+    if args.what == "metrics":
+        from pipeline.bench.metrics import benchmark_metrics
+
+        return benchmark_metrics(config, args.steps, args.rounds)
+    from pipeline.bench.step import benchmark_step
+
+    options = {
+        "synthetic": args.synthetic,
+        "against": args.against,
+        "subnets": args.subnets.split(",") if args.subnets else [],
+    }
+    return benchmark_step(config, args.steps, args.warmup, **options)
 
 
 if __name__ == "__main__":

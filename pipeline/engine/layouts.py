@@ -231,11 +231,13 @@ def settings(config: EngineConfig, stage: int) -> dict[str, Any]:
         "gradient_accumulation_steps": 1,
         "gradient_clipping": 0.0,  # per module, by us
         "steps_per_print": 10**9,
+        "timers": {"throughput": {"enabled": False}},  # it waits for the whole device three times a step
         "zero_allow_untested_optimizer": True,
         "zero_optimization": zero,
     }
     if config.precision == "bf16":
-        out["bf16"] = {"enabled": True}
+        # `agree` has looked at every norm: another pass over the gradients, an all-reduce and a wait would find nothing
+        out["bf16"] = {"enabled": True, "check_grad_overflow": False}
     if stage in (1, 2) and not config.offload_optimizer:
         # ours are per module; DeepSpeed's take an all-reduce, a pass in fp64 and a wait for the device per group
         zero["compute_grad_norm"] = False

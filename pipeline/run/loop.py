@@ -26,13 +26,19 @@ from pipeline.run.threads import threads_that_fit
 from pipeline.run.watchdog import Watchdog
 
 
-def train(config: ExperimentConfig, quiet: bool = False, stop_requested: list[int] | None = None) -> int:
+def train(
+    config: ExperimentConfig,
+    quiet: bool = False,
+    stop_requested: list[int] | None = None,
+    trainer: type[Trainer] = Trainer,
+) -> int:
     """Train until `run.max_steps` or the end of the schedule, resuming if the run directory holds a checkpoint.
 
     Args:
         config: the experiment.
         quiet: no progress line.
         stop_requested: filled by the caller's `stop_signals`; None to handle signals here.
+        trainer: makes the steps; another one for other data.
 
     Returns:
         0 when the run is complete, 75 when it stopped on SIGTERM, SIGUSR1 or SIGINT after saving, 1 after too many bad
@@ -45,10 +51,10 @@ def train(config: ExperimentConfig, quiet: bool = False, stop_requested: list[in
         # collectives give up later than the watchdog, which knows more
         ranks = distributed.initialize(1.5 * config.run.hang_timeout_seconds + 60)
         with threads_that_fit(config, ranks.device):
-            return _train(config, ranks, stop, quiet).exit_code
+            return _train(config, ranks, stop, quiet, trainer).exit_code
 
 
-def _train(config: ExperimentConfig, ranks: Ranks, stop_requested: list[int], quiet: bool) -> End:
+def _train(config: ExperimentConfig, ranks: Ranks, stop_requested: list[int], quiet: bool, make: type[Trainer]) -> End:
     run, job = RunDirectory(Path(config.run.dir)), Job.from_environment()
     watchdog = Watchdog(ranks.rank, ranks.world_size, config.run.hang_timeout_seconds)
     trainer, policy = None, Policy.of(config)
@@ -67,7 +73,7 @@ def _train(config: ExperimentConfig, ranks: Ranks, stop_requested: list[int], qu
                     return End.DONE
                 settings = ranks.agree(lambda: _settle(run, config, saved))
                 watchdog.beat("the start: model and optimizer")
-                trainer = Trainer(settings.config, ranks, watchdog.beat, fresh=saved is None)
+                trainer = make(settings.config, ranks, watchdog.beat, fresh=saved is None)
                 if saved:
                     checkpoints.load(saved, trainer.engine, trainer.tri_branch.centering)
                 watchdog.beat("the start: data")
@@ -224,6 +230,7 @@ def _open_records(
     console: Console,
 ) -> None:
     dataset = trainer.dataset
+    assert dataset is not None, "a run has data"
     shards = [(p.name, p.stat().st_size, int(n)) for p, n in zip(dataset.paths, dataset.shard_sizes, strict=True)]
     run.record_start(config, progress.step, trainer.ranks.world_size, fingerprint(shards), settings)
     run.rewind(progress.step, progress.samples)

@@ -56,7 +56,7 @@ class Trainer:
         self.config, self.ranks, self.enter = config, ranks, enter
         self.global_batch = config.data.batch_size * ranks.world_size
         _require_kernels(config, ranks.device)
-        self.dataset = _open_dataset(config, self.global_batch)
+        self.dataset = self.open_dataset()
         self.schedules = Schedules(config.optim, config.loss, self.global_batch)
         self.grid = Grid(config.model, config.sampling.small_bias)
         self.sampler = SubnetSampler(
@@ -83,6 +83,10 @@ class Trainer:
         self.dtype = working_dtype(config.engine)
         self.loader: Loader
         self.skips: list[Skip] = []
+
+    def open_dataset(self) -> Dataset | None:
+        """The shards, before anything large is built; None for a trainer that needs none."""
+        return _open_dataset(self.config, self.global_batch)
 
     def start_data(self, sample: int) -> None:
         """Open the data stream at a global sample count."""
@@ -111,7 +115,7 @@ class Trainer:
         batch = next(self.loader)
         data_wait = self.phases.waited_for_data()
         crops = Crops.of(batch.global_crops.to(self.dtype), batch.local_crops.to(self.dtype), self._masks(step, values))
-        subnet = self.sampler.draw(step, self.ranks.rank)
+        subnet = self.draw(step)
         probe = self._probe(step, subnet)
 
         self.enter(f"teacher of step {step + 1}")
@@ -140,6 +144,10 @@ class Trainer:
         timing = Timing(data_wait, time.perf_counter() - began)
         health = Health(probe.reduce(), self.tri_branch.centering.norms()) if probe else None
         return StepReport(agreed, values, subnet, timing, health)
+
+    def draw(self, step: int) -> Subnet:
+        """The elastic student of this rank."""
+        return self.sampler.draw(step, self.ranks.rank)
 
     def close(self) -> None:
         if hasattr(self, "loader"):

@@ -2,11 +2,10 @@
 
 Usage: three_steps.py engine|plain VIRTUAL_RANKS CONFIG OUT [CONFIG OUT ...]
 
-`plain` knows nothing of DeepSpeed, of factored targets or of ranks: one process computes what `VIRTUAL_RANKS` ranks
-should, from materialised targets, as the formulas of the paper read.
+`plain` (`pipeline.bench.plain`) knows nothing of DeepSpeed, of factored targets or of ranks: one process computes what
+`VIRTUAL_RANKS` ranks should, from materialised targets, as the formulas of the paper read.
 """
 
-import copy
 import sys
 from contextlib import nullcontext
 from types import MethodType
@@ -14,17 +13,14 @@ from unittest import mock
 
 import deepspeed
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
+from pipeline.bench.plain import Inputs, Plain
 from pipeline.config import ExperimentConfig, load_config
 from pipeline.data.loader import Loader
 from pipeline.data.masks import block_masks
 from pipeline.elastic import Subnet
-from pipeline.elastic.stochastic_depth import keep_indices
 from pipeline.engine import distributed
 from pipeline.engine.distributed import Ranks
-from pipeline.engine.groups import MODULES, parameter_groups
 from pipeline.method.schedules import Schedules, StepValues
 from pipeline.run.step import Trainer, build_student
 
@@ -80,137 +76,25 @@ def by_engine(config: ExperimentConfig, ranks: Ranks) -> dict:
     }
 
 
-def sinkhorn(logits: Tensor, temperature: float) -> Tensor:
-    q = torch.exp(logits / temperature).T
-    q /= q.sum()
-    for _ in range(3):
-        q /= q.sum(1, keepdim=True) * len(q)
-        q /= q.sum(0, keepdim=True) * q.shape[1]
-    return (q * q.shape[1]).T
-
-
-def cross_entropy(target: Tensor, logits: Tensor, temperature: float) -> Tensor:
-    return -(target * F.log_softmax(logits / temperature, -1)).sum(-1)
-
-
 def by_plain_torch(config: ExperimentConfig, subnets: list[list[Subnet]]) -> dict:
-    ranks = len(subnets[0])
-    images = config.data.batch_size * ranks
-    local = config.data.local_crops.count
+    images = config.data.batch_size * len(subnets[0])
     loader = Loader(config.data.model_copy(update={"batch_size": images}))
-    schedules, loss = Schedules(config.optim, config.loss, images), config.loss
-    student = build_student(config)
-    specs = parameter_groups(student, config.optim)
-    student.double()
-    teacher = copy.deepcopy(student)
-    named = dict(student.named_parameters())
-    optimizer = torch.optim.AdamW([{"params": [named[n] for n in s.names]} for s in specs], betas=(0.9, 0.999), eps=EPS)
-    full, grid = student.backbone.grid.largest, student.backbone.patch_grid(config.data.global_crops.size)
-    heads = range(len(config.heads.prototypes))
-    center = {kind: [torch.zeros(k).double() for k in config.heads.prototypes] for kind in ("cls", "patch")}
+    schedules, student = Schedules(config.optim, config.loss, images), build_student(config)
+    grid = student.backbone.patch_grid(config.data.global_crops.size)
+    plain = Plain(config, student, torch.device("cpu"), torch.float64, EPS)
     losses = []
     for step in range(config.run.max_steps or STEPS):
         values, batch = schedules.at(step), next(loader)
-        masks = torch.from_numpy(all_masks(config, step, images, grid, values))
-        g, loc = batch.global_crops.double(), batch.local_crops.double()
-        masked = masks.flatten().nonzero()[:, 0]
-        weights = (1 / masks.sum(1).clamp(min=1)).repeat_interleave(masks.shape[1])[masked].double()
-
-        def forward(model, images_, subnet, masks_=None, keep=None):
-            f = model.backbone.forward_crops([images_], subnet, [masks_], None if keep is None else [keep])[0]
-            return f.cls, f.patches.flatten(0, 1)
-
-        with torch.no_grad():
-            t_cls, t_patch = forward(teacher, g, full)
-            logits = {"cls": teacher.heads([t_cls])[0], "patch": teacher.heads([t_patch[masked]])[0]}
-        if loss.centering == "sinkhorn":
-            targets = {
-                kind: [sinkhorn(x, values.teacher_temp) if len(x) else x for x in per_head]
-                for kind, per_head in logits.items()
-            }
-        else:
-            targets = {
-                kind: [torch.softmax((x - center[kind][h]) / values.teacher_temp, -1) for h, x in enumerate(per_head)]
-                for kind, per_head in logits.items()
-            }
-            for kind, per_head in logits.items():
-                for h, x in enumerate(per_head):
-                    if len(x):
-                        center[kind][h] = 0.9 * center[kind][h] + 0.1 * x.mean(0)
-
-        def students(subnet_of_rank, branch):
-            """Features of every rank's share by that rank's sub-network, joined again."""
-            cls_g, cls_l, patch = [], [], []
-            for r, subnet in enumerate(subnet_of_rank):
-                b, backbone = config.data.batch_size, student.backbone
-                draw = step, r, branch, config.model.drop_path, (2 * b, local * b), backbone.num_draws, "cpu"
-                keep = keep_indices(config.data.seed, *draw)
-                mine = slice(2 * b * r, 2 * b * (r + 1))
-                c, p = forward(student, g[mine], subnet, masks[mine], keep[0])
-                chosen = masks[mine].flatten().nonzero()[:, 0]
-                c_l, _ = forward(student, loc[local * b * r : local * b * (r + 1)], subnet, None, keep[1])
-                parts = student.heads([c, c_l, p[chosen]])
-                cls_g.append((c, parts[0]))
-                cls_l.append(parts[1])
-                patch.append(parts[2])
-            join = lambda per_rank: [torch.cat([x[h] for x in per_rank]) for h in heads]  # noqa: E731
-            return [c for c, _ in cls_g], join([p for _, p in cls_g]), join(cls_l), join(patch)
-
-        def objective(name, features, g_logits, l_logits, p_logits):
-            dino = ibot = 0.0
-            for h in heads:
-                t = targets["cls"][h].view(images, 2, -1)
-                s_g, s_l = g_logits[h].view(images, 2, -1), l_logits[h].view(images, local, -1)
-                terms = cross_entropy(t[:, 1], s_g[:, 0], 0.1) + cross_entropy(t[:, 0], s_g[:, 1], 0.1)
-                for j in range(local):
-                    terms = terms + cross_entropy(t[:, 0], s_l[:, j], 0.1) + cross_entropy(t[:, 1], s_l[:, j], 0.1)
-                dino = dino + terms.mean() / (2 * local + 2) / len(heads)
-                ce = cross_entropy(targets["patch"][h], p_logits[h], 0.1)
-                ibot = ibot + (weights * ce).sum() / (2 * images) / len(heads)
-            koleo = 0.0
-            for group in features:
-                for view in (0, 1):
-                    z = F.normalize(group[view::2], dim=-1)
-                    d = torch.cdist(z, z) + torch.eye(len(z)) * 1e9
-                    near = d.argmin(1).detach()
-                    koleo = koleo - torch.log((z - z[near] + 1e-8).norm(dim=1) + 1e-8).mean() / ranks
-            record[f"dino/{name}"], record[f"koleo/{name}"] = dino, koleo
-            record[f"ibot/{name}"] = ibot
-            return dino + loss.ibot_weight * ibot, koleo
-
-        record: dict = {}
-        features, i_g, i_l, i_p = students([full] * ranks, 0)
-        intact, koleo_intact = objective("intact", features, i_g, i_l, i_p)
-        features, e_g, e_l, e_p = students(subnets[step], 1)
-        elastic, koleo_elastic = objective("elastic", features, e_g, e_l, e_p)
-        same = {"distill_global/elastic": (i_g, e_g), "distill_local/elastic": (i_l, e_l)}
-        for name, (teach, learn) in same.items():
-            record[name] = sum(
-                cross_entropy(torch.softmax(teach[h].detach() / 0.1, -1), learn[h], 0.1).mean() for h in heads
-            ) / len(heads)
-            elastic = elastic + record[name]
-        w = loss.intact_weight
-        total = w * intact + (1 - w) * elastic + loss.koleo_weight * (koleo_intact + koleo_elastic) / 2
-        record["total"] = total
-        optimizer.zero_grad()
-        total.backward()
-        for module in MODULES:
-            torch.nn.utils.clip_grad_norm_(getattr(student, module).parameters(), config.optim.clip_grad)
-        for spec, group in zip(specs, optimizer.param_groups, strict=True):
-            frozen = spec.prototypes and values.prototypes_frozen
-            group["lr"] = 0.0 if frozen else values.lr * spec.lr_scale
-            group["weight_decay"] = values.weight_decay if spec.decayed and not frozen else 0.0
-        optimizer.step()
-        with torch.no_grad():
-            for t, s in zip(teacher.parameters(), student.parameters(), strict=True):
-                t.mul_(values.momentum).add_(s, alpha=1 - values.momentum)
-        losses.append({name: float(torch.as_tensor(value).detach()) for name, value in record.items()})
+        masks = all_masks(config, step, images, grid, values)
+        inputs = Inputs.of(batch.global_crops.double(), batch.local_crops.double(), masks)
+        found = plain.step(step, values, inputs, subnets[step])
+        losses.append({name: float(value) for name, value in found.items()})
     loader.close()
     return {
         "losses": losses,
-        "student": {n: p.detach() for n, p in student.named_parameters()},
-        "teacher": {n: p.detach() for n, p in teacher.named_parameters()},
-        "center": center,
+        "student": {n: p.detach() for n, p in plain.student.named_parameters()},
+        "teacher": {n: p.detach() for n, p in plain.teacher.named_parameters()},
+        "center": plain.center,
     }
 
 
