@@ -40,7 +40,7 @@ def test_what_is_no_shard_is_said_to_be_what_it_is(
 
 @pytest.mark.parametrize("address", ["s3://bucket/a.tar", "https://x.org/{0..9}.tar", "gs://b/a.tar", "pipe:cat a.tar"])
 def test_remote_address_is_said_to_be_remote(address: str) -> None:
-    with pytest.raises(UserError, match="remote address.*copy"):
+    with pytest.raises(UserError, match=r"remote address.*copy"):
         expand_shards(address)
 
 
