@@ -1,4 +1,4 @@
-"""Files that DALI leaves behind: it rewrites a graph with conditions as a Python file in the folder for temporary files.
+"""Files that DALI leaves behind: it rewrites a graph with conditions as Python, in the folder for temporary files.
 
 The file is imported at once and never read again, but stays until the process exits; after kill -9, for ever.
 """
@@ -20,9 +20,9 @@ def remove_generated_files() -> None:
     """Remove what this process's graphs have left, and what dead processes of this user left."""
     for name, module in list(sys.modules.items()):
         if name.startswith(_PREFIX) and module.__file__:
-            for path in (module.__file__, importlib.util.cache_from_source(module.__file__)):
+            for written in (module.__file__, importlib.util.cache_from_source(module.__file__)):
                 with suppress(OSError):
-                    os.unlink(path)
+                    os.unlink(written)
     for path in _left_over(Path(tempfile.gettempdir())):
         with suppress(OSError):
             path.unlink()

@@ -125,9 +125,9 @@ def _named(shard: Path, descriptor: int, samples: list[Sample]) -> list[Sample]:
         Sample(tuple(member._replace(name=_header(descriptor, member).name) for member in sample.members))
         for sample in samples
     ]
-    if all(m.name.lower().endswith(f".{m.extension}") for sample in named for m in sample.members):
+    if all(m.name.lower().endswith(f".{m.extension}") and "?" not in m.name for s in named for m in s.members):
         return named
-    whole = {m.offset: m.name for sample in walk(shard) for m in sample.members}  # long names stand elsewhere
+    whole = {m.offset: m.name for sample in walk(shard) for m in sample.members}  # long and foreign ones stand there
     return [
         Sample(tuple(member._replace(name=whole.get(member.offset, member.name)) for member in sample.members))
         for sample in named

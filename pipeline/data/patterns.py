@@ -1,6 +1,7 @@
 """From what a user names as shards to the files meant."""
 
 import itertools
+import math
 import os
 import re
 import stat
@@ -12,6 +13,8 @@ from braceexpand import braceexpand
 from pipeline.errors import UserError
 
 _MOST = 1_000_000  # shards; more is a slip of the keyboard
+_RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)[.}]")
+_NUMBER = re.compile(r"\d+(?=\.tar$)")
 _REMOTE = re.compile(r"(?:[a-zA-Z][a-zA-Z0-9+.-]*:/|pipe:)")
 _BRACES = "name its shards, e.g. train-{000..009}.tar in quotes"
 
@@ -40,13 +43,13 @@ def _expand(pattern: str) -> list[str]:
         raise UserError("a remote address, but shards are read from local files", pattern, "copy the shards to a disk")
     if not pattern:
         raise UserError("an empty name for a shard", "data", "name a .tar file")
+    ranges = [(int(first), int(last)) for first, last in _RANGE.findall(pattern)]
+    if math.prod(abs(last - first) + 1 for first, last in ranges) > _MOST:
+        raise UserError(f"more than {_MOST} shards", pattern, "correct the numbers in braces")
     try:
-        names = list(itertools.islice(braceexpand(os.path.expandvars(os.path.expanduser(pattern))), _MOST + 1))
+        return list(braceexpand(os.path.expandvars(os.path.expanduser(pattern))))
     except ValueError as error:
         raise UserError("unbalanced braces in a shard pattern", str(error), "close every brace") from error
-    if len(names) > _MOST:
-        raise UserError(f"more than {_MOST} shards", pattern, "correct the numbers in braces")
-    return names
 
 
 def _is_there(path: Path) -> bool:
@@ -70,18 +73,19 @@ def _is_there(path: Path) -> bool:
 def _within(folder: Path) -> str:
     """What to write instead of a folder's name."""
     try:
-        tars = sorted(entry.name for entry in os.scandir(folder) if entry.name.endswith(".tar"))
+        with os.scandir(folder) as listing:
+            names = sorted(entry.name for entry in listing if entry.name.endswith(".tar") and entry.is_file())
     except OSError:
         return _BRACES
-    groups = itertools.groupby(tars, lambda name: re.split(r"\d+(?=\.tar$)", name)[0])
-    for prefix, names in groups:
-        first, *rest = names
-        number = first.removeprefix(prefix).removesuffix(".tar")
-        last = rest[-1].removeprefix(prefix).removesuffix(".tar") if rest else ""
-        if number.isdigit() and last.isdigit():
-            return f"name its shards in quotes: '{folder / prefix}{{{number}..{last}}}.tar'"
-        return f"name its shards: {folder / first}"
-    return "name a folder's .tar files; this one holds none"
+    if not names:
+        return "name a folder's .tar files; this one holds none"
+    by_prefix = [list(group) for _, group in itertools.groupby(names, lambda name: _NUMBER.split(name)[0])]
+    *_, last = most = max(by_prefix, key=len)
+    if len(most) == 1:
+        return f"name its shards: {folder / last}"
+    prefix = _NUMBER.split(last)[0]
+    first_number, last_number = (name.removeprefix(prefix).removesuffix(".tar") for name in (most[0], last))
+    return f"name its shards in quotes: '{folder / prefix}{{{first_number}..{last_number}}}.tar'"
 
 
 def _advice(path: Path) -> str:

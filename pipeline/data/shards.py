@@ -231,9 +231,10 @@ class _SplitWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._file is not None:  # the end of a build that failed: what its buffer holds need not fit the disk
-            with suppress(OSError):
-                self._file.close()
+        if self._tar is not None:  # the end of a build that failed: what is in the buffers need not fit the disk
+            for part in (self._tar, self._file):
+                with suppress(OSError):
+                    part.close()
 
     def write(self, sample: dict[str, bytes]) -> str:
         """Write one sample and return its key."""

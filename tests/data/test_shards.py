@@ -1,6 +1,10 @@
 import io
 import json
+import os
 import struct
+import subprocess
+import sys
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -283,3 +287,154 @@ def test_commands_report_and_exit_as_promised(folder: Path, tmp_path: Path, caps
     error = capsys.readouterr().err
     assert error.startswith("error: the destination is not empty (")
     assert error.count("\n") == 1
+
+
+def test_only_what_both_decoders_see_alike_is_kept_byte_for_byte(
+    make_shard: Callable[..., Path], pictures: list[bytes], encoded: Callable[..., bytes]
+) -> None:
+    jpeg = encoded(decode(pictures[0]).convert("CMYK"), "JPEG")
+    marker = jpeg.index(b"\xff\xee")
+    (length,) = struct.unpack_from(">H", jpeg, marker + 2)
+    shard = make_shard({"a.jpg": jpeg[:marker] + jpeg[marker + 2 + length :], "b.jpg": jpeg})
+    index(str(shard))
+    assert verify(str(shard), progress=False)[0].problems == [("a", "pixels")]
+
+
+def test_verify_knows_what_is_passed_over(make_shard: Callable[..., Path], pictures: list[bytes]) -> None:
+    shard = make_shard({"a.jpg": pictures[0], "README": b"x", "b": pictures[1], "c.1.jpg": pictures[2]})
+    with tarfile.open(shard, "a") as tar:
+        info = tarfile.TarInfo("d.jpg")
+        info.type, info.linkname = tarfile.SYMTYPE, "a.jpg"
+        tar.addfile(info)
+    (report,) = index(str(shard))
+    assert (report.samples, report.without_image) == (1, 1)
+    assert [name for name, _ in report.left_out] == ["c", "README", "b", "d.jpg"]
+    (verdict,) = verify(str(shard), progress=False)
+    assert verdict.left_out == [("README", "no extension"), ("b", "no extension")]
+    assert [key for key, _ in verdict.problems] == ["d.jpg", "c"]
+    assert "behind the first dot, here .1.jpg" in verdict.problems[1][1]
+
+
+def test_second_image_of_a_sample_is_named(make_shard: Callable[..., Path], pictures: list[bytes]) -> None:
+    shard = make_shard({"a.jpg": pictures[0], "a.png": pictures[1]})
+    index(str(shard))
+    assert verify(str(shard), progress=False)[0].left_out == [("a.png", "not the first image of its sample")]
+
+
+def test_labels_are_read_in_one_way_by_all(make_shard: Callable[..., Path], pictures: list[bytes]) -> None:
+    labels = [b"3", b" 4\n", b"+1", b"1_0", b"-1", b"cat", b"9" * 20, b""]
+    files = {f"{i}.{e}": d for i, label in enumerate(labels) for e, d in (("jpg", pictures[i]), ("cls", label))}
+    shard = make_shard(files)
+    index(str(shard))
+    problems = dict(verify(str(shard), progress=False)[0].problems)
+    assert sorted(problems) == ["2", "3", "4", "5", "6", "7"]
+    found = stats(str(shard))
+    assert found.classes == {3: 1, 4: 1}
+    assert found.bad_labels == {"label is no number": 5, "label is beyond 64 bits": 1}
+    dataset = Dataset(str(shard))
+    assert [dataset.label(r) for r in range(2)] == [3, 4]
+    for record in range(2, 8):
+        with pytest.raises(ValueError, match="label is"):
+            dataset.label(record)
+
+
+def test_label_without_a_class_name_is_a_problem(sound: Path) -> None:
+    (sound.parent / "classes.txt").write_text("hats\n")
+    problems = {problem for _, problem in verify(str(sound), progress=False)[0].problems}
+    assert problems == {"label 1 has no name in classes.txt"}
+
+
+def test_joined_shards_are_indexed_and_verified_whole(make_shard: Callable[..., Path], pictures: list[bytes]) -> None:
+    one, two = (make_shard({f"{name}.jpg": pictures[i]}, f"{name}.tar") for i, name in enumerate("ab"))
+    index(str(one))
+    one.write_bytes(one.read_bytes() + two.read_bytes())
+    assert ("", "the index does not describe its shard: the shard holds more") in verify(str(one), progress=False)[
+        0
+    ].problems
+    assert [report.samples for report in index(str(one))] == [2]
+    assert [(v.samples, v.problems, v.left_out) for v in verify(str(one), progress=False)] == [(2, [], [])]
+
+
+def test_names_and_classes_keep_to_their_lines(tmp_path: Path, pictures: list[bytes]) -> None:
+    root = os.fsencode(tmp_path / "photos")
+    for i, name in enumerate((b"a\nb/0.jpg", b"a\nb/1\t.jpg", b"c/caf\xe9.jpg", b"c/bad\r.jpg")):
+        path = os.path.join(root, name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "wb") as file:
+            file.write(pictures[i] if i < 3 else b"")
+    report = build(str(tmp_path / "photos"), tmp_path / "out", progress=False)
+    assert (tmp_path / "out" / "classes.txt").read_text() == "a\\nb\nc\n"
+    lines = (tmp_path / "out" / "sources.tsv").read_bytes().decode("ascii").splitlines()
+    assert sorted(line.split("\t")[1] for line in lines) == ["a\\nb/0.jpg", "a\\nb/1\\t.jpg", "c/caf\\xe9.jpg"]
+    assert report.left_out == [("c/bad\\r.jpg", "empty")]
+    (tmp_path / "out" / "dataset.json").read_bytes().decode("ascii")
+
+
+def test_what_is_left_out_keeps_its_own_reason(tmp_path: Path, pictures: list[bytes]) -> None:
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EOF\n"
+    files = {"a.jpg": pictures[0], "ps.jpg": eps, "cut.gif": b"GIF89a", "f.pfm": b"Pf 2 2 -1.0\n" + bytes(16)}
+    (tmp_path / "photos").mkdir()
+    for name, data in files.items():
+        (tmp_path / "photos" / name).write_bytes(data)
+    report = build(str(tmp_path / "photos"), tmp_path / "out", progress=False)
+    assert report.samples == {"train": 1}
+    reasons = dict(report.left_out)
+    assert (reasons["ps.jpg"], reasons["f.pfm"]) == ("format", "precision")
+    assert reasons["cut.gif"] in ("format", "decode")
+
+
+def test_validation_leaves_something_to_train_on(tmp_path: Path, pictures: list[bytes]) -> None:
+    (tmp_path / "photos").mkdir()
+    for i in range(3):
+        (tmp_path / "photos" / f"{i}.jpg").write_bytes(pictures[i])
+    assert build(str(tmp_path / "photos"), tmp_path / "out", val_fraction=0.9, progress=False).samples == {
+        "train": 1,
+        "val": 2,
+    }
+    with pytest.raises(UserError, match="--seed"):
+        build(str(tmp_path / "photos"), tmp_path / "two", seed=-1, progress=False)
+
+
+def test_disk_that_fills_up_is_one_clear_error(folder: Path, tmp_path: Path) -> None:
+    """A limit on the size of files stands in for the disk."""
+    command = "import sys; from pipeline.cli import main; sys.exit(main(sys.argv[1:]))"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    words = ["shards", "build", str(folder), str(tmp_path / "out")]
+    ended = subprocess.run(
+        ["bash", "-c", 'ulimit -f 16; exec "$@"', "-", sys.executable, "-c", command, *words],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 2
+    assert "error: cannot write: File too large (" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert not any(tmp_path.glob("*out*"))
+
+
+def test_stopped_build_leaves_nothing(folder: Path, tmp_path: Path) -> None:
+    command = (
+        "import os, signal, sys\nfrom pipeline.cli import main\nfrom pipeline.data import shards\n"
+        "shards.encode = lambda *_: os.kill(os.getpid(), signal.SIGTERM) or ('jpg', b'')\nsys.exit(main(sys.argv[1:]))"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", command, "shards", "build", str(folder), str(tmp_path / "out")],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 143
+    assert "stopped: nothing is kept" in ended.stderr
+    assert not any(tmp_path.glob("*out*"))
+
+
+def test_torchvision_starts_no_ghostscript(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its data sets open files with Pillow themselves."""
+    from PIL import EpsImagePlugin
+
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
+    write_mnist(tmp_path / "tv")
+    open_source(f"torchvision:MNIST:{tmp_path / 'tv'}")
+    assert not EpsImagePlugin.has_ghostscript()

@@ -1,4 +1,7 @@
+import io
 import os
+import subprocess
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -132,3 +135,120 @@ def test_malformed_index_is_refused(text: str, shard: Path) -> None:
     indexes.index_path(shard).write_text(text)
     with pytest.raises(UserError, match="does not describe its shard"):
         indexes.read_index(shard)
+
+
+def test_joined_tars_are_read_to_their_end(make_shard: Callable[..., Path], pictures: list[bytes]) -> None:
+    parts = [make_shard({f"{name}.jpg": pictures[i]}, f"{name}.tar") for i, name in enumerate("abc")]
+    joined = parts[0].with_name("joined.tar")
+    joined.write_bytes(b"".join(part.read_bytes() for part in parts))
+    data = joined.read_bytes()
+    contents = tars.scan(joined)
+    images = [sample.image for sample in contents.samples]
+    assert [data[i.offset : i.offset + i.size] for i in images if i] == pictures[:3]
+    assert contents.passed_over == []
+    indexes.write_index(joined, contents.samples)
+    assert [sample.key for sample in indexes.read_index(joined)] == ["a", "b", "c"]
+
+
+def test_index_of_the_first_part_does_not_describe_joined_tars(
+    make_shard: Callable[..., Path], pictures: list[bytes]
+) -> None:
+    first, second = (make_shard({f"{n}.jpg": pictures[i]}, f"{n}.tar") for i, n in enumerate("ab"))
+    indexes.write_index(first, tars.walk(first))
+    first.write_bytes(first.read_bytes() + second.read_bytes())
+    with pytest.raises(UserError, match="the shard holds more"):
+        indexes.read_index(first)
+
+
+def test_bytes_behind_the_end_are_named_and_zeros_are_not(shard: Path) -> None:
+    samples = tars.walk(shard)
+    with open(shard, "ab") as file:
+        file.write(bytes(3 << 20))
+    assert tars.scan(shard) == (samples, [])
+    with open(shard, "ab") as file:
+        file.write(b"junk")
+    contents = tars.scan(shard)
+    assert contents.samples == samples
+    assert [why.split(",")[0] for _, why in contents.passed_over] == ["behind the end of the archive"]
+    indexes.write_index(shard, samples)
+    assert indexes.read_index(shard) == samples
+
+
+def test_damaged_header_in_the_middle_is_not_the_end(shard: Path) -> None:
+    third = tars.walk(shard)[3].members[0]
+    data = bytearray(shard.read_bytes())
+    data[third.offset - 512 + 148] ^= 0xFF  # of the checksum
+    shard.write_bytes(data)
+    with pytest.raises(UserError, match=f"damaged: no header at byte {third.offset - 512}"):
+        tars.walk(shard)
+
+
+def test_what_is_in_no_sample_is_named_with_why(tmp_path: Path, pictures: list[bytes]) -> None:
+    path = tmp_path / "odd.tar"
+    with tarfile.open(path, "w") as tar:
+        for name, kind in (
+            ("a.jpg", tarfile.REGTYPE),
+            ("folder", tarfile.DIRTYPE),
+            ("b.jpg", tarfile.SYMTYPE),
+            ("c.jpg", tarfile.LNKTYPE),
+            ("pipe.jpg", tarfile.FIFOTYPE),
+            ("README", tarfile.REGTYPE),
+            ("x/.DS_Store", tarfile.REGTYPE),
+            ("a.my notes.txt", tarfile.REGTYPE),
+            ("end.", tarfile.REGTYPE),
+        ):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "a.jpg"
+            info.size = len(pictures[0]) if kind == tarfile.REGTYPE else 0
+            tar.addfile(info, io.BytesIO(pictures[0]))
+    contents = tars.scan(path)
+    assert [sample.key for sample in contents.samples] == ["a"]
+    assert contents.passed_over == [
+        ("b.jpg", "a link to a.jpg, which holds no bytes"),
+        ("c.jpg", "a link to a.jpg, which holds no bytes"),
+        ("pipe.jpg", "neither file nor folder"),
+        ("README", "no extension"),
+        ("x/.DS_Store", "nothing before the first dot"),
+        ("a.my notes.txt", "white space in its extension"),
+        ("end.", "no extension behind the first dot"),
+    ]
+
+
+def test_sparse_member_is_passed_over_and_the_next_one_found(tmp_path: Path, pictures: list[bytes]) -> None:
+    with open(tmp_path / "hole.jpg", "wb") as file:
+        file.truncate(1 << 20)
+        file.seek(1 << 19)
+        file.write(b"x")
+    (tmp_path / "z.jpg").write_bytes(pictures[0])
+    for format_ in ("gnu", "posix"):
+        path = tmp_path / f"{format_}.tar"
+        command = ["tar", f"--format={format_}", "-C", tmp_path, "-Scf", path, "hole.jpg", "z.jpg"]
+        subprocess.run(command, check=True)
+        assert path.stat().st_size < 1 << 19, "it is not sparse"
+        contents = tars.scan(path)
+        assert contents.passed_over == [("hole.jpg", "stored with holes (sparse)")]
+        image = contents.samples[0].image
+        assert image
+        assert path.read_bytes()[image.offset : image.offset + image.size] == pictures[0]
+
+
+def test_compressed_tar_is_said_to_be_one(shard: Path, tmp_path: Path) -> None:
+    import bz2
+    import gzip
+    import lzma
+
+    for name, module in (("gzip", gzip), ("bzip2", bz2), ("xz", lzma)):
+        path = tmp_path / "compressed.tar"
+        path.write_bytes(module.compress(shard.read_bytes()))
+        with pytest.raises(UserError, match=f"compressed with {name}.*unpack"):
+            tars.walk(path)
+
+
+def test_dots_in_a_name_are_explained(make_shard: Callable[..., Path], pictures: list[bytes]) -> None:
+    shard = make_shard({"img.1.v2.jpg": pictures[0]})
+    contents = tars.scan(shard)
+    assert r"behind the first dot, here .1.v2.jpg" in str(tars.no_image(shard, contents))
+    only = make_shard({"a": pictures[0]})
+    assert "(a: no extension)" in str(tars.no_image(only, tars.scan(only)))
+    other = make_shard({"a.tif": pictures[0], "a.txt": b"x"})
+    assert "a: .tif, .txt, none of jpg, jpeg, png, webp" in str(tars.no_image(other, tars.scan(other)))

@@ -115,3 +115,31 @@ def test_table_names_what_was_left_out():
     shown = table({"32x2": {**entry, "skipped": {"train": {"truncated": 2}, "val": {}}}}, "linear")
     assert shown.splitlines()[1].split() == ["32x2", "2.00", "1.25", "50.0"]
     assert "left out: 2 truncated in train" in shown
+
+
+def test_results_are_printed_even_if_they_cannot_be_kept(run, capsys):
+    (run / "eval" / "knn.json").mkdir(parents=True)
+    assert command("knn", run, "--subnets", "32x2") == 0
+    shown = capsys.readouterr()
+    assert shown.out.splitlines()[1].startswith("32x2")
+    assert "warning: cannot keep the results" in shown.err
+
+
+def test_file_of_results_that_holds_something_else_is_written_anew(run, capsys):
+    path = run / "eval" / "knn.json"
+    path.parent.mkdir(exist_ok=True)
+    for content in ('{"32x2": {"accur', "[1]", '{"32x2": 3}'):
+        path.write_text(content)
+        evaluate(Request(run, subnets=["32x2"]))
+        assert list(json.loads(path.read_text())) == ["32x2"]
+        assert "written anew" in capsys.readouterr().err
+
+
+def test_missing_class_names_on_one_side_are_told_once(run, labelled, tmp_path, capsys):
+    shards = [Path(shutil.copy(shard, tmp_path)) for shard in labelled["train"]]
+    (tmp_path / "classes.txt").write_text("".join(f"{i}\n" for i in range(99)))
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    val = shutil.copy(labelled["val"][0], bare)
+    evaluate(Request(run, subnets=["32x2"], train=[str(path) for path in shards], val=str(val)))
+    assert capsys.readouterr().err.count("compared by number, not by name") == 1

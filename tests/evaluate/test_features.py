@@ -15,9 +15,10 @@ from timm.models import save_for_hf
 
 from pipeline import load_subnet
 from pipeline.data.eval_images import EvalImages
+from pipeline.errors import UserError
 from pipeline.evaluate.evaluation import Evaluation, Request, evaluate
 from pipeline.evaluate.features import extract_features
-from pipeline.evaluate.targets import Candidate, Target, directory_target, run_target
+from pipeline.evaluate.targets import Candidate, Target, directory_target, pixels_target, run_target
 from pipeline.models.extract import extract
 from pipeline.models.loading import RunModels
 
@@ -158,3 +159,37 @@ def test_small_groups_give_the_results_of_one(trained_run, labelled, monkeypatch
     expected = evaluation.run(target)
     monkeypatch.setattr("pipeline.evaluate.evaluation._GROUP_BYTES", 1)
     assert evaluation.run(target) == expected
+
+
+def colours(path: Path, names: list[str], classes: dict[str, tuple[int, int, int]]) -> Path:
+    """A shard of plain colours with labels in the order of `names`, which `classes.txt` lists."""
+    path.parent.mkdir()
+    samples = {}
+    for label, name in enumerate(names):
+        for i in range(3):
+            buffer = io.BytesIO()
+            Image.new("RGB", (8, 8), tuple(max(v - 9 * i, 0) for v in classes[name])).save(buffer, "png")
+            samples[f"{name}{i}"] = (buffer.getvalue(), b"%d" % label)
+    (path.parent / "classes.txt").write_text("".join(f"{name}\n" for name in names))
+    return write_shard(path, samples)
+
+
+def test_classes_of_sets_built_apart_are_compared_by_name(tmp_path):
+    palette = {"red": (220, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 220)}
+    train = colours(tmp_path / "t" / "a.tar", ["blue", "green", "red"], palette)
+    val = colours(tmp_path / "v" / "a.tar", ["red", "blue"], palette)
+    (entry,) = Evaluation("knn", str(train), str(val)).run(pixels_target()).values()
+    assert entry["accuracy"] == 1.0
+    strange = colours(tmp_path / "s" / "a.tar", ["blue", "pink"], {**palette, "pink": (250, 150, 150)})
+    with pytest.raises(UserError, match="1 of 2 classes are not among those of the training shards: pink"):
+        Evaluation("knn", str(train), str(strange)).run(pixels_target())
+
+
+def test_label_beyond_the_names_or_64_bits_is_left_out_by_name(tmp_path, capsys):
+    palette = {"red": (220, 20, 20), "blue": (20, 20, 220)}
+    train = colours(tmp_path / "t" / "a.tar", ["blue", "red"], palette)
+    val = write_shard(tmp_path / "v.tar", {"a": (png(1), b"0"), "b": (png(2), b"9" * 20), "c": (png(3), b"1_0")})
+    (tmp_path / "classes.txt").write_text("red\n")
+    (entry,) = Evaluation("knn", str(train), str(val)).run(pixels_target()).values()
+    assert (entry["val_images"], entry["skipped"]["val"]) == (1, {"label": 2})
+    assert f"left out b of {val} (label)" in capsys.readouterr().err
