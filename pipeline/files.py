@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import UserError, printable
+from pipeline.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -102,30 +102,34 @@ def read_json(path: Path, fix: str) -> dict[str, Any]:
     return value
 
 
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Records of a `.jsonl` file. A line that a crash or a full disk cut short is left out, and named unless it is the
-    last."""
+def read_json_lines(path: Path, key: str | None = None) -> list[dict[str, Any]]:
+    """Records of a `.jsonl` file. Lines that are no records are left out and said aloud, except the last, which a
+    crash may have cut short.
+
+    Args:
+        path: of the file; one that does not exist has no records.
+        key: a record has a number under this name.
+    """
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     except FileNotFoundError:
         return []
-    records: list[dict[str, Any]] = []
-    damaged: list[int] = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError):
-                record = None
-            if isinstance(record, dict):
-                records.append(record)
-            elif number < len(lines):
-                damaged.append(number)
-    if damaged:
-        more = f" and {len(damaged) - 1} more" if len(damaged) > 1 else ""
-        text = f"warning: {path}: line {damaged[0]}{more} cut short or damaged, left out"
-        print(printable(text), file=sys.stderr)
-    return records
+    records = {number: record for number, line in enumerate(lines, 1) if (record := _parse(line, key)) is not None}
+    broken = [number for number, line in enumerate(lines[:-1], 1) if line and number not in records]
+    if broken:
+        more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
+        print(f"warning: left out line {broken[0]}{more} of {path}: no record", file=sys.stderr)
+    return list(records.values())
+
+
+def _parse(line: str, key: str | None) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    if isinstance(record, dict) and (key is None or isinstance(record.get(key), int | float)):
+        return record
+    return None
 
 
 def write_json_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
@@ -133,10 +137,5 @@ def write_json_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
 
 
 def append_json_line(path: Path, record: dict[str, Any]) -> None:
-    """Add a record, on a line of its own even if the one before was cut short."""
-    line = json.dumps(record).encode() + b"\n"
-    with open(path, "ab+") as file:
-        if file.tell():
-            file.seek(-1, os.SEEK_END)
-            line = line if file.read(1) == b"\n" else b"\n" + line
-        file.write(line)
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")

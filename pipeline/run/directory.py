@@ -112,7 +112,7 @@ class RunDirectory:
         previous = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"starts": []}
         batch = config.data.batch_size * world_size
         if step > 0:
-            _require_same_stream(previous, data, batch, world_size, str(self.path))
+            require_same_stream(previous, data, batch, world_size, str(self.path))
         start = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "step": step,
@@ -178,7 +178,7 @@ def _fixed_keys(config: ExperimentConfig) -> dict[str, Any]:
     return flat
 
 
-def _require_same_stream(
+def require_same_stream(
     previous: dict[str, Any], data: dict[str, Any], batch: int, world_size: int, where: str
 ) -> None:
     if previous.get("data", data) != data:
