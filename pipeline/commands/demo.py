@@ -3,12 +3,16 @@
 import argparse
 from pathlib import Path
 
+from pipeline.commands.arguments import path
+
 HELP = "the whole job on embedded images, in a few minutes"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `poa demo`."""
-    parser.add_argument("--dir", default="runs/demo", metavar="DIR", help="where to put it (default: %(default)s)")
+    parser.add_argument(
+        "--dir", type=path, default="runs/demo", metavar="DIR", help="where to put it (default: %(default)s)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -3,8 +3,7 @@
 import argparse
 import json
 
-from pipeline.commands.arguments import add_config, add_json
-from pipeline.errors import UserError
+from pipeline.commands.arguments import LARGEST_JOB, add_config, add_json, whole
 
 HELP = "check data, disk, libraries and memory before a job"
 
@@ -12,7 +11,9 @@ HELP = "check data, disk, libraries and memory before a job"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `poa doctor`."""
     add_config(parser)
-    parser.add_argument("--gpus", type=int, metavar="N", help="ranks of the job (default: those at hand)")
+    parser.add_argument(
+        "--gpus", type=whole(1, LARGEST_JOB), metavar="N", help="ranks of the job (default: those at hand)"
+    )
     add_json(parser)
 
 
@@ -21,8 +22,6 @@ def run(args: argparse.Namespace) -> int:
     from pipeline.config import load_config
 
     config = load_config(args.config, args.overrides)
-    if args.gpus is not None and args.gpus < 1:
-        raise UserError(f"{args.gpus} GPUs", "--gpus", "name one or more")
     from pipeline.engine import distributed
     from pipeline.plan.doctor import examine, table
 

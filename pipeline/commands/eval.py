@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pipeline.engine.distributed import Ranks
 
-from pipeline.commands.arguments import add_json
+from pipeline.commands.arguments import add_json, path
 
 HELP = "k-NN or linear accuracy of sub-networks"
 _METHODS = {
@@ -25,9 +25,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     methods = parser.add_subparsers(metavar="METHOD", required=True)
     for method, text in _METHODS.items():
         sub = methods.add_parser(method, help=text, description=text)
-        sub.add_argument("path", metavar="RUN|MODEL_DIR", help="run directory, or a directory that timm can load")
-        sub.add_argument("--train", metavar="SHARDS", nargs="+", help="labelled shards; default: the run's")
-        sub.add_argument("--val", metavar="SHARDS", nargs="+", help="labelled shards; default: the run's")
+        sub.add_argument(
+            "path", metavar="RUN|MODEL_DIR", type=path, help="run directory, or a directory that timm can load"
+        )
+        sub.add_argument("--train", metavar="SHARDS", type=path, nargs="+", help="labelled shards; default: the run's")
+        sub.add_argument("--val", metavar="SHARDS", type=path, nargs="+", help="labelled shards; default: the run's")
         sub.add_argument("--subnets", metavar="NAME,...|all", nargs="+", help="default: smallest, largest, paper's")
         sub.add_argument("--branch", choices=("teacher", "student"), default="teacher", help="default: %(default)s")
         sub.add_argument("--untrained", action="store_true", help="also the same networks before training")

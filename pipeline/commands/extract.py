@@ -4,31 +4,34 @@ import argparse
 import json
 import sys
 
-from pipeline.commands.arguments import add_json
-from pipeline.errors import UserError
+from pipeline.commands.arguments import add_json, path, whole
 
 HELP = "cut sub-networks out as plain timm models"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `poa extract`."""
-    parser.add_argument("run_dir", metavar="RUN", help="run directory")
+    parser.add_argument("run_dir", metavar="RUN", type=path, help="run directory")
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--subnet", metavar="NAME", nargs="+", action="extend", help="e.g. 384x12, small")
     which.add_argument("--all", action="store_true", help="every sub-network of the grid")
     parser.add_argument("--branch", choices=("teacher", "student"), default="teacher", help="default: %(default)s")
-    parser.add_argument("--out", metavar="DIR", required=True, help="each model goes to DIR/NAME")
+    parser.add_argument("--out", metavar="DIR", type=path, required=True, help="each model goes to DIR/NAME")
     parser.add_argument(
-        "--proof-images", metavar="N", type=int, default=8, help="images of the proof (default: %(default)s)"
+        "--proof-images",
+        metavar="N",
+        type=whole(1, 10_000),
+        default=8,
+        help="images of the proof (default: %(default)s)",
     )
-    parser.add_argument("--proof-shards", metavar="SHARDS", nargs="+", help="where they come from; default: the run's")
+    parser.add_argument(
+        "--proof-shards", metavar="SHARDS", type=path, nargs="+", help="where they come from; default: the run's"
+    )
     add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run `poa extract`; 0 on success, 1 if a proof failed."""
-    if args.proof_images < 1:
-        raise UserError("a proof needs an image", "--proof-images", "use 1 or more")
     from pipeline.models.extract import extract
     from pipeline.models.proof import ProofFailed
 

@@ -5,7 +5,7 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from pipeline.commands.arguments import add_config
+from pipeline.commands.arguments import add_config, path
 
 HELP = "train a run, or resume it"
 
@@ -13,7 +13,7 @@ HELP = "train a run, or resume it"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `poa train`."""
     add_config(parser)
-    parser.add_argument("--run-dir", metavar="DIR", help="instead of run.dir of the config")
+    parser.add_argument("--run-dir", metavar="DIR", type=path, help="instead of run.dir of the config")
     parser.add_argument("--dry-run", action="store_true", help="show config, grid and memory estimate; train nothing")
     parser.add_argument("--quiet", action="store_true", help="no progress line")
 

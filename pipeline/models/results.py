@@ -1,5 +1,6 @@
 """What evaluations of a run found, as `RUN/eval/METHOD.json` keeps it beside the checkpoints that it is about."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,9 @@ def read_results(path: Path) -> Results:
 
 
 def _is_result(entry: Any) -> bool:
-    return isinstance(entry, dict) and all(
-        isinstance(entry.get(key), int | float) and not isinstance(entry.get(key), bool) for key in _NUMBERS
+    if not isinstance(entry, dict):
+        return False
+    numbers = [entry.get(key) for key in _NUMBERS]
+    return all(isinstance(value, int | float) and math.isfinite(value) and value >= 0 for value in numbers) and all(
+        entry[size] > 0 for size in _NUMBERS[1:]
     )

@@ -17,15 +17,14 @@ class TargetFile:
 
     Args:
         directory: `metrics.targets_dir`; made if missing.
-        run_dir: of the run; its name is the label `run`.
+        run_dir: of the run; see `run_label`.
         node: name of the node; with the run it identifies the series over restarts.
     """
 
     def __init__(self, directory: Path, run_dir: Path, node: str):
         run = run_dir.resolve()
-        digest = sha256(str(run).encode()).hexdigest()[:8]  # two runs may bear one name
-        self.path = directory / f"poa-{_plain(run.name)}-{digest}-{_plain(node)}.json"
-        self.labels = {"job": "poa", "run": run.name, "node": node, "instance": node}
+        self.path = directory / f"poa-{_plain(run.name)[:80]}-{_digest(run)}-{_plain(node)[:80]}.json"
+        self.labels = {"job": "poa", "run": run_label(run_dir), "node": node, "instance": node}
 
     def write(self, address: str) -> None:
         """Announce `address` (host:port). Prometheus never sees half a file.
@@ -38,10 +37,16 @@ class TargetFile:
         aside.write_text(json.dumps([{"targets": [address], "labels": self.labels}], indent=1) + "\n", encoding="utf-8")
         os.replace(aside, self.path)
 
-    def touch(self) -> None:
-        """Say that this node is still there."""
-        if self.path.exists():
+    def touch(self, address: str) -> None:
+        """Say that this node is still there; an entry that was swept while the node slept is written again.
+
+        Raises:
+            OSError: the directory cannot be written.
+        """
+        try:
             os.utime(self.path)
+        except FileNotFoundError:
+            self.write(address)
 
     def remove(self, address: str) -> None:
         """Withdraw the entry, unless a later start of the run has put its own in its place."""
@@ -51,6 +56,14 @@ class TargetFile:
                 self.path.unlink()
         except (OSError, ValueError, LookupError):
             return
+
+
+def run_label(run_dir: Path) -> str:
+    """The label `run`: the last two parts of the path for people, and a digest of all of it, since sweeps and users
+    give the same names. Letters, digits, `_.-/` and blanks only, so that it can stand in an expression."""
+    run = run_dir.resolve()
+    name = "/".join(part for part in (run.parent.name, run.name) if part)
+    return f"{re.sub(r'[^A-Za-z0-9_./ -]', '_', name)[-120:]}-{_digest(run)[:6]}"
 
 
 def sweep(directory: Path, older_than_seconds: float = STALE_SECONDS) -> list[Path]:
@@ -65,6 +78,10 @@ def sweep(directory: Path, older_than_seconds: float = STALE_SECONDS) -> list[Pa
         except OSError:  # another node was faster
             continue
     return gone
+
+
+def _digest(run: Path) -> str:
+    return sha256(os.fsencode(run)).hexdigest()[:8]
 
 
 def _plain(name: str) -> str:

@@ -1,9 +1,10 @@
 """The process that answers scrapes: apart from training, so that neither can harm the other.
 
-`exporter.Exporter` starts it as `python -m pipeline.monitor.endpoint FD SETTINGS`. It takes snapshots of the metrics
+`exporter.Exporter` starts it as `python -P -m pipeline.monitor.endpoint FD SETTINGS`. It takes snapshots of the metrics
 from a socket, serves the last one, and ends when the socket does.
 """
 
+import errno
 import json
 import os
 import select
@@ -18,6 +19,7 @@ from pipeline.monitor.discovery import HEARTBEAT_SECONDS, TargetFile, sweep
 from pipeline.monitor.values import SnapshotCollector
 
 PORTS_TRIED = 100
+LAST_PORT = 65535
 CLIENT_TIMEOUT_SECONDS = 10.0
 LINGER_SECONDS = 20.0
 ANSWER_SECONDS = 1.0  # a scrape is counted when it begins; its answer takes a little longer
@@ -32,23 +34,30 @@ def main(descriptor: int, settings: dict[str, Any]) -> None:
     socket.setdefaulttimeout(CLIENT_TIMEOUT_SECONDS)  # a scraper that stalls loses its connection
     collector = SnapshotCollector()
     port = serve(settings, collector)
-    inbox.send(json.dumps({"port": port}).encode())
     target, address = _announce(settings, port)
     try:
-        _take_snapshots(inbox, collector, target, bool(settings["sweeps"]))
+        inbox.send(json.dumps({"port": port}).encode())
+        _take_snapshots(inbox, collector, target, address, bool(settings["sweeps"]))
+    except ConnectionError:  # training has ended; its own last words are the ones to read
+        return
     finally:
         if target is not None:
             target.remove(address)
 
 
 def serve(settings: dict[str, Any], collector: SnapshotCollector) -> int:
-    """Start answering on the configured port, or the next free one; returns the port."""
+    """Start answering on the configured port, else on the next free one, else on any; returns the port.
+
+    Raises:
+        SystemExit: the address or the certificates cannot be used, on whatever port.
+    """
     from prometheus_client import CollectorRegistry, start_http_server
 
     registry = CollectorRegistry()
     registry.register(collector)
     wanted = settings["port"]
-    for port in range(wanted, wanted + PORTS_TRIED) if wanted else [0]:
+    candidates = [*range(wanted, min(wanted + PORTS_TRIED, LAST_PORT + 1)), 0] if wanted else [0]
+    for port in candidates:
         try:
             server, _ = start_http_server(
                 port,
@@ -59,14 +68,16 @@ def serve(settings: dict[str, Any], collector: SnapshotCollector) -> int:
                 client_cafile=settings["client_ca_file"],
                 client_auth_required=settings["client_ca_file"] is not None,
             )
-        except OSError as error:
+        except (OSError, UnicodeError) as error:
+            if port == 0 or getattr(error, "errno", None) not in (errno.EADDRINUSE, errno.EACCES):
+                raise SystemExit(f"error: no metrics: cannot serve on {settings['host']}:{port} ({error})") from None
             if port == wanted:
-                _warn(f"cannot serve metrics on {settings['host']}:{port} ({error}); trying the next ports")
+                _warn(f"cannot serve metrics on {settings['host']}:{port} ({error}); trying other ports")
             continue
-        if wanted not in (0, port):
-            _warn(f"metrics are served on port {port} instead of {wanted}")
+        if wanted not in (0, server.server_port):
+            _warn(f"metrics are served on port {server.server_port} instead of {wanted}")
         return server.server_port
-    raise SystemExit(f"error: no free port for metrics from {wanted} on {settings['host']}")
+    raise AssertionError("port 0 either serves or raises")
 
 
 def _announce(settings: dict[str, Any], port: int) -> tuple[TargetFile | None, str]:
@@ -84,13 +95,18 @@ def _announce(settings: dict[str, Any], port: int) -> tuple[TargetFile | None, s
 
 
 def _take_snapshots(
-    inbox: socket.socket, collector: SnapshotCollector, target: TargetFile | None, sweeps: bool
+    inbox: socket.socket, collector: SnapshotCollector, target: TargetFile | None, address: str, sweeps: bool
 ) -> None:
-    beat, scrapes = 0.0, 0
+    beat, scrapes, warned = 0.0, 0, False
     while True:
         if target is not None and time.monotonic() - beat >= HEARTBEAT_SECONDS:
             beat = time.monotonic()
-            target.touch()
+            try:
+                target.touch(address)
+            except OSError as error:
+                if not warned:
+                    _warn(f"Prometheus may lose this run: cannot keep {target.path}: {error.strerror}")
+                warned = True
             for path in sweep(target.path.parent) if sweeps else ():
                 _warn(f"removed {path.name}: its node has not been heard of for an hour")
         ready, _, _ = select.select([inbox], [], [], HEARTBEAT_SECONDS)

@@ -29,10 +29,14 @@ class Exporter:
         run_dir: of the run.
         node: name of this node.
         sweeps: this endpoint also removes stale entries of the target directory.
+        elsewhere: the Prometheus that reads the target directory runs on another machine.
     """
 
-    def __init__(self, config: MetricsConfig, run_dir: Path, node: str, sweeps: bool):
-        self._settings = config.model_dump(mode="json") | {"run_dir": str(run_dir), "node": node, "sweeps": sweeps}
+    def __init__(self, config: MetricsConfig, run_dir: Path, node: str, sweeps: bool, elsewhere: bool = False):
+        everywhere = config.targets_dir is not None and elsewhere
+        host = config.host or ("0.0.0.0" if everywhere else "127.0.0.1")
+        own = {"host": host, "run_dir": str(run_dir), "node": node, "sweeps": sweeps}
+        self._settings = config.model_dump(mode="json") | own
         self.port: int | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
@@ -77,12 +81,13 @@ class Exporter:
 
     def _start(self) -> None:
         self._started, self.port = time.monotonic(), None
-        here = str(Path(__file__).parents[2])
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])}
+        # -P and a path without empty parts: no module of the working directory stands in for one of ours
+        paths = [str(Path(__file__).parents[2]), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
         try:
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             with theirs:
-                command = [sys.executable, "-m", "pipeline.monitor.endpoint", str(theirs.fileno())]
+                command = [sys.executable, "-P", "-m", "pipeline.monitor.endpoint", str(theirs.fileno())]
                 self._process = subprocess.Popen(
                     [*command, json.dumps(self._settings)],
                     pass_fds=[theirs.fileno()],

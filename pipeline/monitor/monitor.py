@@ -23,6 +23,7 @@ from pipeline.measure.memory import memory_bytes
 from pipeline.measure.metrics import BANDS, BUSY_PHASES, PHASES
 from pipeline.measure.peak import device_peak
 from pipeline.measure.phases import Phases
+from pipeline.monitor.discovery import run_label
 from pipeline.monitor.exporter import Exporter
 from pipeline.monitor.report import Health, StepReport
 from pipeline.monitor.tensorboard import EventFile
@@ -100,12 +101,13 @@ class Monitor:
         self._events: EventFile | None = None
         node = os.environ.get("SLURMD_NODENAME", platform.node())
         nodes = ranks.gather(node)
+        elsewhere = len(set(nodes)) > 1 or "SLURM_JOB_ID" in os.environ  # no Prometheus runs on a compute node
         self._peers = [rank for rank, name in enumerate(nodes) if name == node]
         self._leads = self._peers[0] == ranks.rank
         with self._carefully():
             self._peak = device_peak(ranks.device, working_dtype(config.engine))
             if self._leads:
-                self._exporter = Exporter(config.metrics, Path(config.run.dir), node, sweeps=ranks.is_main)
+                self._exporter = Exporter(config.metrics, Path(config.run.dir), node, ranks.is_main, elsewhere)
             if ranks.is_main:
                 self._describe(bands, progress, last_step)
                 if config.metrics.tensorboard:
@@ -193,7 +195,7 @@ class Monitor:
         config, values = self.config, self.values
         manifest = json.loads((Path(config.run.dir) / "manifest.json").read_text(encoding="utf-8"))
         job = os.environ.get("SLURM_JOB_ID", "")
-        labels = (Path(config.run.dir).resolve().name, config.model.family, job, self.ranks.world_size)
+        labels = (run_label(Path(config.run.dir)), config.model.family, job, self.ranks.world_size)
         values.set("poa_run_info", 1, *labels, manifest["code"])
         values.set("poa_device_peak_flops", self._peak.flops, self._peak.source)
         values.set("poa_last_step", last_step)

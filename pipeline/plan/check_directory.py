@@ -7,27 +7,33 @@ import time
 from pathlib import Path
 
 from pipeline.config import ExperimentConfig, load_config
+from pipeline.data.reader import Dataset
 from pipeline.elastic import cost
 from pipeline.engine.saved import list_checkpoints
 from pipeline.errors import UserError
+from pipeline.files import read_json, require_writable
 from pipeline.plan import forecast
 from pipeline.plan.check import Check
-from pipeline.run.directory import RunDirectory, require_same_experiment
+from pipeline.run.directory import RunDirectory, fingerprint, require_same_experiment, require_same_stream
 
 _GIB = 1 << 30
 _PROBE_BYTES = 32 << 20
 
 
-def check_directory(config: ExperimentConfig) -> Check:
-    """Can the run directory be used, and is what it holds of this experiment?"""
+def check_directory(config: ExperimentConfig, world_size: int) -> Check:
+    """Can the run directory be used, and is what it holds of this experiment, its data and its global batch?"""
 
     path = Path(config.run.dir)
-    parent = _existing(path)
-    if not os.access(parent, os.W_OK):
-        return Check("run directory", "fail", f"{parent} is not writable", "set run.dir to another")
+    require_writable(_existing(path), "set run.dir to another")
     if (path / "config.yaml").exists():
         require_same_experiment(load_config(path / "config.yaml"), config, path)
         saved = [c.name for c in list_checkpoints(RunDirectory(path).checkpoints)]
+        if saved and (path / "manifest.json").exists():
+            manifest = read_json(path / "manifest.json", "restore it, or choose another run.dir")
+            dataset = Dataset(config.data.train)
+            sizes = zip(dataset.paths, dataset.shard_sizes, strict=True)
+            data = fingerprint((shard.name, shard.stat().st_size, int(samples)) for shard, samples in sizes)
+            require_same_stream(manifest, data, config.data.batch_size * world_size, world_size, str(path))
         return Check("run directory", "pass", f"{path}: {f'resumes from {saved[0]}' if saved else 'starts anew'}")
     return Check("run directory", "pass", f"{path}: new")
 
@@ -64,9 +70,16 @@ def _checkpoint_bytes(config: ExperimentConfig) -> int:
 
 
 def _existing(path: Path) -> Path:
-    """The nearest directory above that exists."""
+    """The nearest directory above that exists.
+
+    Raises:
+        UserError: something that is no directory stands there.
+    """
     path = path.absolute()
-    return next(p for p in (path, *path.parents) if p.is_dir())
+    nearest = next(p for p in (path, *path.parents) if os.path.lexists(p))
+    if not nearest.is_dir():
+        raise UserError("a file is in the way", str(nearest), "set run.dir to another")
+    return nearest
 
 
 def _write_rate(directory: Path) -> float:

@@ -7,11 +7,12 @@ from collections.abc import Callable
 
 from pipeline.config import ExperimentConfig
 from pipeline.engine.distributed import Ranks
-from pipeline.errors import UserError
+from pipeline.errors import UserError, printable
 from pipeline.plan.check import Check
 from pipeline.plan.check_data import check_images, check_shards
 from pipeline.plan.check_directory import check_directory, check_disk, check_lead
 from pipeline.plan.check_machine import check_device, check_driver, check_memory, check_software
+from pipeline.plan.check_names import check_evaluation, check_metrics, check_pretrained
 from pipeline.plan.check_ranks import check_clocks, check_collectives, check_kernels
 
 
@@ -19,9 +20,9 @@ def table(checks: list[Check]) -> str:
     """The checks line by line, each with what to do about it, and a count."""
     lines = []
     for check in checks:
-        lines.append(f"{check.status:<5} {check.name:<13} {check.finding}")
+        lines.append(f"{check.status:<5} {check.name:<13} {printable(check.finding)}")
         if check.fix:
-            lines.append(f"{'':<19} -> {check.fix}")
+            lines.append(f"{'':<19} -> {printable(check.fix)}")
     count = {status: sum(check.status == status for check in checks) for status in ("pass", "warn", "fail")}
     return "\n".join([*lines, ", ".join(f"{n} {status}" for status, n in count.items())])
 
@@ -41,7 +42,10 @@ def examine(config: ExperimentConfig, ranks: Ranks, world_size: int) -> list[Che
         "memory": lambda: check_memory(config, world_size),
         "shards": lambda: check_shards(config, world_size),
         "images": lambda: check_images(config),
-        "run directory": lambda: check_directory(config),
+        "evaluation": lambda: check_evaluation(config),
+        "pretrained": lambda: check_pretrained(config),
+        "metrics": lambda: check_metrics(config),
+        "run directory": lambda: check_directory(config, world_size),
         "disk": lambda: check_disk(config),
         "signal lead": lambda: check_lead(config, world_size),
     }
@@ -57,3 +61,5 @@ def _guarded(name: str, check: Callable[[], Check]) -> Check:
         return check()
     except UserError as error:
         return Check(name, "fail", f"{error.what} ({error.where})", error.fix)
+    except OSError as error:  # what cannot be looked at will not work either
+        return Check(name, "fail", f"{error.strerror} ({error.filename or name})", "check the path and its rights")

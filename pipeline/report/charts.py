@@ -4,6 +4,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
+from pipeline.errors import printable
+
 COLORS = ("#3b7dd8", "#e07b39", "#3fa66b", "#a25fc4", "#d64f6b", "#2aa5b8", "#b58a1b", "#7a7f8a", "#5c6fd1")
 MAX_POINTS = 400
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 600, 220, 58, 10, 10, 34
@@ -115,7 +117,7 @@ def split_bar(title: str, parts: Mapping[str, float], unit: str) -> str:
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """A table of plain text cells."""
-    cells = "".join(f"<tr>{''.join(f'<td>{escape(str(cell))}</td>' for cell in row)}</tr>" for row in rows)
+    cells = "".join(f"<tr>{''.join(f'<td>{escape(printable(str(cell)))}</td>' for cell in row)}</tr>" for row in rows)
     return f"<table><tr>{''.join(f'<th>{escape(h)}</th>' for h in head)}</tr>{cells}</table>"
 
 
@@ -156,7 +158,7 @@ def _colors() -> Iterable[str]:
 
 def _figure(title: str, art: str, legend: Mapping[str, str], note: str) -> str:
     names = "".join(
-        f'<span><i class="swatch" style="background:{color}"></i>{escape(name)} <b>{value}</b></span>'
+        f'<span><i class="swatch" style="background:{color}"></i>{escape(printable(name))} <b>{value}</b></span>'
         for color, (name, value) in zip(_colors(), legend.items(), strict=False)
     )
     return (

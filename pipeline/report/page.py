@@ -1,6 +1,5 @@
 """The report of a run: what its files say, on one page."""
 
-import json
 import math
 import sys
 import time
@@ -13,10 +12,11 @@ from typing import Any
 
 from pipeline.config import ExperimentConfig, dump_config
 from pipeline.elastic import Grid, cost
-from pipeline.errors import UserError
-from pipeline.files import read_json_lines
+from pipeline.errors import UserError, printable
+from pipeline.files import read_json, read_json_lines
 from pipeline.measure.metrics import BANDS, PHASES
 from pipeline.models.loading import RunModels, run_config
+from pipeline.models.results import read_results
 from pipeline.report.charts import line_chart, number, scatter_chart, split_bar, table
 
 Records = list[dict[str, Any]]
@@ -34,7 +34,7 @@ def report(directory: Path) -> str:
     records = read_json_lines(directory / "metrics.jsonl", "step")
     if not records:
         raise UserError("the run has recorded nothing yet", str(directory), "wait for its first log line")
-    manifest = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
+    manifest = _manifest(directory)
     sections = {
         "Summary": _summary(config, records, manifest),
         "Losses": _losses(records),
@@ -49,8 +49,34 @@ def report(directory: Path) -> str:
     body = "".join(f"<h2>{title}</h2>{content}" for title, content in sections.items() if content)
     template = resources.files("pipeline.report").joinpath("report.html").read_text(encoding="utf-8")
     made = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
-    name = escape(directory.resolve().name)
+    name = escape(printable(directory.resolve().name))
     return template.replace("__NAME__", name).replace("__MADE__", made).replace("__BODY__", body)
+
+
+def _manifest(directory: Path) -> dict[str, Any]:
+    """What the run says of itself; a page without it is better than none."""
+    try:
+        manifest = read_json(directory / "manifest.json", "the page goes without it")
+    except (OSError, UserError) as error:
+        print(f"warning: no manifest in the report: {error}", file=sys.stderr)
+        manifest = {}
+    return {
+        "world_size": None,
+        "code": "unknown",
+        "seed": "unknown",
+        **manifest,
+        "starts": [start for start in _list(manifest.get("starts")) if isinstance(start, dict)],
+        "data": _dict(manifest.get("data")),
+        "versions": _dict(manifest.get("versions")),
+    }
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _dict(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def curve(records: Records, key: str) -> list[tuple[float, float]]:
@@ -66,26 +92,26 @@ def curves(records: Records, keys: dict[str, str]) -> dict[str, list[tuple[float
 def _summary(config: ExperimentConfig, records: Records, manifest: dict[str, Any]) -> str:
     last = records[-1]
     end = min(config.optim.total_steps, config.run.max_steps or config.optim.total_steps)
-    seconds = [r["step_seconds"] for r in records]
-    waits = [r["data_wait_seconds"] for r in records]
+    seconds, waits = (sum(v for _, v in curve(records, f"{kind}_seconds")) for kind in ("step", "data_wait"))
+    starts, data = manifest["starts"], manifest["data"]
     tiles = {
         "Steps": f"{last['step']:,} of {end:,}",
-        "Images seen": number(last["images"]),
-        "Loss": number(last["loss"]),
-        "Images/s (median)": number(_median([r["images_per_second"] for r in records])),
-        "Waiting for data": f"{100 * sum(waits) / sum(seconds):.1f}%",
-        "Utilization (median)": f"{100 * _median([v for _, v in curve(records, 'mfu')] or [math.nan]):.1f}%",
-        "Ranks": str(manifest["world_size"]),
-        "Restarts": str(len(manifest["starts"]) - 1),
-        "Bad steps": str(last["bad_steps"]),
-        "Samples left out": str(last["skipped_samples"]),
+        "Images seen": _number(last, "images"),
+        "Loss": _number(last, "loss"),
+        "Images/s (median)": number(_median(records, "images_per_second")),
+        "Waiting for data": f"{100 * waits / seconds:.1f}%" if seconds else "unknown",
+        "Utilization (median)": f"{100 * _median(records, 'mfu'):.1f}%",
+        "Ranks": str(manifest["world_size"] or "unknown"),
+        "Restarts": str(max(len(starts) - 1, 0)),
+        "Bad steps": _number(last, "bad_steps"),
+        "Samples left out": _number(last, "skipped_samples"),
     }
     grid = Grid(config.model)
     text = (
         f"{config.model.family}, largest network {grid.largest.name} with "
         f"{cost.params(config.model, grid.largest) / 1e6:.1f} M parameters, {len(grid)} sub-networks; "
-        f"{manifest['data']['samples']:,} images in {manifest['data']['shards']} shards; first started "
-        f"{manifest['starts'][0]['time']}."
+        f"{_count(data.get('samples'))} images in {_count(data.get('shards'))} shards; first started "
+        f"{starts[0].get('time', 'unknown') if starts else 'unknown'}."
     )
     boxes = "".join(f"<div><span>{escape(k)}</span><b>{escape(v)}</b></div>" for k, v in tiles.items())
     return f'<p>{escape(text)}</p><div class="tiles">{boxes}</div>'
@@ -149,15 +175,21 @@ def _health(config: ExperimentConfig, records: Records) -> str:
 
 def _subnets(directory: Path, config: ExperimentConfig, records: Records) -> str:
     online = sorted({key for r in records for key in r if key.startswith("knn_") and "x" in key})
-    online_curves = {k.removeprefix("knn_"): [(r["knn_step"], r[k]) for r in records if k in r] for k in online}
+    online_curves = {
+        k.removeprefix("knn_"): [(r["knn_step"], r[k]) for r in records if k in r and "knn_step" in r] for k in online
+    }
     charts = [
         line_chart("Elastic DINO loss by cost", curves(records, {b: f"subnet_loss_{b}" for b in BANDS})),
         line_chart("k-NN accuracy during training", online_curves),
     ]
     tables = []
     for path in sorted((directory / "eval").glob("*.json")):
-        entries = json.loads(path.read_text(encoding="utf-8"))
-        evaluated = {n: e for n, e in entries.items() if {"accuracy", "params", "gflops"} <= e.keys()}
+        try:
+            evaluated = read_results(path)
+        except UserError as error:
+            print(f"warning: an evaluation is missing in the report: {error}", file=sys.stderr)
+            tables.append(f"<p><i>Not available: {escape(str(error))}</i></p>")
+            continue
         if evaluated:
             note = f"{path.stem}, step {next(iter(evaluated.values())).get('step')}"
             for key, title in (("params", "Parameters"), ("gflops", "GFLOPs per image")):
@@ -182,7 +214,7 @@ def _pictures(directory: Path, config: ExperimentConfig, records: Records, manif
     step = records[-1]["step"] - 1
     crops = _if_possible(
         f"Crops of rank 0 at step {step + 1}, as the model saw them; dark patches were masked for the students.",
-        lambda: pictures.crops_as_seen(config, step, manifest["world_size"]),
+        lambda: pictures.crops_as_seen(config, step, manifest["world_size"] or 1),
     )
     components = _if_possible(
         "First three principal components of the teacher's patch features, per sub-network.",
@@ -201,15 +233,16 @@ def _if_possible(caption: str, make: Callable[[], str]) -> str:
 
 
 def _faults(directory: Path, records: Records, manifest: dict[str, Any]) -> str:
-    starts = [[s["time"], s["step"], s["world_size"], s["host"], s.get("job") or ""] for s in manifest["starts"]]
+    starts = [[s.get(k) or "" for k in ("time", "step", "world_size", "host", "job")] for s in manifest["starts"]]
     parts = ["<h3>Starts</h3>", table(["time", "from step", "ranks", "host", "Slurm job"], starts)]
-    bad = [[r["step"], ", ".join(r["bad"])] for r in records if "bad" in r]
+    bad = [[r["step"], ", ".join(map(str, _list(r["bad"])))] for r in records if "bad" in r]
     if bad:
         parts += ["<h3>Steps left out</h3>", table(["step", "not finite"], bad[:100])]
     skipped = read_json_lines(directory / "skipped.jsonl", "position")
+    skipped = [s for s in skipped if {"reason", "key", "shard"} <= s.keys()]
     if skipped:
-        counts = Counter(s["reason"] for s in skipped)
-        first = {s["reason"]: s for s in reversed(skipped)}
+        counts = Counter(str(s["reason"]) for s in skipped)
+        first = {str(s["reason"]): s for s in reversed(skipped)}
         rows = [
             [reason, n, f"{first[reason]['key']} of {first[reason]['shard']}"] for reason, n in counts.most_common()
         ]
@@ -221,7 +254,7 @@ def _faults(directory: Path, records: Records, manifest: dict[str, Any]) -> str:
 
 def _environment(manifest: dict[str, Any]) -> str:
     rows = [["code", manifest["code"]], *manifest["versions"].items()]
-    rows += [["data", manifest["data"]["sha256"][:16]], ["seed", manifest["seed"]]]
+    rows += [["data", str(manifest["data"].get("sha256", "unknown"))[:16]], ["seed", manifest["seed"]]]
     return table(["what", "version"], rows)
 
 
@@ -229,5 +262,15 @@ def _grid(figures: Iterable[str]) -> str:
     return f'<div class="charts">{"".join(figures)}</div>'
 
 
-def _median(numbers: list[float]) -> float:
-    return sorted(numbers)[len(numbers) // 2]
+def _median(records: Records, key: str) -> float:
+    numbers = sorted(value for _, value in curve(records, key))
+    return numbers[len(numbers) // 2] if numbers else math.nan
+
+
+def _count(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else "an unknown number of"
+
+
+def _number(record: dict[str, Any], key: str) -> str:
+    value = record.get(key)
+    return number(value) if isinstance(value, int | float) else "unknown"

@@ -110,7 +110,7 @@ class RunDirectory:
         previous = self._read_manifest()
         batch = config.data.batch_size * world_size
         if step > 0:
-            _require_same_stream(previous, data, batch, world_size, str(self.path))
+            require_same_stream(previous, data, batch, world_size, str(self.path))
         start = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "step": step,
@@ -146,7 +146,7 @@ class RunDirectory:
             self._log_skipped.append(record)
 
 
-def _require_same_stream(
+def require_same_stream(
     previous: dict[str, Any], data: dict[str, Any], batch: int, world_size: int, where: str
 ) -> None:
     if previous.get("data", data) != data:

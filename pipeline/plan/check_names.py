@@ -1,0 +1,81 @@
+"""What else the config names: shards of the evaluation, pretrained weights, certificates, Prometheus's directory."""
+
+import os
+import socket
+import ssl
+import tempfile
+from pathlib import Path
+
+from pipeline.config import ExperimentConfig
+from pipeline.data.reader import Dataset
+from pipeline.elastic import build
+from pipeline.elastic.pretrained import load_pretrained
+from pipeline.errors import UserError
+from pipeline.plan.check import Check
+
+
+def check_evaluation(config: ExperimentConfig) -> Check:
+    """Can the evaluation use its shards, those that only `poa eval` and `poa extract` will want included?"""
+    online = config.eval.every_steps is not None
+    if online and not (config.eval.val or config.data.val):
+        return Check("evaluation", "fail", "nothing to evaluate on", "set eval.val, or unset eval.every_steps")
+    named = {"eval.train": config.eval.train, "eval.val": config.eval.val, "data.val": config.data.val}
+    sizes = []
+    for key, shards in named.items():
+        if shards is None:
+            continue
+        try:
+            dataset = Dataset(shards)
+        except (UserError, OSError) as error:
+            used = online and not (key == "data.val" and config.eval.val)
+            fix = f"set {key} to shards that exist, or unset it"
+            return Check("evaluation", "fail" if used else "warn", f"{key}: {error}", fix)
+        sizes.append(f"{key} {len(dataset)}")
+        if online and dataset.label(0) is None:
+            finding = f"{key}: the first image of {dataset.paths[0]} has no label"
+            return Check("evaluation", "warn", finding, "name shards with .cls members")
+    if not sizes:
+        return Check("evaluation", "pass", "no shards are named")
+    return Check("evaluation", "pass", "images: " + ", ".join(sizes))
+
+
+def check_pretrained(config: ExperimentConfig) -> Check:
+    """Can `model.init_from` be loaded into the largest network?"""
+    source = config.model.init_from
+    if source is None:
+        return Check("pretrained", "pass", "not wanted (model.init_from)")
+    load_pretrained(build(config.model), source)
+    return Check("pretrained", "pass", f"{source} fits")
+
+
+def check_metrics(config: ExperimentConfig) -> Check:
+    """Can the metrics be served, and Prometheus be told where? Training goes on without, but nobody sees it."""
+    metrics = config.metrics
+    for key, file in (("cert_file", metrics.cert_file), ("key_file", metrics.key_file)):
+        if file and not os.access(file, os.R_OK):
+            return Check("metrics", "fail", f"metrics.{key}: cannot read {file}", "name a PEM file")
+    try:
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=metrics.client_ca_file)
+        if metrics.cert_file:
+            context.load_cert_chain(metrics.cert_file, metrics.key_file)
+    except OSError as error:
+        keys = "metrics.cert_file, key_file or client_ca_file"
+        return Check("metrics", "fail", f"{keys}: {error.strerror or error}", "name PEM files that belong together")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            metrics.host or "127.0.0.1", 0, type=socket.SOCK_STREAM
+        )[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.bind(address)
+    except (OSError, UnicodeError) as error:
+        finding = f"metrics.host: {metrics.host} cannot be served on here ({getattr(error, 'strerror', None) or error})"
+        return Check("metrics", "warn", finding, "an address of every node, such as 0.0.0.0")
+    if metrics.targets_dir is not None:
+        try:
+            Path(metrics.targets_dir).mkdir(parents=True, exist_ok=True)  # as the run will
+            with tempfile.TemporaryFile(dir=metrics.targets_dir):
+                pass
+        except OSError as error:
+            finding = f"metrics.targets_dir: cannot write to {metrics.targets_dir}: {error.strerror}"
+            return Check("metrics", "fail", finding, "name a directory that Prometheus watches")
+    return Check("metrics", "pass", f"port {metrics.port or 'chosen by the system'}")
