@@ -24,6 +24,8 @@ from pipeline.run.slurm_job import Job, stop_signals
 from pipeline.run.step import Trainer
 from pipeline.run.watchdog import Watchdog
 
+_WEEK = 7 * 24 * 3600.0
+
 
 def train(config: ExperimentConfig, quiet: bool = False, stop_requested: list[int] | None = None) -> int:
     """Train until `run.max_steps` or the end of the schedule, resuming if the run directory holds a checkpoint.
@@ -41,14 +43,15 @@ def train(config: ExperimentConfig, quiet: bool = False, stop_requested: list[in
         UserError: the directory, the data or the launch is not usable.
     """
     with stop_signals() if stop_requested is None else nullcontext(stop_requested) as stop:
-        # collectives give up later than the watchdog, which knows more
-        ranks = distributed.initialize(1.5 * config.run.hang_timeout_seconds + 60)
+        # collectives leave it to the watchdog to give up, which knows a suspended job from one that hangs
+        ranks = distributed.initialize(1.5 * config.run.hang_timeout_seconds + 60, collective_seconds=_WEEK)
         return _train(config, ranks, stop, quiet).exit_code
 
 
 def _train(config: ExperimentConfig, ranks: Ranks, stop_requested: list[int], quiet: bool) -> End:
     run, job = RunDirectory(Path(config.run.dir)), Job.from_environment()
-    watchdog = Watchdog(ranks.rank, ranks.world_size, config.run.hang_timeout_seconds)
+    seconds = config.run.hang_timeout_seconds
+    watchdog = Watchdog(ranks.rank, ranks.world_size, seconds, distributed.collectives_begun)
     trainer, policy = None, Policy.of(config)
     try:
         with distributed.crash_together(ranks), _giving_up(job, ranks):
