@@ -35,8 +35,7 @@ class Ranks:
     control: dist.ProcessGroup
     """A gloo group for objects and small host tensors, apart from the device's collectives."""
 
-    @property
-    def cpus(self) -> int:
+    def cpu_share(self) -> int:
         """Processors that this rank may use, or its part of those that it shares with others of its node. Collective.
 
         Launchers differ: srun may bind each task to its own, torchrun leaves all of them to all.

@@ -11,6 +11,7 @@ from pipeline.config import ExperimentConfig
 from pipeline.engine import distributed
 from pipeline.engine.checkpoint import Checkpoints, Progress, Saved
 from pipeline.engine.distributed import Ranks
+from pipeline.engine.layouts import deepspeed
 from pipeline.errors import UserError
 from pipeline.evaluate.online import OnlineEvaluation
 from pipeline.monitor.monitor import Monitor
@@ -67,6 +68,8 @@ def _train(config: ExperimentConfig, ranks: Ranks, stop_requested: list[int], qu
                     ranks.agree(lambda: _tell_job(job, End.DONE, config.run.requeue))
                     return End.DONE
                 settings = ranks.agree(lambda: _settle(run, config, saved))
+                watchdog.beat("the start: libraries")
+                deepspeed()
                 watchdog.beat("the start: model and optimizer")
                 trainer = Trainer(settings.config, ranks, watchdog.beat, fresh=saved is None)
                 if saved:
@@ -75,7 +78,12 @@ def _train(config: ExperimentConfig, ranks: Ranks, stop_requested: list[int], qu
                 trainer.start_data(progress.samples)
                 ranks.agree(lambda: _open_records(run, config, settings, progress, trainer, console))
                 with Monitor(config, ranks, trainer.phases, trainer.bands, progress, policy.last_step) as monitor:
-                    evaluation = OnlineEvaluation(config, ranks)
+
+                    def alive() -> None:
+                        watchdog.alive()
+                        monitor.alive()
+
+                    evaluation = OnlineEvaluation(config, ranks, alive)
                     life = Run(config, run, job, watchdog, trainer, checkpoints, progress, monitor, evaluation, console)
                     end = life.live(policy, stop_requested)
                     monitor.complete = end is End.DONE
