@@ -64,6 +64,7 @@ setup(
         "numpy>=1.26",
         "pillow>=10",
         "prometheus-client>=0.21",
+        "psutil>=5.9",
         "pydantic>=2.9,<3",
         "PyYAML>=6",
         "safetensors>=0.5",

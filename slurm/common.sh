@@ -90,14 +90,18 @@ train_and_requeue() {
 # Slurm requeues by itself. Only a time limit, which sends the same signal, is ours to mend. (When a job ends cannot be
 # known beforehand: limits are changed.) The signal may also come while we ask, and end scontrol.
 requeue() {
-    local attempt answer reason
+    local attempt answer said=
     if [ "$POA_ATTEMPT" -ge "${POA_MAX_REQUEUES:-1000}" ]; then say "$1; too many requeues"; exit 1; fi
     for attempt in {1..60}; do # a controller that restarts may be away for minutes
-        reason=$(job_field Reason) # empty if the controller does not answer: then nothing is known, and we ask again
-        if [ "$terminated" = 1 ] && [ -z "$reason" ]; then say "$1; no answer from Slurm"; sleep 5; continue; fi
-        if [ "$terminated" = 1 ] && [ "$reason" != TimeLimit ]; then say "$1; ended by Slurm"; exit 1; fi
+        if [ "$terminated" = 1 ]; then
+            case $(job_field Reason) in
+                TimeLimit) ;;
+                "") say "$1; no answer from Slurm"; sleep 5; continue ;; # so nothing is known
+                *) say "$1; ended by Slurm"; exit 1 ;;
+            esac
+        fi
         if [ "$(job_field Restarts)" -gt "$POA_ATTEMPT" ] 2>/dev/null; then say "a later attempt is running"; exit 1; fi
-        if [ -z "$answer" ]; then say "$1; requeueing"; fi
+        if [ -z "$said" ]; then say "$1; requeueing"; said=1; fi
         answer=$(scontrol requeue "$POA_JOB" 2>&1) && break
         say "requeue: ${answer:-interrupted}"
         case $answer in *disabled*) exit 75 ;; *pending*) break ;; esac # --no-requeue; already requeued

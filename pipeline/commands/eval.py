@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -65,7 +64,9 @@ def run(args: argparse.Namespace) -> int:
 @contextmanager
 def _launched_ranks() -> "Iterator[Ranks | None]":
     """The ranks that torchrun or Slurm started; None if this process is alone."""
-    if int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1"))) == 1:
+    from pipeline.engine.launch import launch
+
+    if launch().world_size == 1:
         yield None
         return
     from pipeline.engine import distributed

@@ -1,6 +1,7 @@
 """Ranks, process groups and what they agree on."""
 
 import os
+import platform
 import socket
 import sys
 import time
@@ -13,7 +14,10 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d, rendezvous
 
+from pipeline.engine.interface import VARIABLE, choose_interface
+from pipeline.engine.launch import launch
 from pipeline.errors import UserError
 
 T = TypeVar("T")
@@ -30,6 +34,15 @@ class Ranks:
     device: torch.device
     control: dist.ProcessGroup
     """A gloo group for objects and small host tensors, apart from the device's collectives."""
+
+    def cpu_share(self) -> int:
+        """Processors that this rank may use, or its part of those that it shares with others of its node. Collective.
+
+        Launchers differ: srun may bind each task to its own, torchrun leaves all of them to all.
+        """
+        own = (platform.node(), os.sched_getaffinity(0))
+        sharing = sum(host == own[0] and bool(cpus & own[1]) for host, cpus in self.gather(own))
+        return max(len(own[1]) // sharing, 1)
 
     @property
     def is_main(self) -> bool:
@@ -68,7 +81,7 @@ class Ranks:
         return [value for value, _ in outcomes]
 
 
-_added_variables: list[str] = []
+_changed_variables: list[tuple[str, str | None]] = []
 
 
 def _shared(error: Exception) -> Exception:
@@ -77,41 +90,53 @@ def _shared(error: Exception) -> Exception:
     return error
 
 
-def initialize(timeout_seconds: float = 1800) -> Ranks:
+def initialize(timeout_seconds: float = 1800, collective_seconds: float | None = None) -> Ranks:
     """Join the process group that torchrun or Slurm describes, or make one of this process alone.
 
-    A RANK that is set (torchrun) wins over SLURM_PROCID. NCCL on GPUs, gloo without.
+    NCCL on GPUs, gloo without.
+
+    Args:
+        timeout_seconds: how long to wait for the other ranks.
+        collective_seconds: how long a collective may take; as long if None.
 
     Raises:
-        UserError: the rank variables are incomplete.
+        UserError: the rank variables are incomplete, or ranks share a GPU.
     """
-    environ = os.environ
-    prefix = None
-    if "RANK" in environ:
-        prefix = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    elif int(environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in environ:
-        prefix = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
-    try:
-        rank, world_size, local_rank = (int(environ[name]) for name in prefix) if prefix else (0, 1, 0)
-        if prefix:
-            environ["MASTER_ADDR"], environ["MASTER_PORT"]
-    except (KeyError, ValueError) as error:
-        fix = "launch with torchrun or a script of slurm/, which set it"
-        raise UserError(f"{error} is missing or no number", "environment", fix) from error
-    # DeepSpeed reads these even when the process group exists already
+    rank, world_size, local_rank, together = launch()
+    index, device = _device(local_rank)
+    # DeepSpeed reads these even when the process group exists already; its LOCAL_RANK is the number of a device
     _set_variables({"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(local_rank)})
-    device = _device(local_rank)
-    timeout = timedelta(seconds=timeout_seconds)
+    if index != local_rank:
+        _set_variables({"LOCAL_RANK": str(index)}, instead=True)
+    # NCCL's own watchdog takes a job that was suspended for one that hangs
+    _set_variables({"TORCH_NCCL_ENABLE_MONITORING": "0"})
+    timeout, long = timedelta(seconds=timeout_seconds), timedelta(seconds=collective_seconds or timeout_seconds)
     backend = "nccl" if device.type == "cuda" else "gloo"
     if not dist.is_initialized():
-        if prefix:
-            dist.init_process_group(backend, init_method="env://", rank=rank, world_size=world_size, timeout=timeout)
+        store: dist.Store = dist.HashStore()
+        if together:
+            store, _, _ = next(rendezvous("env://", rank, world_size, timeout=timeout))
+            master = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+            interface = choose_interface(dist.PrefixStore("interface", store), rank, world_size, master)
+            _set_variables({VARIABLE: interface} if interface else {})
         else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
             _set_variables({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())})
-    control = dist.new_group(backend="gloo", timeout=timeout)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=long)
+    control = dist.new_group(backend="gloo", timeout=long)
     assert isinstance(control, dist.ProcessGroup)
-    return Ranks(rank, world_size, local_rank, device, control)
+    ranks = Ranks(rank, world_size, local_rank, device, control)
+    if device.type == "cuda":
+        _require_own_devices(ranks)
+    return ranks
+
+
+def collectives_begun() -> int:
+    """Collectives that this rank has begun so far, in all groups, as torch counts them; 0 where it does not tell."""
+    try:
+        groups = list(distributed_c10d._world.pg_map)
+        return sum(group._get_sequence_number_for_group() for group in groups)  # type: ignore[attr-defined]
+    except (AttributeError, RuntimeError):
+        return 0
 
 
 @contextmanager
@@ -128,48 +153,67 @@ def crash_together(ranks: Ranks) -> Iterator[None]:
     except Exception as error:
         if ranks.world_size == 1:
             raise
+        text = "".join(traceback.format_exception(error))
         if _lost_peer(error):
             time.sleep(_LOST_PEER_SECONDS)
-            print(f"error: rank {ranks.rank} lost another rank: {error}", file=sys.stderr, flush=True)
+            print(f"error: rank {ranks.rank} lost another rank: {error}\n{text}", file=sys.stderr, flush=True)
         else:
-            text = "".join(traceback.format_exception(error))
             print(f"error: rank {ranks.rank} of {ranks.world_size} crashed\n{text}", file=sys.stderr, flush=True)
         os._exit(1)
 
 
+_LOST_PEER = (
+    *("connection closed by peer", "connection reset", "broken pipe", "connection refused"),  # gloo
+    *("remote process exited", "network error", "socket timeout", "connection closed by remote peer"),  # NCCL
+)
+
+
 def _lost_peer(error: BaseException) -> bool:
-    """Whether a collective failed because another process ended; gloo says so in words alone."""
-    words = ("connection closed by peer", "connection reset", "broken pipe", "connection refused")
-    return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in words)
+    """Whether a collective failed because another process ended; libraries say so in words alone."""
+    return any(word in str(error).lower() for word in _LOST_PEER)
 
 
 def shut_down() -> None:
     """Leave the process group, and the environment as it was: a later child is no rank of it."""
     if dist.is_initialized():
         dist.destroy_process_group()
-    while _added_variables:
-        os.environ.pop(_added_variables.pop(), None)
+    while _changed_variables:
+        name, before = _changed_variables.pop()
+        if before is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = before
 
 
-def _set_variables(variables: dict[str, str]) -> None:
+def _set_variables(variables: dict[str, str], instead: bool = False) -> None:
     for name, value in variables.items():
-        if name not in os.environ:
+        if instead or name not in os.environ:
+            _changed_variables.append((name, os.environ.get(name)))
             os.environ[name] = value
-            _added_variables.append(name)
 
 
-def _device(local_rank: int) -> torch.device:
+def _device(local_rank: int) -> tuple[int, torch.device]:
+    """The device of a task, and its number here. Where each task sees its own GPU alone, all of them are number 0."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        return torch.device("cpu")
-    if local_rank >= torch.cuda.device_count():
+        return local_rank, torch.device("cpu")
+    count = torch.cuda.device_count()
+    index = 0 if count == 1 else local_rank
+    if index >= count:
         raise UserError(
-            f"local rank {local_rank} has no GPU of its own ({torch.cuda.device_count()} visible)",
-            "launch",
-            "start one task per GPU",
+            f"local rank {local_rank} has no GPU of its own ({count} visible)", "launch", "start one task per GPU"
         )
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
+    torch.cuda.set_device(index)
+    return index, torch.device("cuda", index)
+
+
+def _require_own_devices(ranks: Ranks) -> None:
+    """Two ranks on one GPU would wait for each other in NCCL."""
+    own = (platform.node(), str(torch.cuda.get_device_properties(ranks.device).uuid))
+    devices = ranks.gather(own)
+    if other := next((rank for rank, there in enumerate(devices) if there == own and rank != ranks.rank), None):
+        first, second = sorted((ranks.rank, other))
+        raise UserError(f"ranks {first} and {second} share a GPU of {own[0]}", "launch", "start one task per GPU")
 
 
 def _free_port() -> int:

@@ -21,7 +21,8 @@ from pipeline.method.tri_branch import Branch
 _STAGE = 3
 _GATHERING = {
     "stage3_param_persistence_threshold": PERSISTENT,
-    "stage3_max_reuse_distance": 0,  # no weight stays gathered from the forward to the backward pass
+    "stage3_max_reuse_distance": 0,  # no weight stays gathered from the forward to the backward pass,
+    "stage3_prefetch_bucket_size": 0,  # nor is fetched for the backward pass while the forward pass goes on
     "sub_group_size": 10**15,  # one flat vector per parameter group
     "memory_efficient_linear": False,  # it would replace torch's linear everywhere; our layers see to it themselves
 }
@@ -40,7 +41,7 @@ class ParameterShards(Sharded):
         for branch in (student, teacher):
             _cut_up(branch.to(working_dtype(config)), config)
         optimizer = adamw(student, specs, config, device)
-        zero = {**_GATHERING, "reduce_bucket_size": bucket, "stage3_prefetch_bucket_size": bucket}
+        zero = {**_GATHERING, "reduce_bucket_size": bucket}
         super().__init__(initialize(student, optimizer, config, _STAGE, **zero), config)
         self._teacher_engine = initialize(teacher, None, config, _STAGE, **zero)
         self.teacher = self._teacher_engine

@@ -57,6 +57,7 @@ class Evaluation:
         ranks: processes that share the work; None for this one alone.
         progress: show progress bars.
         max_pixels: larger images are left out.
+        alive: called whenever it got on.
     """
 
     method: str
@@ -65,6 +66,7 @@ class Evaluation:
     ranks: Ranks | None = None
     progress: bool = False
     max_pixels: int = MAX_PIXELS
+    alive: Callable[[], None] = lambda: None
 
     @property
     def device(self) -> torch.device:
@@ -95,6 +97,7 @@ class Evaluation:
             ]
 
         images = _everywhere(self.ranks, open_images)
+        threads = _threads(self.ranks)
         results: Results = {}
         for group in target.groups(sum(map(len, images)), _GROUP_BYTES):
             models = {candidate.name: candidate.load() for candidate in group}
@@ -104,8 +107,9 @@ class Evaluation:
                     source,
                     ranks=self.ranks,
                     device=self.device,
-                    threads=_threads(self.ranks),
+                    threads=threads,
                     progress=self.progress,
+                    alive=self.alive,
                 )
                 for source in images
             )
@@ -113,6 +117,7 @@ class Evaluation:
             _require_samples(val, images[1].dataset)
             for candidate in group:
                 score = self._classify(candidate.name, train, val)
+                self.alive()
                 results[candidate.name] = {
                     **score,
                     "train_images": len(train.labels),
@@ -253,10 +258,8 @@ def _require_samples(features: LabelledFeatures, dataset: Dataset) -> None:
 
 
 def _threads(ranks: Ranks | None) -> int:
-    """This rank's part of the CPUs that the process may use, at most 16."""
-    cpus = len(os.sched_getaffinity(0))
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world_size)) if ranks else 1
-    return min(max(cpus // local, 1), 16)
+    """This rank's part of the CPUs that the process may use, at most 16. Collective."""
+    return min(ranks.cpu_share() if ranks else len(os.sched_getaffinity(0)), 16)
 
 
 def _record(path: Path, results: Results) -> None:

@@ -2,7 +2,7 @@
 
 import sys
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import Any, NamedTuple, cast
@@ -46,6 +46,7 @@ def extract_features(
     threads: int = 2,
     batch_size: int = BATCH_SIZE,
     progress: bool = False,
+    alive: Callable[[], None] = lambda: None,
 ) -> LabelledFeatures:
     """Run frozen models over the labelled samples of some shards.
 
@@ -59,6 +60,7 @@ def extract_features(
         threads: that decode images.
         batch_size: images per forward pass.
         progress: show a progress bar on standard error.
+        alive: called after every batch.
     """
     rank, world_size = (ranks.rank, ranks.world_size) if ranks else (0, 1)
     device = torch.device(device)
@@ -75,6 +77,7 @@ def extract_features(
             parts[name].append(pooled(model, x).cpu())
         seen += [sample.record for sample in batch]
         labels += [sample.label for sample in batch]
+        alive()
     own = {name: torch.cat(part) if part else torch.empty(0, 0) for name, part in parts.items()}
     return _gather(own, seen, labels, skipped, ranks)
 

@@ -1,6 +1,7 @@
 """k-NN accuracy of three sub-networks while they train."""
 
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -23,13 +24,14 @@ class OnlineEvaluation:
     Args:
         config: the experiment.
         ranks: this process and its peers.
+        alive: called whenever an evaluation got on, by each rank in its own time.
 
     Raises:
         UserError: `eval.every_steps` is set, but not what to evaluate on, or its classes are not those of the training
             shards.
     """
 
-    def __init__(self, config: ExperimentConfig, ranks: Ranks):
+    def __init__(self, config: ExperimentConfig, ranks: Ranks, alive: Callable[[], None] = lambda: None):
         self.config, self.ranks = config, ranks
         self._log = Journal(Path(config.run.dir) / "eval" / "online_knn.jsonl")
         self._evaluation: Evaluation | None = None
@@ -38,7 +40,7 @@ class OnlineEvaluation:
         train, val = config.eval.train or config.data.train, config.eval.val or config.data.val
         if val is None:
             raise UserError("there is nothing to evaluate on", "eval.val", "name labelled shards, or unset every_steps")
-        self._evaluation = Evaluation("knn", train, val, ranks, max_pixels=config.data.max_pixels)
+        self._evaluation = Evaluation("knn", train, val, ranks, max_pixels=config.data.max_pixels, alive=alive)
         warn_of_doubt(self._evaluation)
 
     def due(self, step: int) -> bool:

@@ -7,10 +7,15 @@ import torch
 
 
 def memory_bytes(device: torch.device) -> dict[str, int]:
-    """Memory in use by kind; the last kind is the peak."""
+    """Memory in use by kind; the last kind is the peak.
+
+    On a GPU `outside` is what is in use beside torch's own: DALI's and NCCL's buffers, kernels, and other processes.
+    """
     if device.type == "cuda":
+        free, capacity = torch.cuda.mem_get_info(device)
         return {
-            "capacity": torch.cuda.get_device_properties(device).total_memory,
+            "capacity": capacity,
+            "outside": capacity - free - torch.cuda.memory_reserved(device),
             "reserved": torch.cuda.memory_reserved(device),
             "allocated": torch.cuda.memory_allocated(device),
             "peak": torch.cuda.max_memory_allocated(device),

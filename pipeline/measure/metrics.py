@@ -45,7 +45,11 @@ def _counter(name: str, help: str, *labels: str, everywhere: bool = False) -> Fa
 _NODE = (
     _counter("poa_images_total", "Images trained on since the process started", everywhere=True),
     _gauge("poa_step", "Completed steps of the run", everywhere=True),
-    _gauge("poa_step_timestamp_seconds", "When the last step ended, Unix time", everywhere=True),
+    _gauge(
+        "poa_step_timestamp_seconds",
+        "When the last step, or a batch of an evaluation, ended, Unix time",
+        everywhere=True,
+    ),
     Family("poa_step_seconds", "histogram", "Wall time of a step", everywhere=True),
     _counter(
         "poa_phase_seconds_total", "Time per part of the step, mean of the node's ranks", "phase", everywhere=True

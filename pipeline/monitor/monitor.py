@@ -142,6 +142,14 @@ class Monitor:
             if self._exporter:
                 self._exporter.offer(self.values)
 
+    def alive(self) -> None:
+        """Between two steps this rank got on, as in an evaluation; costs no communication."""
+        with self._carefully():
+            if self._leads:
+                self.values.set("poa_step_timestamp_seconds", time.time())
+            if self._exporter:
+                self._exporter.offer(self.values)
+
     def log(self, report: StepReport) -> dict[str, Any]:
         """At every log line: what to add to the record. Collective."""
         shares = self.ranks.gather(self._share())

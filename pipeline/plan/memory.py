@@ -26,7 +26,7 @@ def memory_estimate(config: ExperimentConfig, world_size: int = 1, stage: int | 
     rows = config.data.batch_size * (2 * (1 + cost.masked_patches(config)) + config.data.local_crops.count)
     return {
         "weights (student, teacher)": 2.0 * low * count / shards,
-        "gathered weights (estimate)": 1.0 * low * min(count, block + bucket),  # one in use, one fetched ahead
+        "gathered weights (estimate)": 1.0 * low * block,  # one at a time
         "gradients": 1.0 * low * (count / shards + bucket),
         "fp32 master, AdamW, EMA": 0.0 if config.engine.offload_optimizer else state_bytes(config, world_size, stage),
         "activations (estimate)": _activations(config, largest, low),

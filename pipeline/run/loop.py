@@ -11,6 +11,7 @@ from pipeline.config import ExperimentConfig
 from pipeline.engine import distributed
 from pipeline.engine.checkpoint import Checkpoints, Progress, Saved
 from pipeline.engine.distributed import Ranks
+from pipeline.engine.layouts import deepspeed
 from pipeline.errors import UserError
 from pipeline.evaluate.online import OnlineEvaluation
 from pipeline.monitor.monitor import Monitor
@@ -24,6 +25,8 @@ from pipeline.run.slurm_job import Job, stop_signals
 from pipeline.run.step import Trainer
 from pipeline.run.threads import threads_that_fit
 from pipeline.run.watchdog import Watchdog
+
+_WEEK = 7 * 24 * 3600.0
 
 
 def train(
@@ -48,15 +51,16 @@ def train(
         UserError: the directory, the data or the launch is not usable.
     """
     with stop_signals() if stop_requested is None else nullcontext(stop_requested) as stop:
-        # collectives give up later than the watchdog, which knows more
-        ranks = distributed.initialize(1.5 * config.run.hang_timeout_seconds + 60)
+        # collectives leave it to the watchdog to give up, which knows a suspended job from one that hangs
+        ranks = distributed.initialize(1.5 * config.run.hang_timeout_seconds + 60, collective_seconds=_WEEK)
         with threads_that_fit(config, ranks.device):
             return _train(config, ranks, stop, quiet, trainer).exit_code
 
 
 def _train(config: ExperimentConfig, ranks: Ranks, stop_requested: list[int], quiet: bool, make: type[Trainer]) -> End:
     run, job = RunDirectory(Path(config.run.dir)), Job.from_environment()
-    watchdog = Watchdog(ranks.rank, ranks.world_size, config.run.hang_timeout_seconds)
+    seconds = config.run.hang_timeout_seconds
+    watchdog = Watchdog(ranks.rank, ranks.world_size, seconds, distributed.collectives_begun)
     trainer, policy = None, Policy.of(config)
     try:
         with distributed.crash_together(ranks), _giving_up(job, ranks):
@@ -72,6 +76,8 @@ def _train(config: ExperimentConfig, ranks: Ranks, stop_requested: list[int], qu
                     ranks.agree(lambda: _tell_job(job, End.DONE, config.run.requeue))
                     return End.DONE
                 settings = ranks.agree(lambda: _settle(run, config, saved))
+                watchdog.beat("the start: libraries")
+                deepspeed()
                 watchdog.beat("the start: model and optimizer")
                 trainer = make(settings.config, ranks, watchdog.beat, fresh=saved is None)
                 if saved:
@@ -80,7 +86,12 @@ def _train(config: ExperimentConfig, ranks: Ranks, stop_requested: list[int], qu
                 trainer.start_data(progress.samples)
                 ranks.agree(lambda: _open_records(run, config, settings, progress, trainer, console))
                 with Monitor(config, ranks, trainer.phases, trainer.bands, progress, policy.last_step) as monitor:
-                    evaluation = OnlineEvaluation(config, ranks)
+
+                    def alive() -> None:
+                        watchdog.alive()
+                        monitor.alive()
+
+                    evaluation = OnlineEvaluation(config, ranks, alive)
                     life = Run(config, run, job, watchdog, trainer, checkpoints, progress, monitor, evaluation, console)
                     end = life.live(policy, stop_requested)
                     monitor.complete = end is End.DONE

@@ -69,14 +69,22 @@ def test_twenty_kills_lose_and_double_nothing(train, tmp_path, experiment):
     assert not list((killed / "checkpoints").glob(".*"))
 
 
-def test_sigterm_saves_and_exits_75_and_the_run_goes_on(train, tmp_path, experiment):
+def test_sigterm_and_ctrl_c_save_and_exit_75_and_the_run_goes_on_until_it_is_complete(train, tmp_path, experiment):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     codes, output = train(
-        experiment(run={"checkpoint_every_steps": 1000}), to(whole, 12), to(stopped, 12, kill="signal"), to(stopped, 12)
+        experiment(run={"checkpoint_every_steps": 1000}),
+        to(whole, 18),
+        to(stopped, 18, kill="signal"),
+        to(stopped, 18, kill="interrupt"),
+        to(stopped, 18),
+        to(stopped, 18),
     )
-    assert codes == [0, 75, 0]
-    assert "stopped on a signal" in output
+    assert codes == [0, 75, 75, 0, 0]
+    assert output.count("stopped on a signal after saving step") == 2
+    assert output.count("interrupted: saving after this step") == 1
+    assert f"{stopped} is complete: it has a checkpoint of step 18" in output
     assert values(stopped) == values(whole)
+    assert len(json.loads((stopped / "manifest.json").read_text())["starts"]) == 3  # a complete run does not start
 
 
 def test_a_damaged_checkpoint_is_passed_over_loudly(train, tmp_path, experiment):

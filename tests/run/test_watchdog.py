@@ -79,8 +79,10 @@ def test_rank_whose_native_code_holds_the_interpreter_is_named_by_the_others(end
     assert "Last known stack of rank 1:" in log
 
 
-def beat(rank: int, beats: int, written: float, stack: str = "in all_reduce, torch/distributed/c10d.py") -> Heartbeat:
-    return Heartbeat(rank, "host", 100 + rank, beats, "data of step 7", 30.0, written, stack)
+def beat(
+    rank: int, beats: int, written: float, stack: str = "in all_reduce, torch/distributed/c10d.py", collectives: int = 9
+) -> Heartbeat:
+    return Heartbeat(rank, "host", 100 + rank, beats, collectives, "data of step 7", 30.0, written, stack)
 
 
 def test_rank_with_the_fewest_beats_is_the_one_that_stopped():
@@ -96,6 +98,12 @@ def test_heartbeat_that_nobody_writes_any_more_goes_before_few_beats():
 def test_among_equals_the_rank_outside_of_a_collective_is_the_one_that_stopped():
     hearts = [beat(0, 41, 1000.0), beat(1, 41, 999.0, stack="in read, loader.py"), beat(2, 41, 999.0)]
     assert [h.rank for h in find_stopped(hearts, 5.0)] == [1]
+
+
+def test_among_equals_the_rank_that_has_begun_the_fewest_collectives_is_the_one_that_stopped():
+    """Under NCCL all of them wait in frames of their own code."""
+    hearts = [beat(rank, 41, 999.0, stack="in tolist, agreement.py", collectives=9 - (rank == 2)) for rank in range(4)]
+    assert [h.rank for h in find_stopped(hearts, 5.0)] == [2]
 
 
 def test_no_rank_is_blamed_when_all_wait():

@@ -11,10 +11,7 @@ from pipeline.config import load_config
 from pipeline.engine import distributed, zero3
 from pipeline.run.step import Trainer
 
-zero3.BUCKET = 1  # gradients are reduced one by one
-initialize = zero3.initialize
-nothing_early = {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 0}
-zero3.initialize = lambda *args, **zero: initialize(*args, **(zero | nothing_early))
+zero3._GATHERING["stage3_param_persistence_threshold"] = 0  # all weights of these networks are small
 
 
 def watch(path: Path, ranks: distributed.Ranks) -> list[list[str]]:

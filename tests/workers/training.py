@@ -4,7 +4,7 @@ Usage: training.py CONFIG PLAN, with PLAN a JSON list of attempts, each an objec
 
     overrides   list of KEY=VALUE
     kill        null, or "steps:N" (kill -9 once N more lines are logged), "save" (as soon as a checkpoint is begun),
-                "signal" (SIGTERM after the first line)
+                "signal" (SIGTERM after the first line), "interrupt" (SIGINT then)
     delay       seconds between that moment and the signal
 
 Prints one JSON list: exit code of every attempt, negative for a signal.
@@ -40,6 +40,7 @@ def attempt(config_path: str, plan: dict) -> int:
         "none": lambda: False,
         "steps": lambda: lines(run) >= before + int(count or 1),
         "signal": lambda: lines(run) >= before + 1,
+        "interrupt": lambda: lines(run) >= before + 1,
         "save": lambda: any(run.glob("checkpoints/.step_*.tmp")),
     }[kind]
     sent = False
@@ -49,7 +50,7 @@ def attempt(config_path: str, plan: dict) -> int:
             return os.waitstatus_to_exitcode(status)
         if not sent and moment():
             time.sleep(plan.get("delay", 0.0))
-            os.kill(child, signal.SIGTERM if kind == "signal" else signal.SIGKILL)
+            os.kill(child, {"signal": signal.SIGTERM, "interrupt": signal.SIGINT}.get(kind, signal.SIGKILL))
             sent = True
         time.sleep(0.002)
 

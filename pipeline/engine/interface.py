@@ -1,0 +1,60 @@
+"""The network interface by which the nodes of a run reach each other."""
+
+import os
+import platform
+import socket
+
+import psutil
+import torch.distributed as dist
+
+from pipeline.errors import UserError
+
+VARIABLE = "GLOO_SOCKET_IFNAME"
+
+
+def choose_interface(store: dist.Store, rank: int, world_size: int, master: tuple[str, int]) -> str | None:
+    """The interface for gloo; None where one node has all ranks, or the user has named one. Collective.
+
+    Gloo binds to the address that the host's own name resolves to. On many machines that is 127.0.1.1, to which no
+    other node can connect, and the run would wait for ever. (NCCL looks at the interfaces themselves.)
+
+    Args:
+        store: that the ranks share.
+        rank: of this process.
+        world_size: how many there are.
+        master: address and port by which rank 0 is found.
+
+    Raises:
+        UserError: this machine has no interface of the name that the user gave.
+    """
+    named = os.environ.get(VARIABLE)
+    if named is not None:
+        missing = [name for name in named.split(",") if name not in psutil.net_if_addrs()]
+        if missing:
+            have = ", ".join(psutil.net_if_addrs())
+            raise UserError(f"{platform.node()} has no interface {missing[0]}", VARIABLE, f"name one of {have}")
+    host, address = platform.node(), local_address(*master)
+    store.set(f"address/{rank}", f"{host} {address}")
+    rows = [row.decode().split(" ") for row in store.multi_get([f"address/{r}" for r in range(world_size)])]
+    elsewhere = [there for name, there in rows if name != host]
+    if not elsewhere or named is not None:
+        return None
+    if host == rows[0][0]:  # the master's own name may be that of its loopback, here alone
+        address = local_address(elsewhere[0], master[1])
+    return interface_of(address)
+
+
+def local_address(target: str, port: int) -> str:
+    """Which of this machine's addresses a connection to a target would come from; sends nothing."""
+    family, kind, protocol, _, place = socket.getaddrinfo(target, port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.connect(place)
+        return probe.getsockname()[0]
+
+
+def interface_of(address: str) -> str | None:
+    """The interface that has an address of this machine."""
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(entry.address.partition("%")[0] == address for entry in addresses):
+            return name
+    return None

@@ -1,0 +1,99 @@
+"""What slurm/common.sh makes of the end of a run, with stand-ins for Slurm's commands (`tests/cluster` has real ones)."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+STAND_INS = """
+POA_SLURM={root}/slurm
+source "$POA_SLURM/common.sh"
+sleep() {{ :; }}
+getent() {{ :; }}
+srun() {{ {srun}; }}
+scontrol() {{
+    case "$*" in
+        "show hostnames "*) echo n1 ;;
+        requeue*) echo "scontrol $*" >>"$LOG" ;;
+        *)
+            if [ "$(wc -l <"$LOG")" -lt {away} ]; then echo away >>"$LOG"; return 1; fi
+            echo "JobState=X Reason={reason} Restarts=0 "
+            ;;
+    esac
+}}
+"""
+
+
+def run(tmp_path: Path, srun: str, reason: str = "None", away: int = 0, command: str = "train_and_requeue"):
+    """Exit code, what was printed, and what Slurm was asked for; it answers from the `away`-th question on."""
+    log = tmp_path / "log"
+    log.write_text("")
+    environment = {"PATH": os.environ["PATH"], "SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": str(tmp_path), "LOG": str(log)}
+    environment |= {"SLURM_NTASKS": "2", "SLURM_JOB_NODELIST": "n[1-2]"}
+    script = STAND_INS.format(root=ROOT, srun=srun, reason=reason, away=away) + command
+    words = ["bash", "-uo", "pipefail", "-c", script]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    return done.returncode, done.stdout + done.stderr, log.read_text()
+
+
+def ends(how: str, code: int, step: int) -> str:
+    return f'echo {step} >"$POA_JOB_DIR/progress"; echo "{how}" >"$POA_JOB_DIR/end.0"; return {code}'
+
+
+@pytest.mark.parametrize(
+    ("srun", "code", "message", "requeued"),
+    [
+        (ends("done", 0, 9), 0, "done", False),
+        (ends("stopped", 75, 9), 1, "stopped on a signal at step 9; requeueing", True),
+        (ends("stay", 75, 9), 75, "run.requeue is off", False),
+        (ends("give up", 1, 9), 1, "gave up at step 9: another attempt would end alike", False),
+        (ends("give up", 2, 9), 2, "gave up", False),
+        (ends("try again", 1, 9), 1, "failed (exit code 1) after saving step 9; requeueing", True),
+        (ends("try again", 1, 0), 1, "without a new checkpoint: not trying again", False),
+        ('echo 9 >"$POA_JOB_DIR/progress"; return 137', 1, "failed (exit code 137) after saving step 9", True),
+        ("return 137", 137, "without a new checkpoint: not trying again", False),
+    ],
+)
+def test_job_does_what_the_run_says(tmp_path, srun, code, message, requeued):
+    found, output, log = run(tmp_path, srun)
+    assert found == code, output
+    assert message in output
+    assert ("scontrol requeue 7" in log) == requeued
+
+
+def test_word_of_an_earlier_job_with_the_same_number_does_not_count(tmp_path):
+    directory = tmp_path / "runs" / ".jobs" / "7"
+    directory.mkdir(parents=True)
+    (directory / "end.0").write_text("done\n")
+    code, output, _ = run(tmp_path, "return 1")
+    assert code == 1
+    assert "without a new checkpoint" in output
+
+
+TERMINATED = 'kill -TERM $$; echo 9 >"$POA_JOB_DIR/progress"; echo stopped >"$POA_JOB_DIR/end.0"; return 75'
+
+
+@pytest.mark.parametrize(("reason", "requeued"), [("TimeLimit", True), ("None", False)])
+def test_controller_that_does_not_answer_is_asked_again_before_a_job_counts_as_cancelled(tmp_path, reason, requeued):
+    code, output, log = run(tmp_path, TERMINATED, reason=reason, away=3)
+    assert code == 1
+    assert output.count("no answer from Slurm") == 3
+    assert ("scontrol requeue 7" in log) == requeued
+    assert ("ended by Slurm" in output) != requeued
+
+
+@pytest.mark.parametrize(
+    ("variables", "cpus"),
+    [
+        ("SLURM_CPUS_PER_TASK=12", 12),
+        ("SLURM_CPUS_PER_GPU=6", 6),
+        ("SLURM_CPUS_PER_GPU=6 SLURM_GPUS_PER_TASK=h100:2", 12),
+        ("SLURM_CPUS_PER_TASK=4 SLURM_CPUS_PER_GPU=6", 4),
+        ("OTHER=1", 1),
+    ],
+)
+def test_cpus_of_a_task_follow_from_those_of_a_gpu(tmp_path, variables, cpus):
+    code, output, _ = run(tmp_path, "true", command=f"{variables}; cpus_per_task")
+    assert (code, output.strip()) == (0, str(cpus))
