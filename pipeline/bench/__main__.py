@@ -1,4 +1,4 @@
-"""`python -m pipeline.bench step|data|layout|metrics CONFIG`: one JSON object, with what it was measured on."""
+"""`python -m pipeline.bench step|data|layout|metrics|start CONFIG`: one JSON object, with what it was measured on."""
 
 import argparse
 import json
@@ -13,12 +13,12 @@ from pipeline.errors import UserError
 def main() -> int:
     """Print one JSON object with the figures and what they were measured on."""
     parser = argparse.ArgumentParser(prog="python -m pipeline.bench", description=__doc__)
-    parser.add_argument("what", choices=("step", "data", "layout", "metrics"))
+    parser.add_argument("what", choices=("step", "data", "layout", "metrics", "start"))
     parser.add_argument("config", metavar="CONFIG")
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", default=[])
     parser.add_argument("--steps", type=int, default=20, help="to measure, or batches or passes (default: %(default)s)")
     parser.add_argument("--warmup", type=int, default=5, help="steps before (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=8, help="of metrics (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=8, help="of metrics, or starts (default: %(default)s)")
     args = parser.parse_args()
     try:
         config = load_config(args.config, args.overrides)
@@ -37,6 +37,10 @@ def main() -> int:
             from pipeline.bench.metrics import benchmark_metrics
 
             result = benchmark_metrics(config, args.steps, args.rounds)
+        elif args.what == "start":
+            from pipeline.bench.start import benchmark_start
+
+            result = benchmark_start(args.config, args.overrides, args.rounds)
         else:
             from pipeline.bench.step import benchmark_step
 
