@@ -1,4 +1,4 @@
-"""`python -m pipeline.bench step|data|layout|metrics CONFIG` prints one JSON object; `... gpu` writes a report."""
+"""`python -m pipeline.bench step|data|layout|metrics|start CONFIG` prints one JSON object; `... gpu` writes a report."""
 
 import argparse
 import json
@@ -48,21 +48,24 @@ def _parser() -> argparse.ArgumentParser:
         "data": "the data pipeline, by stage",
         "layout": "NCHW against channels_last, for networks with convolutions",
         "metrics": "what metrics cost a training",
+        "start": "from the command to the end of the first step",
     }
     for kind, text in texts.items():
         sub = kinds.add_parser(kind, help=text)
         sub.add_argument("config", metavar="CONFIG")
         sub.add_argument("overrides", metavar="KEY=VALUE", nargs="*", default=[])
-        sub.add_argument(
-            "--steps", type=int, default=20, help="to measure, or batches or passes (default: %(default)s)"
-        )
+        if kind != "start":
+            sub.add_argument(
+                "--steps", type=int, default=20, help="to measure, or batches or passes (default: %(default)s)"
+            )
+        if kind in ("metrics", "start"):
+            sub.add_argument("--rounds", type=int, default=8, help="of all of it (default: %(default)s)")
         if kind in ("step", "layout"):
             sub.add_argument("--warmup", type=int, default=5, help="steps before (default: %(default)s)")
     step = kinds.choices["step"]
     step.add_argument("--synthetic", action="store_true", help="random pictures: no shards, no DALI")
     step.add_argument("--against", choices=("plain",), help="a plain implementation beside ours, step by step")
     step.add_argument("--subnets", default="", metavar="NAME,...", help="elastic students, by turns")
-    kinds.choices["metrics"].add_argument("--rounds", type=int, default=8, help="(default: %(default)s)")
     gpu = kinds.add_parser("gpu", help="everything that wants a GPU, in a quarter of an hour, each part on its own")
     gpu.add_argument("stages", nargs="*", metavar="STAGE", default=[], help=f"of {' '.join(STAGES)}; all by default")
     gpu.add_argument(
@@ -85,6 +88,10 @@ def _measure(args: argparse.Namespace, config: ExperimentConfig, device: str) ->
         from pipeline.bench.metrics import benchmark_metrics
 
         return benchmark_metrics(config, args.steps, args.rounds)
+    if args.what == "start":
+        from pipeline.bench.start import benchmark_start
+
+        return benchmark_start(args.config, args.overrides, args.rounds)
     from pipeline.bench.step import benchmark_step
 
     options = {

@@ -7,6 +7,7 @@ Probabilities and ranges are those of DINO and DINOv2.
 
 from collections.abc import Callable, Sequence
 from enum import IntEnum
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,9 @@ MEAN = (0.485, 0.456, 0.406)  # ImageNet's, for pixels in 0..1
 STD = (0.229, 0.224, 0.225)
 LUMA = (0.299, 0.587, 0.114)
 GLOBAL_CROPS = 2
+
+Where = Callable[[Any, Callable[[Any], Any], Any], Any]
+"""condition, change, x -> `change(x)` for those samples of a batch where the condition holds, x for the others."""
 
 _BOX_TRIES = 10
 _RATIO = (3 / 4, 4 / 3)
@@ -143,20 +147,35 @@ def make_pipeline(
     global crops `[B, 2, 3, S, S]` and, if there are any, local crops `[B, L, 3, s, s]`.
     """
     from nvidia.dali import fn, pipeline_def, types
+    from nvidia.dali.pipeline import do_not_convert
 
-    @pipeline_def(enable_conditionals=True)
-    def graph() -> tuple[Any, ...]:
+    @do_not_convert
+    def outputs(rewritten: Where) -> tuple[Any, ...]:
+        def where(condition: Any, change: Callable[[Any], Any], x: Any) -> Any:
+            return rewritten(condition, do_not_convert(change), x)
+
         encoded, drawn, positions = fn.external_source(
             source=source, num_outputs=3, batch=True, dtype=[types.UINT8, types.FLOAT, types.INT64], ndim=[1, 2, 1]
         )
         image = _decode(encoded, device_id)
         local = data.local_crops
-        crops = [_crop(image, drawn[i], data.global_crops.size, data.hue, i == 1) for i in range(GLOBAL_CROPS)]
-        outputs = [_normalize(crops, half)]
+        crops = [_crop(image, drawn[i], data.global_crops.size, data.hue, where) for i in range(GLOBAL_CROPS)]
+        crops[1] = _solarize(crops[1], drawn[1], where)
+        found = [_normalize(crops, half)]
         if local.count:
             rows = (drawn[GLOBAL_CROPS + i] for i in range(local.count))
-            outputs.append(_normalize([_crop(image, row, local.size, data.hue, False) for row in rows], half))
-        return positions, image.shape(), *outputs
+            found.append(_normalize([_crop(image, row, local.size, data.hue, where) for row in rows], half))
+        return positions, image.shape(), *found
+
+    @pipeline_def(enable_conditionals=True)
+    def graph() -> tuple[Any, ...]:
+        # the one condition, for DALI rewrites all functions that it finds to hold some: half a second for this file
+        def where(condition: Any, change: Callable[[Any], Any], x: Any) -> Any:
+            if condition:
+                x = change(x)
+            return x
+
+        return outputs(where)
 
     pipeline = graph(
         batch_size=data.batch_size, num_threads=data.threads, device_id=device_id, seed=0, prefetch_queue_depth=2
@@ -205,7 +224,7 @@ def _decode(encoded: Any, device_id: int | None) -> Any:
     )
 
 
-def _crop(image: Any, p: Any, size: int, hue: str, solarize: bool) -> Any:
+def _crop(image: Any, p: Any, size: int, hue: str, where: Where) -> Any:
     """One augmented crop, uint8 HWC; `p` is its row of parameters."""
     from nvidia.dali import fn, types
 
@@ -213,40 +232,42 @@ def _crop(image: Any, p: Any, size: int, hue: str, solarize: bool) -> Any:
     box = fn.cast(p[P.TOP : P.RIGHT + 1], dtype=types.INT32)
     x = fn.slice(image, start=box[:2], end=box[2:], axes=(0, 1))
     x = fn.resize(x, size=(size, size), interp_type=types.INTERP_CUBIC, antialias=True)
-    if p[P.TRANSPOSE] > 0.0:
-        x = fn.transpose(x, perm=[1, 0, 2], transpose_layout=False)
+    x = where(p[P.TRANSPOSE] > 0.0, lambda x: fn.transpose(x, perm=[1, 0, 2], transpose_layout=False), x)
     x = fn.flip(
         x, horizontal=fn.cast(p[P.MIRROR_X], dtype=types.INT32), vertical=fn.cast(p[P.MIRROR_Y], dtype=types.INT32)
     )
-    x = _saturate(_turn_hue(x, p), p) if hue == "hsv" else _saturate_and_turn_hue(x, p)
+    if hue == "hsv":
+        x = where(p[P.HUE] != 0.0, lambda x: _turn_hue(x, p), x)
+        x = _saturate(x, p, where)
+    else:
+        x = _saturate_and_turn_hue(x, p, where)
     x = _contrast_and_brightness(x, p)
-    if p[P.SIGMA] > 0.0:
-        x = fn.gaussian_blur(x, window_size=_BLUR_WINDOW, sigma=p[P.SIGMA])
-    if solarize:  # noqa: SIM102  Python branches on the crop, DALI on the data
-        if p[P.SOLARIZE] > 0.0:
-            x = fn.lookup_table(x, keys=list(range(256)), values=_SOLARIZED, dtype=types.UINT8)
-    return x
+    return where(p[P.SIGMA] > 0.0, lambda x: fn.gaussian_blur(x, window_size=_BLUR_WINDOW, sigma=p[P.SIGMA]), x)
 
 
-def _saturate_and_turn_hue(x: Any, p: Any) -> Any:
+def _solarize(x: Any, p: Any, where: Where) -> Any:
+    from nvidia.dali import fn, types
+
+    invert = partial(fn.lookup_table, keys=list(range(256)), values=_SOLARIZED, dtype=types.UINT8)
+    return where(p[P.SOLARIZE] > 0.0, invert, x)
+
+
+def _saturate_and_turn_hue(x: Any, p: Any, where: Where) -> Any:
     """Saturation about the luma and hue in YIQ, where both are one matrix; grey has no hue."""
     from nvidia.dali import fn
 
-    if p[P.SATURATION] == 0.0:
-        x = _grey(x)
-    elif p[P.SATURATION] != 1.0 or p[P.HUE] != 0.0:
-        x = fn.hsv(x, hue=p[P.HUE], saturation=p[P.SATURATION])
-    return x
+    saturation, hue = p[P.SATURATION], p[P.HUE]
+    x = where(saturation == 0.0, _grey, x)
+    coloured = (saturation != 0.0) & ((saturation != 1.0) | (hue != 0.0))
+    return where(coloured, lambda x: fn.hsv(x, hue=hue, saturation=saturation), x)
 
 
-def _saturate(x: Any, p: Any) -> Any:
+def _saturate(x: Any, p: Any, where: Where) -> Any:
     from nvidia.dali import fn
 
-    if p[P.SATURATION] == 0.0:
-        x = _grey(x)
-    elif p[P.SATURATION] != 1.0:
-        x = fn.saturation(x, saturation=p[P.SATURATION])
-    return x
+    saturation = p[P.SATURATION]
+    x = where(saturation == 0.0, _grey, x)
+    return where((saturation != 0.0) & (saturation != 1.0), lambda x: fn.saturation(x, saturation=saturation), x)
 
 
 def _grey(x: Any) -> Any:
@@ -260,20 +281,18 @@ def _turn_hue(x: Any, p: Any) -> Any:
     """Turn the hue in HSV space, as torchvision does; DALI's own operator turns it in YIQ."""
     from nvidia.dali import fn, math, types
 
-    if p[P.HUE] != 0.0:
-        r, g, b = (fn.cast(x[:, :, i], dtype=types.FLOAT) for i in range(3))
-        value = math.max(math.max(r, g), b)
-        chroma = value - math.min(math.min(r, g), b)
-        per_chroma = 1.0 / math.max(chroma, 1.0)  # chroma is a whole number, and without it there is no hue
-        red, green = r == value, (g == value) & (r != value)
-        sector = (
-            red * (g - b) * per_chroma
-            + green * ((b - r) * per_chroma + 2.0)
-            + (1 - red - green) * ((r - g) * per_chroma + 4.0)
-        ) + _beside(p[P.HUE] / 60.0 + 6.0, x)
-        x = fn.stack(*(_hsv_channel(value, chroma, sector + offset) for offset in (5.0, 3.0, 1.0)), axis=2)
-        x = fn.reinterpret(x, layout="HWC")
-    return x
+    r, g, b = (fn.cast(x[:, :, i], dtype=types.FLOAT) for i in range(3))
+    value = math.max(math.max(r, g), b)
+    chroma = value - math.min(math.min(r, g), b)
+    per_chroma = 1.0 / math.max(chroma, 1.0)  # chroma is a whole number, and without it there is no hue
+    red, green = r == value, (g == value) & (r != value)
+    sector = (
+        red * (g - b) * per_chroma
+        + green * ((b - r) * per_chroma + 2.0)
+        + (1 - red - green) * ((r - g) * per_chroma + 4.0)
+    ) + _beside(p[P.HUE] / 60.0 + 6.0, x)
+    x = fn.stack(*(_hsv_channel(value, chroma, sector + offset) for offset in (5.0, 3.0, 1.0)), axis=2)
+    return fn.reinterpret(x, layout="HWC")
 
 
 def _hsv_channel(value: Any, chroma: Any, sector: Any) -> Any:

@@ -10,8 +10,12 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from timm.layers import LayerNorm, LayerScale, Mlp, PatchEmbed
 from torch import Tensor, nn
+
+from pipeline.elastic.compiler import compiler_deferred
+
+with compiler_deferred():
+    from timm.layers import LayerNorm, LayerScale, Mlp, PatchEmbed
 
 
 def leading(parameter: Tensor, size: int, *, dim: int = -1, groups: int = 1) -> Tensor:

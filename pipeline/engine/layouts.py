@@ -6,12 +6,13 @@ interval of every parameter. The checkpoint is made of these.
 """
 
 import copy
+import inspect
 import logging
 import os
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, cast
 
 import torch
@@ -19,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipeline.config import EngineConfig
+from pipeline.elastic.compiler import compiler_deferred
 from pipeline.engine.groups import FlatGroup, GroupSpec, Piece
 from pipeline.engine.sizes import BUCKET
 from pipeline.method.tri_branch import Branch
@@ -202,6 +204,14 @@ class FlatShards(Sharded):
             _spread(flat, dist.get_rank() * len(group.master), len(group.master))
 
 
+class AdamW(torch.optim.AdamW):
+    """torch's, without its wrappers: they import torch's compiler, to tell it what not to compile."""
+
+    add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.AdamW.zero_grad)
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+
+
 def working_dtype(config: EngineConfig) -> torch.dtype:
     """Of the weights and activations."""
     return torch.bfloat16 if config.precision == "bf16" else torch.float32
@@ -215,7 +225,7 @@ def adamw(student: Branch, specs: list[GroupSpec], config: EngineConfig, device:
     named = dict(student.named_parameters())
     fused = device.type == "cuda" and not config.offload_optimizer
     groups = [{"params": [named[n] for n in spec.names], "lr": 0.0, "weight_decay": 0.0} for spec in specs]
-    return torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=fused)
+    return AdamW(groups, betas=(0.9, 0.999), fused=fused)
 
 
 def settings(config: EngineConfig, stage: int) -> dict[str, Any]:
@@ -280,10 +290,15 @@ def deepspeed() -> Any:
     import deepspeed
     from deepspeed.utils import logger
 
+    with compiler_deferred(), suppress(ImportError):
+        # DeepSpeed will ask whether the optimizer is this one, whose functions are to be compiled
+        import deepspeed.runtime.zero.muon.muon_optimizer
+
     logger.setLevel(logging.ERROR)
     for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):  # DeepSpeed's own calls
         warnings.filterwarnings("ignore", message=f".*{name}", category=FutureWarning)
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else compiled at first use, and not needed
+    # none of its own operators is needed; it would run a C compiler to see which it could build, and build one
+    deepspeed.ops.__compatible_ops__ = {}
     return deepspeed
 
 

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from timm.data import resolve_data_config
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.elastic import Grid, Subnet
 from pipeline.errors import UserError
@@ -127,6 +126,8 @@ def pixels_target() -> Target:
 
 def _measure(model: nn.Module, input_size: Sequence[int]) -> tuple[float, int]:
     """GFLOPs for one image, and channels of the pooled features."""
+    from torch.utils.flop_counter import FlopCounterMode  # imports Triton, which a run that evaluates has no use for
+
     counter = FlopCounterMode(display=False)
     fused: list[Any] = [module for module in model.modules() if getattr(module, "fused_attn", False)]
     for module in fused:  # the counter does not know the CPU's fused attention
