@@ -13,11 +13,12 @@ import yaml
 
 sys.path.append(str(Path(__file__).parent / "workers"))  # launcher.py, which is no test
 
-from launcher import run_ranks, unused_port
+from launcher import ON_CPU, gpus, run_ranks, unused_port
 
 ROOT = Path(__file__).parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
+if not gpus():
+    os.environ.setdefault("DS_ACCELERATOR", ON_CPU["DS_ACCELERATOR"])
 
 TINY = {
     "model": {"image_size": 32, "drop_path": 0.0},
