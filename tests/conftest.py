@@ -14,12 +14,13 @@ import yaml
 sys.path.extend(str(Path(__file__).parent / folder) for folder in ("workers", "pictures"))  # modules that are no tests
 
 from awkward import write_awkward
-from launcher import run_ranks, unused_port
+from launcher import ON_CPU, gpus, run_ranks, unused_port
 from scenes import write_labelled
 
 ROOT = Path(__file__).parent.parent
 SHARED_DATA = Path(os.environ.get("POA_TEST_DATA") or ROOT.parent / "shared" / "data")
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
+if not gpus():
+    os.environ.setdefault("DS_ACCELERATOR", ON_CPU["DS_ACCELERATOR"])
 
 TINY = {
     "model": {"image_size": 32, "drop_path": 0.0},

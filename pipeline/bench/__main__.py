@@ -1,4 +1,4 @@
-"""`python -m pipeline.bench step|data|layout|metrics|start CONFIG` prints one JSON object; `... gpu` writes a report."""
+"""`python -m pipeline.bench step|data|layout|metrics|start CONFIG` prints one JSON object; `... gpu` a report."""
 
 import argparse
 import json

@@ -176,7 +176,9 @@ def _lost_peer(error: BaseException) -> bool:
 def shut_down() -> None:
     """Leave the process group, and the environment as it was: a later child is no rank of it."""
     if dist.is_initialized():
-        dist.destroy_process_group()
+        deepspeed = sys.modules.get("deepspeed.comm.comm")  # it holds groups of its own, for the next engine too
+        owner = deepspeed if deepspeed is not None and deepspeed.is_initialized() else dist
+        owner.destroy_process_group()
     while _changed_variables:
         name, before = _changed_variables.pop()
         if before is None:

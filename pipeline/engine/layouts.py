@@ -96,7 +96,7 @@ class Replicated(Layout):
         initial = dict(student.named_parameters())
         flats = [torch.cat([initial[name].detach().reshape(-1) for name in spec.names]) for spec in specs]
         _make_views(student, specs, flats)
-        self.engine = initialize(student, adamw(student, specs, config, device), config, 0)
+        self.engine = initialize(student, adamw(student, specs), config, 0)
         self._named: dict[str, nn.Parameter] = dict(self.engine.module.named_parameters())
         self.groups = []
         for spec, flat in zip(specs, flats, strict=True):
@@ -143,13 +143,16 @@ class FlatShards(Sharded):
     """ZeRO-1/2: DeepSpeed's flat vector per group, of which a rank owns one interval."""
 
     def __init__(self, student: Branch, specs: list[GroupSpec], config: EngineConfig, device: torch.device):
+        exact = fp32_weights(student) if working_dtype(config) != torch.float32 else None
         student.to(device)
         teacher = copy.deepcopy(student).to(working_dtype(config)).eval().requires_grad_(False)
-        optimizer = adamw(student, specs, config, device)
+        optimizer = adamw(student, specs)
         super().__init__(initialize(student, optimizer, config, config.effective_stage()), config)
         self._student_flats: list[Tensor] = self._zero.bit16_groups_flat
         self._teacher_flats = [flat.detach().clone() for flat in self._student_flats]
         self.groups = [self._group(i, spec) for i, spec in enumerate(specs)]
+        if exact:
+            start_from(self.groups, exact, device)
         _make_views(teacher, specs, self._teacher_flats)
         self.teacher = teacher
 
@@ -217,15 +220,30 @@ def working_dtype(config: EngineConfig) -> torch.dtype:
     return torch.bfloat16 if config.precision == "bf16" else torch.float32
 
 
-def adamw(student: Branch, specs: list[GroupSpec], config: EngineConfig, device: torch.device) -> torch.optim.AdamW:
+def adamw(student: Branch, specs: list[GroupSpec]) -> torch.optim.AdamW:
     """AdamW over the groups; `Engine.apply` sets learning rates and weight decay before every step.
 
-    Its state is on `device`, or on the CPU if it is offloaded.
+    Fused on CPUs as well: one pass over a vector, and no step count is read on the host.
     """
     named = dict(student.named_parameters())
-    fused = device.type == "cuda" and not config.offload_optimizer
     groups = [{"params": [named[n] for n in spec.names], "lr": 0.0, "weight_decay": 0.0} for spec in specs]
-    return AdamW(groups, betas=(0.9, 0.999), fused=fused)
+    return AdamW(groups, betas=(0.9, 0.999), fused=True)
+
+
+@torch.no_grad()
+def start_from(groups: list[FlatGroup], weights: dict[str, Tensor], device: torch.device) -> None:
+    """Set masters and EMA to rank 0's fp32 weights, of which DeepSpeed keeps the rounding to bf16. Collective."""
+    for group in groups:
+        flat = torch.cat([weights[name].reshape(-1) for name in group.spec.names]).to(device)
+        dist.broadcast(flat, 0)
+        for piece in group.pieces:
+            group.master[piece.here].copy_(flat[piece.there])
+        group.ema.copy_(group.master)
+
+
+def fp32_weights(student: Branch) -> dict[str, Tensor]:
+    """A copy on the CPU, for `start_from`."""
+    return {name: p.detach().cpu().clone() for name, p in student.named_parameters()}
 
 
 def settings(config: EngineConfig, stage: int) -> dict[str, Any]:

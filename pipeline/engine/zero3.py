@@ -14,7 +14,16 @@ import torch.distributed as dist
 
 from pipeline.config import EngineConfig
 from pipeline.engine.groups import FlatGroup, GroupSpec, Piece
-from pipeline.engine.layouts import Sharded, adamw, deepspeed, initialize, settings, working_dtype
+from pipeline.engine.layouts import (
+    Sharded,
+    adamw,
+    deepspeed,
+    fp32_weights,
+    initialize,
+    settings,
+    start_from,
+    working_dtype,
+)
 from pipeline.engine.sizes import BUCKET, PERSISTENT
 from pipeline.method.tri_branch import Branch
 
@@ -35,18 +44,21 @@ class ParameterShards(Sharded):
     """
 
     def __init__(self, student: Branch, specs: list[GroupSpec], config: EngineConfig, device: torch.device):
+        exact = fp32_weights(student) if working_dtype(config) != torch.float32 else None
         teacher = copy.deepcopy(student).eval().requires_grad_(False)
         # the bucket for gradients is allocated once and for all; they come, and weights go, block by block
         bucket = min(BUCKET, max(sum(p.numel() for p in b.parameters()) for b in student.backbone.elastic_blocks()))
         for branch in (student, teacher):
             _cut_up(branch.to(working_dtype(config)), config)
-        optimizer = adamw(student, specs, config, device)
+        optimizer = adamw(student, specs)
         zero = {**_GATHERING, "reduce_bucket_size": bucket}
         super().__init__(initialize(student, optimizer, config, _STAGE, **zero), config)
         self._teacher_engine = initialize(teacher, None, config, _STAGE, **zero)
         self.teacher = self._teacher_engine
         named = (dict(student.named_parameters()), dict(teacher.named_parameters()))
         self.groups = [self._group(i, spec, *named) for i, spec in enumerate(specs)]
+        if exact:
+            start_from(self.groups, exact, device)
         in_blocks = {id(p) for block in student.backbone.elastic_blocks() for p in block.parameters()}
         self._late: list[Any] = [p for p in named[0].values() if id(p) not in in_blocks]
         self._hold_back(True)

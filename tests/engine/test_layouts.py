@@ -1,8 +1,25 @@
-"""The optimizer is torch's, whatever is taken off it."""
+"""What the layouts begin with, and the optimizer that they share."""
+
+import json
+from pathlib import Path
 
 import torch
+import yaml
 
 from pipeline.engine.layouts import AdamW
+
+WORKER = Path(__file__).parents[1] / "workers" / "first_masters.py"
+CASES = [(1, "bf16", None), (2, "bf16", "cpu"), (3, "bf16", None), (3, "bf16", "cpu"), (0, "fp32", None)]
+
+
+def test_masters_and_ema_begin_as_rank_0s_fp32_weights(launch, tmp_path, experiment):
+    paths = []
+    for stage, precision, offload in CASES:
+        tree = experiment(engine={"zero_stage": stage, "precision": precision, "offload_optimizer": offload})
+        paths.append(tmp_path / f"{len(paths)}.yaml")
+        paths[-1].write_text(yaml.safe_dump(tree))
+    launch(WORKER, 2, tmp_path / "wrong.json", *paths)
+    assert json.loads((tmp_path / "wrong.json").read_text()) == [[]] * len(CASES)
 
 
 def test_adamw_without_wrappers_updates_like_torchs_own():

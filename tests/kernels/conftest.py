@@ -5,6 +5,7 @@ for `impl="triton"`. Memory that an operator leaves unwritten reads NaN.
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Protocol
 
 import pytest
@@ -19,6 +20,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         fused = interpreted() or torch.cuda.is_available()
         eager = not interpreted()
         metafunc.parametrize("impl", ["eager"] * eager + ["triton"] * fused)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What runs on `device` is for a GPU too."""
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent) and "device" in getattr(item, "fixturenames", ()):
+            item.add_marker("gpu")
 
 
 @pytest.fixture

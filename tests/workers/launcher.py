@@ -1,16 +1,19 @@
 """Runs a script as several ranks.
 
 Imports take a rank longer than what most tests want of it, so ranks are forked from a process that has imported
-everything.
+everything. They are on the CPU: a machine may have fewer GPUs than ranks. What a GPU is for runs in pytest's process.
 """
 
+import ctypes
 import multiprocessing
 import os
 import runpy
 import socket
 import sys
 import time
+from multiprocessing import forkserver
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).parents[2]
 _FORKS = multiprocessing.get_context("forkserver")
@@ -18,6 +21,19 @@ _FORKS.set_forkserver_preload(  # what training imports, early or late, or (torc
     ["pipeline.run.loop", "deepspeed", "nvidia.dali.fn", "torch._dynamo"]
 )
 _FRESH = multiprocessing.get_context("spawn")
+
+
+ON_CPU = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+
+
+def gpus() -> int:
+    """CUDA devices of this machine, without importing torch."""
+    count = ctypes.c_int()
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    return count.value if cuda.cuInit(0) == 0 and cuda.cuDeviceGetCount(ctypes.byref(count)) == 0 else 0
 
 
 def unused_port() -> int:
@@ -43,7 +59,9 @@ def run_ranks(
         AssertionError: a rank failed, or was not done in time; with the end of what it printed.
     """
     shared = {"WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": unused_port()}
-    shared |= {"OMP_NUM_THREADS": 1, "PYTHONPATH": ROOT}
+    shared |= {"OMP_NUM_THREADS": 1, "PYTHONPATH": ROOT, **ON_CPU}
+    with mock.patch.dict(os.environ, ON_CPU):  # DeepSpeed chooses its device once, when it is imported there
+        forkserver.ensure_running()
     context, processes = _FRESH if fresh else _FORKS, []
     for rank in range(ranks):
         own = {name: str(value) for name, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()}

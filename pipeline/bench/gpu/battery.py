@@ -71,6 +71,8 @@ def run(out: Path, stages: Sequence[str], tiny: bool) -> int:
         raise UserError("there is no GPU here", "gpu", "add --tiny to rehearse on the CPU")
     chosen = [letter for letter in STAGES if letter in (stages or STAGES)]
     out.mkdir(parents=True, exist_ok=True)
+    if tiny:  # a rehearsal leaves the other cores to others
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
     outcomes = run_parts(parts(out.absolute(), chosen, tiny), out)
     return 1 if any(o.outcome not in ("done", "left out") for o in outcomes) else 0
 

@@ -1,0 +1,86 @@
+"""What a step asks of the device and of the network: step_counts.py OUT CONFIG [CONFIG ...], on some ranks.
+
+Writes a list: per configuration and rank, counts of the third step.
+"""
+
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from pipeline.config import load_config
+from pipeline.engine import distributed
+from pipeline.run.step import Trainer
+
+
+class Collectives(TorchDispatchMode):
+    """Counts collectives, whoever calls them, and the bytes of the whole vectors that they work on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+        self.bytes: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "c10d":
+            name = function._opname.strip("_")
+            self.calls[name] += 1
+            self.bytes[name] += max((x.nbytes for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)), default=0)
+        return function(*args, **(kwargs or {}))
+
+
+def counted(calls: Counter[str], name: str):
+    original = getattr(Tensor, name)
+
+    def call(tensor: Tensor):
+        calls[name] += 1
+        return original(tensor)
+
+    return call
+
+
+def counts_of_a_step(config, ranks) -> dict:
+    from deepspeed.accelerator import get_accelerator
+
+    trainer = Trainer(config, ranks)
+    trainer.start_data(0)
+    for step in range(2):  # moments, buffers and ZeRO-3's trace are made by the first ones
+        trainer.step(step)
+    waits: Counter[str] = Counter()
+    with (
+        Collectives() as collectives,
+        mock.patch.object(get_accelerator(), "synchronize") as synchronize,
+        mock.patch.object(Tensor, "item", counted(waits, "item")),
+        mock.patch.object(Tensor, "tolist", counted(waits, "tolist")),
+    ):
+        trainer.step(2)
+    weights = sum(group.spec.numel for group in trainer.engine.groups)
+    trainer.close()
+    return {
+        "synchronize": synchronize.call_count,
+        "item": waits["item"],
+        "tolist": waits["tolist"],
+        "collectives": dict(collectives.calls),
+        "bytes": dict(collectives.bytes),
+        "weights": weights,
+    }
+
+
+def main() -> None:
+    out, *configs = sys.argv[1:]
+    torch.set_num_threads(1)
+    ranks = distributed.initialize()
+    found = [ranks.gather(counts_of_a_step(load_config(path), ranks)) for path in configs]
+    if ranks.is_main:
+        Path(out).write_text(json.dumps(found))
+    distributed.shut_down()
+
+
+if __name__ == "__main__":
+    main()
