@@ -8,6 +8,7 @@ import re
 import sys
 import traceback
 from collections.abc import Sequence
+from io import UnsupportedOperation
 from typing import Any, NoReturn
 
 from pipeline.commands import demo, doctor, eval, extract, plan, report, shards, subnets, train, watch
@@ -44,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if not (error.shared and os.environ.get("RANK", "0") != "0"):  # once, not once per rank
                 print(f"error: {error}", file=sys.stderr)
             return EXIT_USER_ERROR
+        except UnsupportedOperation:  # an OSError by name, a mistake in the code by nature
+            raise
         except OSError as error:
             if stdout_is_broken() and isinstance(error, BrokenPipeError):  # `poa subnets ... | head`
                 return 0
