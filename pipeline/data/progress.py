@@ -3,7 +3,7 @@
 import sys
 from typing import Any
 
-_SECONDS = 30.0  # between two lines of a log
+_SECONDS = 60.0  # between two lines of a log
 
 
 def progress_bar(shown: bool, **options: Any) -> Any:
@@ -16,4 +16,5 @@ def progress_bar(shown: bool, **options: Any) -> Any:
     from tqdm import tqdm
 
     terminal = sys.stderr is not None and sys.stderr.isatty()
-    return tqdm(disable=not shown, mininterval=0.1 if terminal else _SECONDS, dynamic_ncols=terminal, **options)
+    times = {} if terminal else {"mininterval": _SECONDS, "maxinterval": _SECONDS}
+    return tqdm(disable=not shown, dynamic_ncols=terminal, **times, **options)

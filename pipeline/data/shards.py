@@ -145,7 +145,8 @@ def _index(shard: Path) -> IndexReport:
     try:
         indexes.write_index(shard, complete)
     except OSError as error:
-        raise UserError(f"cannot write the index: {error.strerror}", str(shard), "check rights and space") from error
+        where = str(indexes.index_path(shard))
+        raise UserError(f"cannot write the index: {error.strerror}", where, "check rights and space") from error
     bare = [(escape(sample.key), sample.why_no_image) for sample in contents.samples if not sample.image]
     return IndexReport(str(shard), len(complete), len(bare), bare + contents.passed_over)
 

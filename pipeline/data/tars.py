@@ -172,37 +172,32 @@ def first_byte(descriptor: int, start: int, size: int) -> int | None:
 
 def _take(info: tarfile.TarInfo, found: Contents) -> None:
     """Add a member to the samples, or to what is passed over."""
-    if info.isdir():
-        return
-    _, _, base = info.name.rpartition("/")
+    folder, _, base = info.name.rpartition("/")
     stem, dot, extension = base.partition(".")
+    if info.isreg() and not info.issparse() and stem and len(extension.split()) == 1:
+        key = f"{folder}/{stem}" if folder else stem
+        member = Member(extension.lower(), info.offset_data, info.size, info.name)
+        if found.samples and found.samples[-1].key == key:
+            found.samples[-1] = Sample((*found.samples[-1].members, member))
+        else:
+            found.samples.append(Sample((member,)))
+    elif not info.isdir():
+        found.passed_over.append((escape(info.name), _why(info, stem, dot, extension)))
+
+
+def _why(info: tarfile.TarInfo, stem: str, dot: str, extension: str) -> str:
+    """Why a member is in no sample."""
     if info.issym() or info.islnk():
-        why = f"a link to {escape(info.linkname)}, which holds no bytes"
-    elif info.issparse():
-        why = "stored with holes (sparse)"
-    elif not info.isreg():
-        why = "neither file nor folder"
-    elif not dot:
-        why = "no extension"
-    elif not stem:
-        why = "nothing before the first dot"
-    elif len(extension.split()) != 1:
-        why = "no extension behind the first dot" if not extension.strip() else "white space in its extension"
-    else:
-        _append(found.samples, info.name, info.offset_data, info.size)
-        return
-    found.passed_over.append((escape(info.name), why))
-
-
-def _append(samples: list[Sample], name: str, offset: int, size: int) -> None:
-    folder, _, base = name.rpartition("/")
-    stem, _, extension = base.partition(".")
-    key = f"{folder}/{stem}" if folder else stem
-    member = Member(extension.lower(), offset, size, name)
-    if samples and samples[-1].key == key:
-        samples[-1] = Sample((*samples[-1].members, member))
-    else:
-        samples.append(Sample((member,)))
+        return f"a link to {escape(info.linkname)}, which holds no bytes"
+    if info.issparse():
+        return "stored with holes (sparse)"
+    if not info.isreg():
+        return "neither file nor folder"
+    if not dot:
+        return "no extension"
+    if not stem:
+        return "nothing before the first dot"
+    return "white space in its extension" if extension.strip() else "no extension behind the first dot"
 
 
 def image_places(samples: Iterable[Sample]) -> Iterator[tuple[int, int]]:

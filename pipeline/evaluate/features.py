@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pipeline.data.eval_images import EvalImages
 from pipeline.data.images import BadImage
+from pipeline.data.progress import progress_bar
 from pipeline.engine.distributed import Ranks
 
 BATCH_SIZE = 64
@@ -96,9 +97,7 @@ def _batches(
     images: EvalImages, records: Sequence[int], size: int, threads: int, skipped: Counter[str], progress: bool
 ) -> Iterator[list[_Loaded]]:
     """Usable samples in order, `size` at a time; the others are counted in `skipped` and the first is named."""
-    from tqdm import tqdm
-
-    bar = tqdm(total=len(records), unit="image", disable=not progress, mininterval=0.1 if sys.stderr.isatty() else 10)
+    bar = progress_bar(progress, total=len(records), unit="image")
     batch: list[_Loaded] = []
     with bar, ThreadPoolExecutor(threads) as pool:
         for record, outcome in _in_order(pool, images, records, ahead=2 * size):

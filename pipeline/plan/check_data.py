@@ -6,8 +6,10 @@ from pipeline.config import ExperimentConfig
 from pipeline.data.decoders import check
 from pipeline.data.images import BadImage
 from pipeline.data.indexes import has_index, indexing
+from pipeline.data.labels import common_numbering
 from pipeline.data.patterns import expand_shards
 from pipeline.data.reader import Dataset
+from pipeline.errors import UserError
 from pipeline.plan.check import Check
 
 _SAMPLES = 64  # images that are decoded, spread over the shards
@@ -19,6 +21,7 @@ def check_shards(config: ExperimentConfig, world_size: int) -> Check:
     paths = expand_shards(config.data.train)
     bare = [path for path in paths if not has_index(path)]
     dataset = Dataset(config.data.train)
+    _require_evaluation(config)
     batch = config.data.batch_size * world_size
     finding = f"{len(paths)} shards, {len(dataset)} images, global batch {batch}"
     if len(dataset) < batch:
@@ -34,6 +37,18 @@ def check_shards(config: ExperimentConfig, world_size: int) -> Check:
             "shards", "warn", f"{finding}; {config.data.threads} threads on {cores} cores", "lower data.threads"
         )
     return Check("shards", "pass", finding)
+
+
+def _require_evaluation(config: ExperimentConfig) -> None:
+    """Raise what the k-NN during training would end with at its start."""
+    if config.eval.every_steps is None:
+        return
+    train, val = config.eval.train or config.data.train, config.eval.val or config.data.val
+    if val is None:
+        raise UserError("there is nothing to evaluate on", "eval.val", "name labelled shards, or unset every_steps")
+    common_numbering(expand_shards(train), expand_shards(val))
+    for shards in (train, val):
+        Dataset(shards)
 
 
 def check_images(config: ExperimentConfig) -> Check:

@@ -40,3 +40,11 @@ def test_a_patch_of_another_size_changes_the_stride_of_swin():
     tree = {"model": {"family": "swin", "patch_size": 2, "image_size": 112}}
     tree["data"] = {"global_crops": {"size": 112}, "local_crops": {"size": 48}}
     assert parse_config(tree).model.stride == 16
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+@pytest.mark.parametrize("family", ["vit", "swin", "resnet"])
+def test_channels_that_the_data_path_does_not_deliver_are_refused(family, channels):
+    with pytest.raises(UserError, match=rf"model.in_chans={channels}.*only 3 works"):
+        parse_config({"model": {"family": family, "in_chans": channels}})
+    assert parse_config({"model": {"family": family, "in_chans": 3}}).model.in_chans == 3

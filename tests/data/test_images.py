@@ -218,7 +218,9 @@ def test_samples_without_a_known_range_are_named_and_not_made_black_or_white(enc
     for data in (
         tiff(RAMP / 255, 32, sample_format=3),
         tiff(RAMP * 255.0, 32, sample_format=3),
+        tiff(RAMP * 1e9, 32, sample_format=3),
         tiff(RAMP << 20, 32),
+        tiff(RAMP << 24, 32),
         tiff(RAMP * 100 - 9000, 16, sample_format=2),
         tiff(RAMP, 16),  # eight bits in sixteen, four bits short of a picture
         tiff(RAMP << 3, 16),

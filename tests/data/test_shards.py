@@ -438,3 +438,18 @@ def test_torchvision_starts_no_ghostscript(tmp_path: Path, monkeypatch: pytest.M
     write_mnist(tmp_path / "tv")
     open_source(f"torchvision:MNIST:{tmp_path / 'tv'}")
     assert not EpsImagePlugin.has_ghostscript()
+
+
+def test_name_that_the_terminal_cannot_show_ends_no_command(
+    make_shard: Callable[..., Path], pictures: list[bytes]
+) -> None:
+    shard = make_shard({"a.jpg": pictures[0]}, "schön.tar")
+    command = "import sys; from pipeline.cli import main; sys.exit(main(sys.argv[1:]))"
+    ended = subprocess.run(
+        [sys.executable, "-c", command, "shards", "index", str(shard)],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert ended.stdout.endswith("sch\\xf6n.tar: 1 samples\n")

@@ -1,23 +1,29 @@
 """The doctor finds what it is asked to find, says what to do, and fails only where the job would."""
 
 import ast
+import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from pipeline.cli import main
 from pipeline.config import load_config
 from pipeline.data.shards import build
 from pipeline.engine import distributed
+from pipeline.errors import UserError
 from pipeline.plan.check import Check
 from pipeline.plan.check_data import check_images, check_shards
 from pipeline.plan.check_directory import check_disk, check_lead
@@ -169,6 +175,39 @@ def test_images_that_cannot_be_decoded_are_named(write, tmp_path):
     found = check_images(config)
     assert found.status == "warn"
     assert dataset.key(0) in found.finding
+
+
+def test_what_evaluation_during_training_would_refuse_fails_before_the_job_does(write, digits, tmp_path):
+    def examine(val):
+        return check_shards(load_config(write(eval={"every_steps": 2, "val": val})), 1)
+
+    assert examine(f"{digits}/val-000000.tar").status == "pass"
+    with pytest.raises(UserError, match="nothing to evaluate on"):
+        examine(None)
+    with pytest.raises(UserError, match="missing shard"):
+        examine(f"{digits}/val-000009.tar")
+    for name in ("val-000000.tar", "val-000000.idx"):
+        shutil.copy(digits / name, tmp_path)
+    (tmp_path / "classes.txt").write_text("ten\n")
+    with pytest.raises(UserError, match=r"1 of 1 classes .*: ten"):
+        examine(f"{tmp_path}/val-000000.tar")
+
+
+def test_picture_that_training_sees_differently_is_named(write, tmp_path):
+    picture = Image.fromarray((np.arange(40 * 60 * 3).reshape(40, 60, 3) % 251).astype(np.uint8))
+    buffer = io.BytesIO()
+    picture.convert("CMYK").save(buffer, "JPEG")
+    jpeg = buffer.getvalue()
+    at = jpeg.index(b"\xff\xee")  # Adobe's marker, by which decoders know that CMYK is stored inverted
+    data = jpeg[:at] + jpeg[at + 2 + int.from_bytes(jpeg[at + 2 : at + 4]) :]
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        info = tarfile.TarInfo("a.jpg")
+        info.size = len(data)
+        tar.addfile(info, io.BytesIO(data))
+    check = check_images(load_config(write(data={"train": str(tmp_path / "a.tar")})))
+    assert check.status == "fail"
+    assert "0 of 1 images are sound; a of" in check.finding
+    assert check.finding.endswith("pixels")
 
 
 def test_disk_too_small_for_the_retained_checkpoints_fails(write, tmp_path):
