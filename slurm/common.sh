@@ -39,16 +39,18 @@ free_port() {
     echo "$port"
 }
 
-# run_tasks COMMAND [ARG ...]: `poa COMMAND`, one task per rank. USR1 is ignored until Python has its handler.
+# run_tasks COMMAND [ARG ...]: `poa COMMAND`, one task per rank. USR1 is ignored until Python has its handler. -P: no
+# module of the directory that the job was submitted from stands in for one of ours; the checkout is named instead.
 run_tasks() {
     srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --label \
-        "${POA_CONTAINER[@]}" bash -c 'trap "" USR1; exec "$@"' task "${POA_PYTHON[@]}" -m pipeline "$@"
+        "${POA_CONTAINER[@]}" bash -c 'trap "" USR1; exec "$@"' task "${POA_PYTHON[@]}" -P -m pipeline "$@"
 }
 
 prepare() {
     MASTER_ADDR=$(master_address) MASTER_PORT=$(free_port)
     OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
     export MASTER_ADDR MASTER_PORT OMP_NUM_THREADS PYTHONUNBUFFERED=1
+    export PYTHONPATH=${POA_SLURM%/*}${PYTHONPATH:+:$PYTHONPATH}
     mkdir -p "$POA_JOB_DIR" || exit 1
 }
 
