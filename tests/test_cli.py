@@ -117,6 +117,15 @@ def test_an_error_of_our_own_keeps_its_traceback(monkeypatch):
         main(["subnets", "x"])
 
 
+def test_modules_of_the_working_directory_do_not_stand_in(tmp_path):
+    for name in ("select", "json", "yaml", "torch", "kernels"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('the wrong module')")
+    root = Path(__file__).parent.parent
+    command = [sys.executable, "-m", "pipeline", "subnets", str(root / "yaml" / "vit_large.yaml")]
+    done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_output_that_nobody_reads_or_nothing_holds():
     root = Path(__file__).parent.parent
     poa = f"'{sys.executable}' -P -m pipeline subnets yaml/vit_large.yaml"
