@@ -7,6 +7,6 @@ import sys
 if not sys.flags.safe_path and sys.path[0] != os.path.dirname(os.path.dirname(os.path.abspath(__file__))):
     del sys.path[0]
 
-from pipeline.cli import main  # noqa: E402 - not before the path is sound
+from pipeline.cli import main
 
 sys.exit(main())
