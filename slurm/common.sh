@@ -45,16 +45,18 @@ cpus_per_task() {
     echo "${SLURM_CPUS_PER_TASK:-$((${SLURM_CPUS_PER_GPU:-1} * ${gpus##*:}))}"
 }
 
-# run_tasks COMMAND [ARG ...]: `poa COMMAND`, one task per rank. USR1 is ignored until Python has its handler.
+# run_tasks COMMAND [ARG ...]: `poa COMMAND`, one task per rank. USR1 is ignored until Python has its handler. -P: no
+# module of the directory that the job was submitted from stands in for one of ours; the checkout is named instead.
 run_tasks() {
     srun --kill-on-bad-exit=1 --cpus-per-task="$(cpus_per_task)" --label \
-        "${POA_CONTAINER[@]}" bash -c 'trap "" USR1; exec "$@"' task "${POA_PYTHON[@]}" -m pipeline "$@"
+        "${POA_CONTAINER[@]}" bash -c 'trap "" USR1; exec "$@"' task "${POA_PYTHON[@]}" -P -m pipeline "$@"
 }
 
 prepare() {
     MASTER_ADDR=$(master_address) MASTER_PORT=$(free_port)
     OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(cpus_per_task)}
     export MASTER_ADDR MASTER_PORT OMP_NUM_THREADS PYTHONUNBUFFERED=1
+    export PYTHONPATH=${POA_SLURM%/*}${PYTHONPATH:+:$PYTHONPATH}
     mkdir -p "$POA_JOB_DIR" || exit 1
 }
 

@@ -1,6 +1,7 @@
 """The command from outside: help, exit codes, one clear line for every mistake."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +51,94 @@ def test_unknown_option_and_unknown_command(refused, config):
 def test_overrides_may_stand_behind_options(capsys, config):
     assert main(["train", str(config), "--dry-run", "optim.base_lr=0.125"]) == 0
     assert "base_lr: 0.125" in capsys.readouterr().out
+
+
+def test_the_run_directory_is_taken_as_it_is(capsys, config):
+    for name in ("try #1", "2024", "no", "a: b"):
+        for words in (["--run-dir", name], [f"run.dir={name}"]):
+            assert main(["train", str(config), "--dry-run", *words]) == 0
+            assert yaml.safe_load(capsys.readouterr().out.split("\n\n")[0])["run"]["dir"] == name
+
+
+def test_braces_that_the_shell_filled_in_are_refused(refused, config):
+    line = refused("train", config, "--dry-run", "data.train=t-000.tar", "data.train=t-001.tar")
+    assert "data.train is given twice" in line
+    assert "quote" in line
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("report", "RUN", "--out", "TMP/none/x.html"),
+        ("report", "RUN", "--out", "TMP"),
+        ("report", "RUN", "--out", "/dev/null"),
+        ("report", "RUN", "--out", "/proc/x.html"),
+        ("extract", "RUN", "--subnet", "32x2", "--out", "/proc/models"),
+        ("extract", "RUN", "--subnet", "32x2", "--out="),
+        ("extract", "RUN", "--subnet", "32x2", "--out=$NOT_SET_HERE/models"),
+        ("report", "x" * 300),
+        ("subnets", "TMP/none"),
+        ("subnets", "RUN/manifest.json/x"),
+        ("plan", "CONFIG", "--gpus", "1_0"),
+        ("plan", "CONFIG", "--gpus", "9" * 40),
+        ("plan", "CONFIG", "--gpus", "8", "--mfu", "nan"),
+        ("doctor", "CONFIG", "--gpus", "0"),
+        ("watch", "RUN", "--port", "70000"),
+        ("watch", "RUN", "--prometheus", "prom.cluster"),
+    ],
+)
+def test_what_cannot_be_used_is_one_line(refused, trained_run, config, tmp_path, words):
+    names = {"RUN": str(trained_run), "TMP": str(tmp_path), "CONFIG": str(config)}
+    for name, path in names.items():
+        words = [word.replace(name, path) for word in words]
+    refused(*words)
+
+
+def test_an_error_of_the_system_names_its_file_or_the_place_in_the_code(monkeypatch, capsys):
+    def fail(error):
+        def run(args):
+            raise error
+
+        return run
+
+    for error, parts in (
+        (OSError(28, "No space left on device", "a/b"), ("No space left on device (a/b)", "make room")),
+        (OSError(5, "Input/output error"), ("Input/output error", "test_cli.py, line")),
+        (OSError("a library's words"), ("a library's words",)),
+    ):
+        monkeypatch.setattr("pipeline.commands.subnets.run", fail(error))
+        assert main(["subnets", "x"]) == 2
+        err = capsys.readouterr().err
+        assert err.startswith("error: ")
+        assert err.count("\n") == 1
+        assert all(part in err for part in parts)
+
+
+def test_an_error_of_our_own_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr("pipeline.commands.subnets.run", lambda args: {}["none"])
+    with pytest.raises(KeyError):
+        main(["subnets", "x"])
+
+
+def test_modules_of_the_working_directory_do_not_stand_in(tmp_path):
+    for name in ("select", "json", "yaml", "torch", "kernels"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('the wrong module')")
+    root = Path(__file__).parent.parent
+    command = [sys.executable, "-m", "pipeline", "subnets", str(root / "yaml" / "vit_large.yaml")]
+    done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_output_that_nobody_reads_or_nothing_holds():
+    root = Path(__file__).parent.parent
+    poa = f"'{sys.executable}' -P -m pipeline subnets yaml/vit_large.yaml"
+    for redirection, code in (("| head -n 1 >/dev/null", 0), (">/dev/full", 2), (">&-", 0)):
+        shell = f"set -o pipefail; {poa} {redirection}"
+        done = subprocess.run(["bash", "-c", shell], cwd=root, env={**os.environ, "PYTHONPATH": str(root)},
+                              capture_output=True, text=True)  # fmt: skip
+        assert done.returncode == code, done.stderr
+        assert "Traceback" not in done.stderr
+        assert "Exception ignored" not in done.stderr
 
 
 def test_missing_shard_names_the_shard(refused, config):

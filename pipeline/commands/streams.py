@@ -1,6 +1,8 @@
 """Standard streams that cannot end a command: closed ones are opened, and what standard error cannot take is lost."""
 
+import io
 import os
+import select
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,10 +32,16 @@ def stdout_is_broken() -> bool:
     """Whether nothing can be written there any more; if so the interpreter is kept from trying again at exit."""
     try:
         sys.stdout.flush()
+        watched = select.poll()
+        watched.register(sys.stdout.fileno(), 0)
+        broken = bool(watched.poll(0))  # no reader is left
+    except io.UnsupportedOperation:  # no file
+        return False
     except OSError:
+        broken = True
+    if broken:
         _to_nowhere(sys.stdout)
-        return True
-    return False
+    return broken
 
 
 class _Unfailing:

@@ -24,7 +24,7 @@ def check_directory(config: ExperimentConfig, world_size: int) -> Check:
     """Can the run directory be used, and is what it holds of this experiment, its data and its global batch?"""
 
     path = Path(config.run.dir)
-    require_writable(_existing(path), "set run.dir to another")
+    require_writable(existing(path), "set run.dir to another")
     if (path / "config.yaml").exists():
         require_same_experiment(load_config(path / "config.yaml"), config, path)
         saved = [c.name for c in list_checkpoints(RunDirectory(path).checkpoints)]
@@ -40,7 +40,7 @@ def check_directory(config: ExperimentConfig, world_size: int) -> Check:
 
 def check_disk(config: ExperimentConfig) -> Check:
     """Is there room for the retained checkpoints and the one being written?"""
-    free = shutil.disk_usage(_existing(Path(config.run.dir))).free
+    free = shutil.disk_usage(existing(Path(config.run.dir))).free
     needed = (config.run.keep + 1) * _checkpoint_bytes(config)
     finding = (
         f"{free / _GIB:.1f} GiB free, {config.run.keep} checkpoints and one in the making take {needed / _GIB:.1f}"
@@ -55,7 +55,7 @@ def check_disk(config: ExperimentConfig) -> Check:
 def check_lead(config: ExperimentConfig, world_size: int) -> Check:
     """Is the time between Slurm's signal and the end of the job enough to save?"""
     lead = config.checkpoint.signal_lead_seconds
-    parent = _existing(Path(config.run.dir))
+    parent = existing(Path(config.run.dir))
     rate = _write_rate(parent)
     seconds = _checkpoint_bytes(config) / rate  # as if the file system gave all ranks together what it gives one
     finding = f"{lead:.0f} s; a checkpoint takes about {seconds:.1f} s at the {rate / 2**20:.0f} MiB/s of {parent}"
@@ -69,7 +69,7 @@ def _checkpoint_bytes(config: ExperimentConfig) -> int:
     return 4 * forecast.VECTORS * cost.trained_params(config).total
 
 
-def _existing(path: Path) -> Path:
+def existing(path: Path, key: str = "run.dir") -> Path:
     """The nearest directory above that exists.
 
     Raises:
@@ -78,7 +78,7 @@ def _existing(path: Path) -> Path:
     path = path.absolute()
     nearest = next(p for p in (path, *path.parents) if os.path.lexists(p))
     if not nearest.is_dir():
-        raise UserError("a file is in the way", str(nearest), "set run.dir to another")
+        raise UserError("a file is in the way", str(nearest), f"set {key} to another")
     return nearest
 
 

@@ -3,15 +3,17 @@
 import os
 import socket
 import ssl
-import tempfile
 from pathlib import Path
 
 from pipeline.config import ExperimentConfig
 from pipeline.data.reader import Dataset
 from pipeline.elastic import build
 from pipeline.elastic.pretrained import load_pretrained
+from pipeline.engine.checkpoint import list_checkpoints
 from pipeline.errors import UserError
+from pipeline.files import require_writable
 from pipeline.plan.check import Check
+from pipeline.plan.check_directory import existing
 
 
 def check_evaluation(config: ExperimentConfig) -> Check:
@@ -44,6 +46,8 @@ def check_pretrained(config: ExperimentConfig) -> Check:
     source = config.model.init_from
     if source is None:
         return Check("pretrained", "pass", "not wanted (model.init_from)")
+    if list_checkpoints(Path(config.run.dir) / "checkpoints"):
+        return Check("pretrained", "pass", "not wanted any more: the run goes on from a checkpoint")
     load_pretrained(build(config.model), source)
     return Check("pretrained", "pass", f"{source} fits")
 
@@ -71,11 +75,6 @@ def check_metrics(config: ExperimentConfig) -> Check:
         finding = f"metrics.host: {metrics.host} cannot be served on here ({getattr(error, 'strerror', None) or error})"
         return Check("metrics", "warn", finding, "an address of every node, such as 0.0.0.0")
     if metrics.targets_dir is not None:
-        try:
-            Path(metrics.targets_dir).mkdir(parents=True, exist_ok=True)  # as the run will
-            with tempfile.TemporaryFile(dir=metrics.targets_dir):
-                pass
-        except OSError as error:
-            finding = f"metrics.targets_dir: cannot write to {metrics.targets_dir}: {error.strerror}"
-            return Check("metrics", "fail", finding, "name a directory that Prometheus watches")
+        nearest = existing(Path(metrics.targets_dir), "metrics.targets_dir")
+        require_writable(nearest, "set metrics.targets_dir to what Prometheus watches")
     return Check("metrics", "pass", f"port {metrics.port or 'chosen by the system'}")

@@ -15,6 +15,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from pipeline import load_subnet
+from pipeline.cli import main
 from pipeline.commands import extract as command_module
 from pipeline.elastic import cost
 from pipeline.errors import UserError
@@ -238,6 +239,59 @@ def test_extracting_again_replaces_the_same_model_only(trained_run, tmp_path):
         extract(trained_run, ["32x2"], tmp_path, branch="student")
 
 
+def test_what_its_owner_put_beside_a_model_stays(trained_run, tmp_path):
+    extract(trained_run, ["32x2"], tmp_path)
+    (tmp_path / "32x2" / "model.onnx").write_text("mine")
+    (tmp_path / ".32x2.tmp").mkdir()
+    (tmp_path / ".32x2.tmp" / "notes").write_text("mine too")
+    extract(trained_run, ["32x2"], tmp_path)
+    assert (tmp_path / "32x2" / "model.onnx").read_text() == "mine"
+    assert [path.name for path in (tmp_path / ".32x2.tmp").iterdir()] == ["notes"]
+    assert load_subnet(tmp_path / "32x2").num_features == 32
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "README.md"])
+def test_a_file_that_its_owner_changed_is_not_replaced(trained_run, tmp_path, name):
+    extract(trained_run, ["32x2"], tmp_path)
+    (tmp_path / "32x2" / name).write_text("fine-tuned")
+    with pytest.raises(UserError, match=f"changed since.*{name}"):
+        extract(trained_run, ["32x2"], tmp_path)
+    assert (tmp_path / "32x2" / name).read_text() == "fine-tuned"
+
+
+def test_all_files_of_a_model_follow_the_umask(trained_run, tmp_path):
+    before = os.umask(0o027)
+    try:
+        extract(trained_run, ["32x2"], tmp_path)
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "32x2").iterdir()} == {0o640}
+
+
+def test_shards_that_are_not_found_from_here_name_the_option_and_the_place(trained_run, tmp_path, monkeypatch):
+    shutil.copytree(trained_run, tmp_path / "run")
+    config = yaml.safe_load((trained_run / "config.yaml").read_text())
+    config["data"]["val"] = "shards/val-000.tar"
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(config))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=rf"shards/val-000.tar.*{tmp_path}.*--proof-shards"):
+        extract("run", ["32x2"], "out")
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", '{"32x2": 3}', '{"32x2": {"accuracy": "high", "step": 8, "branch": "teacher"}}']
+)
+def test_accuracies_that_are_none_are_passed_over(trained_run, tmp_path, text):
+    shutil.copytree(trained_run, tmp_path / "run")
+    (tmp_path / "run" / "eval").mkdir(exist_ok=True)
+    (tmp_path / "run" / "eval" / "knn.json").write_text(text)
+    if text == "[]":
+        with pytest.raises(UserError, match=r"knn\.json.*remove it"):
+            extract(tmp_path / "run", ["32x2"], tmp_path / "out")
+    else:
+        extract(tmp_path / "run", ["32x2"], tmp_path / "out")
+
+
 def test_a_full_disk_is_noticed_before_anything_is_written(trained_run, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6 - 1000, 1000))
     with pytest.raises(UserError, match=r"9 models take .* GB and 0\.0 GB are free"):
@@ -273,11 +327,13 @@ def test_proof_skips_unusable_images_and_says_so(trained_run, odd, tmp_path):
     assert proof["shards"] == ["images-000000.tar"]
 
 
-def test_missing_proof_shards_are_a_user_error(trained_run, tmp_path):
+def test_missing_proof_shards_are_a_user_error(trained_run, tmp_path, capsys):
     with pytest.raises(UserError, match="missing shard"):
         extract(trained_run, ["32x2"], tmp_path, proof_shards="nowhere-{000..003}.tar")
-    with pytest.raises(UserError, match="--proof-images"):
-        command(trained_run, "--subnet", "32x2", "--out", tmp_path, "--proof-images", "0")
+    for count in ("0", "-1", "1e3", "1_0", "9" * 30):
+        words = ["extract", str(trained_run), "--subnet", "32x2", "--out", str(tmp_path), f"--proof-images={count}"]
+        assert main(words) == 2
+        assert "--proof-images" in capsys.readouterr().err
 
 
 def test_parsing_the_commands_loads_nothing_heavy():

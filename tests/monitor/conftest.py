@@ -19,6 +19,8 @@ from typing import Any
 import pytest
 import yaml
 
+from pipeline.monitor.discovery import run_label
+
 ROOT = Path(__file__).parents[2]
 MONITORING = ROOT / "yaml" / "monitoring"
 
@@ -51,6 +53,10 @@ class Live:
     run_dir: Path
     targets: Path
     ranks: list[subprocess.Popen]
+
+    @property
+    def label(self) -> str:
+        return run_label(self.run_dir)
 
     def query(self, expr: str) -> dict[str, Any]:
         try:
@@ -154,7 +160,7 @@ def live(
             "run:poa_data_wait:ratio5m",
             "run:poa_images:rate5m",
         )
-        return all(started.result(name + '{run="night"}') for name in wanted)
+        return all(started.result(f'{name}{{run="{started.label}"}}') for name in wanted)
 
     try:
         until(evaluated, 200, "the first evaluation")

@@ -15,6 +15,7 @@ import pytest
 
 from pipeline.config import MetricsConfig
 from pipeline.monitor import exporter as exporter_module
+from pipeline.monitor.discovery import run_label
 from pipeline.monitor.exporter import Exporter
 from pipeline.monitor.values import Values
 
@@ -96,6 +97,71 @@ def test_a_port_in_use_is_passed_over_and_logged(start, capfd):
     assert f"on port {port} instead of {wanted}" in capfd.readouterr().err
 
 
+def test_beyond_the_last_port_any_other_serves(start, capfd):
+    with socket.socket() as taken:
+        try:
+            taken.bind(("127.0.0.1", 65535))
+        except OSError:  # somebody else's: as good
+            pass
+        else:
+            taken.listen()
+        port = port_of(start(port=65535))
+        assert port != 65535
+        assert "poa_step 7.0" in str(until(lambda: scrape(port)))
+    assert f"on port {port} instead of 65535" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"host": "no-such-host.invalid"}, {"host": "a..b"}, {"cert_file": "/none.pem", "key_file": "/none.pem"}],
+)
+def test_an_address_that_cannot_be_served_on_is_said_in_one_line(start, settings, capfd):
+    exporter = start(**settings)
+    assert exporter._process.wait(60) == 1
+    err = capfd.readouterr().err
+    assert err.count("error: no metrics") == 1
+    assert "Traceback" not in err
+
+
+def test_a_run_that_ends_at_once_hears_nothing_of_its_endpoint(start, capfd):
+    exporter = start()
+    process = exporter._process
+    exporter._socket.close()  # before the endpoint has come to its first word
+    assert process.wait(60) == 0
+    assert capfd.readouterr().err == ""
+
+
+def test_modules_of_the_working_directory_are_not_the_endpoints(start, tmp_path, monkeypatch):
+    (tmp_path / "cwd" / "pipeline").mkdir(parents=True)
+    for name in ("pipeline/__init__.py", "select.py", "json.py"):
+        (tmp_path / "cwd" / name).write_text("raise SystemExit('the wrong module')")
+    monkeypatch.chdir(tmp_path / "cwd")
+    monkeypatch.setenv("PYTHONPATH", "")
+    port = port_of(start())
+    assert "poa_step 7.0" in str(until(lambda: scrape(port)))
+
+
+@pytest.mark.parametrize(
+    ("host", "elsewhere", "announced"),
+    [(None, False, "127.0.0.1"), (None, True, "n1"), ("127.0.0.1", True, "127.0.0.1"), ("0.0.0.0", False, "n1")],
+)
+def test_the_address_announced_is_one_that_prometheus_can_reach(tmp_path, host, elsewhere, announced):
+    config = MetricsConfig(host=host, port=0, targets_dir=str(tmp_path / "targets"))
+    exporter = Exporter(config, tmp_path / "night", "n1", sweeps=False, elsewhere=elsewhere)
+    try:
+        port = port_of(exporter)
+        (entry,) = until(lambda: list((tmp_path / "targets").glob("*.json")))
+        assert f'"{announced}:{port}"' in entry.read_text()
+    finally:
+        exporter.close(Values(), linger=False)
+
+
+def test_nothing_is_opened_to_other_machines_that_are_not_told(tmp_path):
+    exporter = Exporter(MetricsConfig(port=0), tmp_path / "night", "n1", sweeps=False, elsewhere=True)
+    assert exporter._settings["host"] == "127.0.0.1"
+    exporter.close(Values(), linger=False)
+
+
 def test_a_killed_endpoint_comes_back_and_training_hears_of_it(start, monkeypatch, capfd):
     monkeypatch.setattr(exporter_module, "RESTART_AFTER_SECONDS", 0.0)
     exporter = start()
@@ -156,7 +222,7 @@ def test_target_file_lives_as_long_as_the_endpoint(start, tmp_path):
     target = until(lambda: list((tmp_path / "targets").glob("*.json")))[0]
     text = target.read_text()
     assert f'"127.0.0.1:{port}"' in text
-    assert '"run": "night"' in text
+    assert f'"run": "{run_label(tmp_path / "runs" / "night")}"' in text
     assert '"node": "n1"' in text
     exporter.close(values(9), linger=False)
     assert not target.exists()

@@ -19,7 +19,6 @@ from pipeline.monitor.panels import SECTIONS, expressions
 from pipeline.monitor.watch import make_server
 
 MONITORING = Path(__file__).parents[2] / "yaml" / "monitoring"
-RUN = '{run="night"}'
 
 pytestmark = [pytest.mark.prometheus, pytest.mark.slow]
 
@@ -28,29 +27,38 @@ def records(live):
     return [json.loads(line) for line in (live.run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-def with_run(expr):
-    return expr.replace("$__rate_interval", "1m").replace("$run", "night")
+@pytest.fixture
+def of_run(live):
+    """A selector of the run's series."""
+    return f'{{run="{live.label}"}}'
 
 
 def test_prometheus_finds_the_run_through_its_target_file(live):
-    (up,) = live.result('up{job="poa",run="night"}')
+    (up,) = live.result(f'up{{job="poa",run="{live.label}"}}')
     assert up["value"][1] == "1"
     assert up["metric"]["instance"] == up["metric"]["node"]
 
 
-def test_every_metric_is_exported(live):
-    missing = [f.name for f in FAMILIES.values() if not live.result(f.name + RUN)]
+def test_every_metric_is_exported(live, of_run):
+    missing = [f.name for f in FAMILIES.values() if not live.result(f.name + of_run)]
     assert missing == ["poa_step_seconds"]  # a histogram has no series of its own name
-    assert live.result(f"poa_step_seconds_bucket{RUN}")
-    assert {r["metric"]["phase"] for r in live.result(f"poa_phase_seconds_total{RUN}")} == set(PHASES)
-    assert {r["metric"]["band"] for r in live.result(f"poa_subnet_steps_total{RUN}")} == set(BANDS)
-    assert {r["metric"]["branch"] for r in live.result(f"poa_effective_rank{RUN}")} == {"teacher", "intact", "elastic"}
-    labels = {label for r in live.result('{__name__=~"poa_.*",run="night"}') for label in r["metric"]}
+    assert live.result(f"poa_step_seconds_bucket{of_run}")
+    assert {r["metric"]["phase"] for r in live.result(f"poa_phase_seconds_total{of_run}")} == set(PHASES)
+    assert {r["metric"]["band"] for r in live.result(f"poa_subnet_steps_total{of_run}")} == set(BANDS)
+    assert {r["metric"]["branch"] for r in live.result(f"poa_effective_rank{of_run}")} == {
+        "teacher",
+        "intact",
+        "elastic",
+    }
+    labels = {label for r in live.result(f'{{__name__=~"poa_.*",run="{live.label}"}}') for label in r["metric"]}
     assert "rank" not in labels
 
 
 def test_every_expression_of_the_dashboards_returns_data(live):
-    answers = {(panel, expr): live.query(with_run(expr)) for panel, expr in expressions()}
+    answers = {
+        (panel, expr): live.query(expr.replace("$__rate_interval", "1m").replace("$run", live.label))
+        for panel, expr in expressions()
+    }
     refused = {key: answer["error"] for key, answer in answers.items() if answer["status"] != "success"}
     assert refused == {}
     assert [key for key, answer in answers.items() if not answer["data"]["result"]] == []
@@ -64,23 +72,23 @@ def test_every_expression_of_the_rules_returns_data(live):
         answer = live.query(expr)
         assert answer["status"] == "success", (expr, answer)
         runs = {r["metric"].get("run") for r in answer["data"]["result"]}
-        assert "night" in runs, f"no data for {expr}"
+        assert live.label in runs, f"no data for {expr}"
 
 
-def test_what_is_exported_is_what_the_run_recorded(live):
-    step = int(live.result(f"poa_step{RUN}")[0]["value"][1])
-    images = live.result(f"poa_images_total{RUN} - 8 * poa_step{RUN}")[0]["value"][1]
+def test_what_is_exported_is_what_the_run_recorded(live, of_run):
+    step = int(live.result(f"poa_step{of_run}")[0]["value"][1])
+    images = live.result(f"poa_images_total{of_run} - 8 * poa_step{of_run}")[0]["value"][1]
     assert float(images) == 0  # two ranks of four images each
-    drawn = live.result(f"sum(poa_subnet_steps_total{RUN}) - 2 * sum(poa_step{RUN})")[0]["value"][1]
+    drawn = live.result(f"sum(poa_subnet_steps_total{of_run}) - 2 * sum(poa_step{of_run})")[0]["value"][1]
     assert float(drawn) == 0
     seen = records(live)
     assert seen[-1]["step"] >= step - 2
-    by_phase = sum(float(r["value"][1]) for r in live.result(f"poa_phase_seconds_total{RUN}"))
-    wall = float(live.result(f"poa_step_seconds_sum{RUN}")[0]["value"][1])
+    by_phase = sum(float(r["value"][1]) for r in live.result(f"poa_phase_seconds_total{of_run}"))
+    wall = float(live.result(f"poa_step_seconds_sum{of_run}")[0]["value"][1])
     assert 0.5 < by_phase / wall < 2.0
 
 
-def test_records_hold_phases_health_and_accuracy(live):
+def test_records_hold_phases_health_and_accuracy(live, of_run):
     merged = {key for record in records(live) for key in record}
     assert {f"{phase}_seconds_per_step" for phase in PHASES} <= merged
     assert {"mfu", "slowest_rank", "entropy_teacher", "effective_rank_elastic", "knn_step"} <= merged
@@ -90,7 +98,7 @@ def test_records_hold_phases_health_and_accuracy(live):
     assert len(names) == 3
     # the shards are their own neighbours, so that a network which tells images apart finds most
     assert all(evaluated[0][name] > 0.3 for name in names)
-    exported = {r["metric"]["subnet"]: float(r["value"][1]) for r in live.result(f"poa_knn_accuracy_ratio{RUN}")}
+    exported = {r["metric"]["subnet"]: float(r["value"][1]) for r in live.result(f"poa_knn_accuracy_ratio{of_run}")}
     assert exported.keys() == names
 
 
@@ -98,7 +106,7 @@ def test_the_page_shows_every_panel_in_a_browser(live, tmp_path):
     browser = shutil.which("chromium")
     if browser is None:
         pytest.skip("chromium is not installed (Debian: chromium)")
-    server = make_server("night", live.url, "127.0.0.1", 0)
+    server = make_server(live.label, live.url, "127.0.0.1", 0)
     with server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         command = [
@@ -117,7 +125,7 @@ def test_the_page_shows_every_panel_in_a_browser(live, tmp_path):
 
 
 def test_the_page_passes_nothing_on_but_reading(live):
-    server = make_server("night", live.url, "127.0.0.1", 0)
+    server = make_server(live.label, live.url, "127.0.0.1", 0)
     with server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         for path in ("/api/v1/admin/tsdb/snapshot", "/-/quit", "/api/v1/status/config", "/../etc/passwd"):
@@ -146,7 +154,7 @@ def test_training_goes_on_through_a_scrape_storm_and_without_its_endpoint(live, 
 
 def test_a_run_that_is_stopped_leaves_no_target_behind(live, wait):
     """The last test: it ends the run."""
-    wait(lambda: live.result('up{job="poa",run="night"} == 1'), what="the endpoint's return")
+    wait(lambda: live.result(f'up{{job="poa",run="{live.label}"}} == 1'), what="the endpoint's return")
     began = time.monotonic()
     for rank in live.ranks:
         rank.terminate()

@@ -26,8 +26,9 @@ from pipeline.engine import distributed
 from pipeline.errors import UserError
 from pipeline.plan.check import Check
 from pipeline.plan.check_data import check_images, check_shards
-from pipeline.plan.check_directory import check_disk, check_lead
+from pipeline.plan.check_directory import check_directory, check_disk, check_lead
 from pipeline.plan.check_machine import OLDEST_DRIVER, check_device, check_driver, check_memory
+from pipeline.plan.check_names import check_evaluation, check_metrics, check_pretrained
 from pipeline.plan.check_ranks import check_collectives
 from pipeline.plan.doctor import table
 
@@ -50,8 +51,9 @@ def write(experiment, tmp_path) -> Callable:
 def test_sound_experiment_passes(write, capsys):
     assert main(["doctor", str(write()), "--json"]) == 0
     checks = json.loads(capsys.readouterr().out)
-    names = ["software", "driver", "device", "memory", "shards", "images", "run directory", "disk", "signal lead"]
-    assert [check["name"] for check in checks] == [*names, "kernels", "clocks", "all-reduce"]
+    names = ["software", "driver", "device", "memory", "shards", "images", "evaluation", "pretrained", "metrics"]
+    names += ["run directory", "disk", "signal lead", "kernels", "clocks", "all-reduce"]
+    assert [check["name"] for check in checks] == names
     assert {check["status"] for check in checks} <= {"pass", "warn"}
 
 
@@ -151,6 +153,63 @@ def test_run_directory_of_another_experiment_fails(write, tmp_path, capsys):
     assert main(["doctor", str(path)]) == 0
     assert main(["doctor", str(path), "optim.base_lr=0.1"]) == 1
     assert "optim.base_lr is 0.05 there and 0.1 here" in capsys.readouterr().out
+
+
+def test_shards_of_the_evaluation_are_looked_at(write, digits, capsys):
+    val = f"{digits}/val-000000.tar"
+    assert check_evaluation(load_config(write(eval={"every_steps": 2, "train": val, "val": val}))).status == "pass"
+    assert check_evaluation(load_config(write(eval={"every_steps": 2}))).status == "fail"  # as training refuses
+    for name in ("eval.train", "eval.val", "data.val"):
+        overrides = [f"{name}=missing.tar"]
+        later = check_evaluation(load_config(write(), overrides))
+        assert (later.status, "missing.tar" in later.finding, name in later.finding) == ("warn", True, True)
+        online = {"every_steps": 2, **({"val": val} if name == "eval.train" else {})}
+        now = check_evaluation(load_config(write(eval=online), overrides))
+        assert (now.status, "missing.tar" in now.finding) == ("fail", True)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "status", "part"),
+    [
+        ({}, "pass", "19400"),
+        ({"host": "203.0.113.1"}, "warn", "203.0.113.1"),
+        ({"host": "a..b"}, "warn", "a..b"),
+        ({"cert_file": "none.pem", "key_file": "none.pem"}, "fail", "none.pem"),
+        ({"cert_file": "setup.py", "key_file": "setup.py"}, "fail", "cert_file"),
+        ({"cert_file": "setup.py", "key_file": "setup.py", "client_ca_file": "none"}, "fail", "client_ca_file"),
+    ],
+)
+def test_what_the_metrics_name_is_looked_at(write, metrics, status, part, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    check = check_metrics(load_config(write(metrics=metrics)))
+    assert (check.status, part in check.finding) == (status, True)
+
+
+@pytest.mark.parametrize("key", ["metrics.targets_dir", "run.dir"])
+@pytest.mark.parametrize("place", ["/proc/self/x", "setup.py", "setup.py/x"])
+def test_a_directory_that_cannot_be_made_fails(write, key, place, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    assert main(["doctor", str(write()), f"{key}={place}"]) == 1
+    out = capsys.readouterr().out
+    assert re.search(rf"^fail  {'metrics' if key.startswith('metrics') else 'run directory'} ", out, re.MULTILINE)
+    assert key in out
+
+
+def test_weights_to_start_from_are_tried(write, tmp_path):
+    assert check_pretrained(load_config(write())).status == "pass"
+    with pytest.raises(UserError, match=r"model\.init_from"):
+        check_pretrained(load_config(write(), [f"model.init_from={tmp_path}", "optim.head_warmup_epochs=1"]))
+
+
+def test_a_run_that_another_batch_or_other_shards_would_break_fails(write, trained_run, tmp_path):
+    shutil.copytree(trained_run, tmp_path / "run")
+    config = load_config(trained_run / "config.yaml", run_dir=str(tmp_path / "run"))
+    assert check_directory(config, 1).finding.endswith("resumes from step_00000008")
+    with pytest.raises(UserError, match="global batch was 4 images and would be 8"):
+        check_directory(config, 2)
+    (tmp_path / "run" / "manifest.json").write_text("{")
+    with pytest.raises(UserError, match=r"damaged.*manifest\.json"):
+        check_directory(config, 1)
 
 
 def test_more_ranks_than_images_fail_and_more_than_shards_warn(write):

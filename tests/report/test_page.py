@@ -86,6 +86,42 @@ def test_report_says_which_picture_is_missing_and_why(run_dir, tmp_path, capsys)
     assert "a picture is missing" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"starts": []}', '{"starts": 3, "data": 4, "versions": []}'])
+def test_a_damaged_manifest_costs_the_report_no_more_than_what_it_says(run_dir, tmp_path, text, monkeypatch):
+    monkeypatch.setattr("pipeline.report.page._pictures", lambda *_: "")
+    shutil.copytree(run_dir, tmp_path / "copy", ignore=shutil.ignore_patterns("checkpoints"))
+    (tmp_path / "copy" / "manifest.json").write_text(text)
+    page = report(tmp_path / "copy")
+    assert "unknown" in page
+    assert "Total loss" in page
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("{", "Not available: the file is damaged"),
+        ("[]", "Not available: the file is damaged"),
+        ('{"a": 1, "b": {"accuracy": null}}', "Not evaluated yet"),
+        ('{"a\\n<b>": {"accuracy": 0.5, "params": 10, "gflops": 1}}', "a\\n&lt;b&gt;"),
+        ('{"a": {"accuracy": NaN, "params": 0, "gflops": 1}}', "Not evaluated yet"),
+    ],
+)
+def test_damaged_results_and_odd_names_are_shown_as_such(run_dir, tmp_path, text, part, monkeypatch):
+    monkeypatch.setattr("pipeline.report.page._pictures", lambda *_: "")
+    shutil.copytree(run_dir, tmp_path / "copy", ignore=shutil.ignore_patterns("checkpoints"))
+    (tmp_path / "copy" / "eval" / "knn.json").write_text(text)
+    assert part in report(tmp_path / "copy")
+
+
+def test_lines_that_were_cut_short_leave_the_others(run_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.report.page._pictures", lambda *_: "")
+    shutil.copytree(run_dir, tmp_path / "copy", ignore=shutil.ignore_patterns("checkpoints"))
+    for name in ("metrics.jsonl", "skipped.jsonl"):
+        path = tmp_path / "copy" / name
+        path.write_text('{"step": 1}\n7\n{"position": 1, "reason": [1]}\n{"st{"step"\n' + path.read_text() + '{"ste')
+    assert "a&lt;b of x.tar" in report(tmp_path / "copy")
+
+
 def test_a_run_without_records_is_refused(run_dir, tmp_path):
     copy = tmp_path / "young"
     shutil.copytree(run_dir, copy)
