@@ -8,11 +8,13 @@ from pathlib import Path
 
 from pipeline.config import ExperimentConfig, load_config
 from pipeline.elastic import cost
-from pipeline.engine.saved import list_checkpoints
+from pipeline.engine.saved import find_problem, list_checkpoints
 from pipeline.errors import UserError
 from pipeline.plan import forecast
 from pipeline.plan.check import Check
-from pipeline.run.directory import RunDirectory, require_same_experiment
+from pipeline.run.directory import RunDirectory
+from pipeline.run.experiment import require_same_experiment
+from pipeline.run.ownership import locks_work
 
 _GIB = 1 << 30
 _PROBE_BYTES = 32 << 20
@@ -25,11 +27,19 @@ def check_directory(config: ExperimentConfig) -> Check:
     parent = _existing(path)
     if not os.access(parent, os.W_OK):
         return Check("run directory", "fail", f"{parent} is not writable", "set run.dir to another")
+    finding = f"{path}: new"
     if (path / "config.yaml").exists():
         require_same_experiment(load_config(path / "config.yaml"), config, path)
-        saved = [c.name for c in list_checkpoints(RunDirectory(path).checkpoints)]
-        return Check("run directory", "pass", f"{path}: {f'resumes from {saved[0]}' if saved else 'starts anew'}")
-    return Check("run directory", "pass", f"{path}: new")
+        saved = list_checkpoints(RunDirectory(path).checkpoints)
+        if not saved:
+            RunDirectory(path).require_no_past()
+        elif problem := find_problem(saved[0], checksums=False):
+            return Check("run directory", "warn", f"{saved[0]} is damaged: {problem}", "training takes the one before")
+        finding = f"{path}: {f'resumes from {saved[0].name}' if saved else 'starts anew'}"
+    if not locks_work(parent):
+        fix = "mount it with locks (Lustre: -o flock; NFS: its lock daemon); without, a renewed file stands in for them"
+        return Check("run directory", "warn", f"{finding}; flock does not work in {parent}", fix)
+    return Check("run directory", "pass", finding)
 
 
 def check_disk(config: ExperimentConfig) -> Check:
