@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d, rendezvous
 
-from pipeline.engine.interface import VARIABLE, choose_interface
+from pipeline.engine.interface import VARIABLE, choose_interface, require_named_interface
 from pipeline.engine.launch import launch
 from pipeline.errors import UserError
 
@@ -100,7 +100,7 @@ def initialize(timeout_seconds: float = 1800, collective_seconds: float | None =
         collective_seconds: how long a collective may take; as long if None.
 
     Raises:
-        UserError: the rank variables are incomplete, or ranks share a GPU.
+        UserError: the rank variables are incomplete, GLOO_SOCKET_IFNAME names no interface, or ranks share a GPU.
     """
     rank, world_size, local_rank, together = launch()
     index, device = _device(local_rank)
@@ -115,6 +115,7 @@ def initialize(timeout_seconds: float = 1800, collective_seconds: float | None =
     if not dist.is_initialized():
         store: dist.Store = dist.HashStore()
         if together:
+            require_named_interface()
             store, _, _ = next(rendezvous("env://", rank, world_size, timeout=timeout))
             master = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
             interface = choose_interface(dist.PrefixStore("interface", store), rank, world_size, master)

@@ -23,25 +23,28 @@ def choose_interface(store: dist.Store, rank: int, world_size: int, master: tupl
         rank: of this process.
         world_size: how many there are.
         master: address and port by which rank 0 is found.
-
-    Raises:
-        UserError: this machine has no interface of the name that the user gave.
     """
-    named = os.environ.get(VARIABLE)
-    if named is not None:
-        missing = [name for name in named.split(",") if name not in psutil.net_if_addrs()]
-        if missing:
-            have = ", ".join(psutil.net_if_addrs())
-            raise UserError(f"{platform.node()} has no interface {missing[0]}", VARIABLE, f"name one of {have}")
     host, address = platform.node(), local_address(*master)
     store.set(f"address/{rank}", f"{host} {address}")
     rows = [row.decode().split(" ") for row in store.multi_get([f"address/{r}" for r in range(world_size)])]
     elsewhere = [there for name, there in rows if name != host]
-    if not elsewhere or named is not None:
+    if not elsewhere or VARIABLE in os.environ:
         return None
     if host == rows[0][0]:  # the master's own name may be that of its loopback, here alone
         address = local_address(elsewhere[0], master[1])
     return interface_of(address)
+
+
+def require_named_interface() -> None:
+    """Look whether this machine has the interface that the user named, if one is named.
+
+    Raises:
+        UserError: it has not.
+    """
+    have = psutil.net_if_addrs()
+    for name in os.environ.get(VARIABLE, "").split(","):
+        if name and name not in have:
+            raise UserError(f"{platform.node()} has no interface {name}", VARIABLE, f"name one of {', '.join(have)}")
 
 
 def local_address(target: str, port: int) -> str:

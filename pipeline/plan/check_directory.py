@@ -9,12 +9,14 @@ from pathlib import Path
 from pipeline.config import ExperimentConfig, load_config
 from pipeline.data.reader import Dataset
 from pipeline.elastic import cost
-from pipeline.engine.saved import list_checkpoints
+from pipeline.engine.saved import find_problem, list_checkpoints
 from pipeline.errors import UserError
 from pipeline.files import read_json, require_writable
 from pipeline.plan import forecast
 from pipeline.plan.check import Check
-from pipeline.run.directory import RunDirectory, fingerprint, require_same_experiment, require_same_stream
+from pipeline.run.directory import RunDirectory, fingerprint, require_same_stream
+from pipeline.run.experiment import require_same_experiment
+from pipeline.run.ownership import locks_work
 
 _GIB = 1 << 30
 _PROBE_BYTES = 32 << 20
@@ -24,18 +26,36 @@ def check_directory(config: ExperimentConfig, world_size: int) -> Check:
     """Can the run directory be used, and is what it holds of this experiment, its data and its global batch?"""
 
     path = Path(config.run.dir)
-    require_writable(existing(path), "set run.dir to another")
+    parent = existing(path)
+    require_writable(parent, "set run.dir to another")
+    finding = f"{path}: new"
     if (path / "config.yaml").exists():
         require_same_experiment(load_config(path / "config.yaml"), config, path)
-        saved = [c.name for c in list_checkpoints(RunDirectory(path).checkpoints)]
-        if saved and (path / "manifest.json").exists():
-            manifest = read_json(path / "manifest.json", "restore it, or choose another run.dir")
-            dataset = Dataset(config.data.train)
-            sizes = zip(dataset.paths, dataset.shard_sizes, strict=True)
-            data = fingerprint((shard.name, shard.stat().st_size, int(samples)) for shard, samples in sizes)
-            require_same_stream(manifest, data, config.data.batch_size * world_size, world_size, str(path))
-        return Check("run directory", "pass", f"{path}: {f'resumes from {saved[0]}' if saved else 'starts anew'}")
-    return Check("run directory", "pass", f"{path}: new")
+        saved = list_checkpoints(RunDirectory(path).checkpoints)
+        if not saved:
+            RunDirectory(path).require_no_past()
+        else:
+            _require_same_stream(config, path, world_size)
+            if problem := find_problem(saved[0], checksums=False):
+                return Check(
+                    "run directory", "warn", f"{saved[0]} is damaged: {problem}", "training takes the one before"
+                )
+        finding = f"{path}: {f'resumes from {saved[0].name}' if saved else 'starts anew'}"
+    if not locks_work(parent):
+        fix = "mount it with locks (Lustre: -o flock; NFS: its lock daemon); without, a renewed file stands in for them"
+        return Check("run directory", "warn", f"{finding}; flock does not work in {parent}", fix)
+    return Check("run directory", "pass", finding)
+
+
+def _require_same_stream(config: ExperimentConfig, path: Path, world_size: int) -> None:
+    """Refuse what training would: other shards or another global batch than the run began with."""
+    if not (path / "manifest.json").exists():
+        return
+    manifest = read_json(path / "manifest.json", "restore it, or choose another run.dir")
+    dataset = Dataset(config.data.train)
+    sizes = zip(dataset.paths, dataset.shard_sizes, strict=True)
+    data = fingerprint((shard.name, shard.stat().st_size, int(samples)) for shard, samples in sizes)
+    require_same_stream(manifest, data, config.data.batch_size * world_size, world_size, str(path))
 
 
 def check_disk(config: ExperimentConfig) -> Check:

@@ -10,7 +10,7 @@ from packaging.requirements import Requirement
 
 from pipeline.config import ExperimentConfig
 from pipeline.plan.check import Check
-from pipeline.plan.memory import memory_estimate, offloaded_bytes
+from pipeline.plan.memory import OUTSIDE, memory_estimate, offloaded_bytes
 
 _GIB = 1 << 30
 _DRIVER = Path("/proc/driver/nvidia/version")  # there as long as the kernel module is loaded, in containers too
@@ -88,7 +88,7 @@ def check_memory(config: ExperimentConfig, world_size: int) -> Check:
     cuda = torch.cuda.is_available()
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     card = torch.cuda.get_device_properties(0).total_memory if cuda else machine
-    needed = sum(memory_estimate(config, world_size).values())
+    needed = sum(memory_estimate(config, world_size).values()) + (OUTSIDE if cuda else 0)
     finding = f"about {needed / _GIB:.1f} GiB per rank (estimate), {'the card' if cuda else 'this machine'} has "
     finding += f"{card / _GIB:.1f}"
     fix = "lower data.batch_size, or set engine.activation_checkpointing=true or a higher engine.zero_stage"

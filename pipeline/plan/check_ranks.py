@@ -1,5 +1,6 @@
 """Do the ranks at hand work together: kernels on each, clocks, collectives?"""
 
+import os
 import platform
 import time
 
@@ -10,6 +11,7 @@ from kernels.dispatch import interpreted
 from kernels.ema import ema_update_
 from pipeline.config import ExperimentConfig
 from pipeline.engine.distributed import Ranks
+from pipeline.engine.interface import VARIABLE
 from pipeline.plan.check import Check
 
 _PROBE_BYTES = 32 << 20
@@ -50,6 +52,19 @@ def check_clocks(ranks: Ranks) -> Check:
     if skew > _SKEW_SECONDS:
         return Check("clocks", "warn", finding, "start NTP on the nodes: the rank that hangs would be misjudged")
     return Check("clocks", "pass", finding)
+
+
+def check_network(ranks: Ranks) -> Check:
+    """By which interface do ranks of different nodes meet?"""
+    rows = ranks.gather((platform.node(), os.environ.get(VARIABLE)))
+    nodes = dict(rows)
+    if len(nodes) == 1:
+        return Check("network", "pass", "all ranks at hand are on one node")
+    if unknown := [node for node, name in nodes.items() if name is None]:
+        fix = f"set {VARIABLE} to the interface by which the nodes reach each other"
+        return Check("network", "warn", f"{len(nodes)} nodes; {unknown[0]} has no interface of its own address", fix)
+    names = ", ".join(sorted(set(map(str, nodes.values()))))
+    return Check("network", "pass", f"{len(nodes)} nodes, gloo over {names}")
 
 
 def check_collectives(ranks: Ranks, world_size: int) -> Check:

@@ -13,7 +13,7 @@ from pipeline.plan.check_data import check_images, check_shards
 from pipeline.plan.check_directory import check_directory, check_disk, check_lead
 from pipeline.plan.check_machine import check_device, check_driver, check_memory, check_software
 from pipeline.plan.check_names import check_evaluation, check_metrics, check_pretrained
-from pipeline.plan.check_ranks import check_clocks, check_collectives, check_kernels
+from pipeline.plan.check_ranks import check_clocks, check_collectives, check_kernels, check_network
 
 
 def table(checks: list[Check]) -> str:
@@ -52,6 +52,7 @@ def examine(config: ExperimentConfig, ranks: Ranks, world_size: int) -> list[Che
     checks = [ranks.agree(lambda n=name, c=check: _guarded(n, c)) for name, check in on_main.items()]  # type: ignore[misc]
     checks.append(check_kernels(config, ranks))
     checks.append(check_clocks(ranks))
+    checks.append(check_network(ranks))
     checks.append(check_collectives(ranks, world_size))
     return checks
 

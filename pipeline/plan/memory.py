@@ -5,6 +5,10 @@ from pipeline.elastic import cost
 from pipeline.elastic.subnet import Grid, Subnet
 from pipeline.engine.sizes import BUCKET
 
+OUTSIDE = 3 << 30
+"""Bytes of a GPU left to what torch does not know of: CUDA's context and kernels, NCCL's and DALI's buffers. It is an
+allowance, not measured: `poa_device_memory_bytes{kind="outside"}` of a run says what it is there."""
+
 # Activations that the backward pass of one block keeps per token, in multiples of its width: input of both norms, qkv,
 # attention output, both sides of the 4x MLP, and the two residual sums. Counted from the operations of a ViT block.
 _KEPT_PER_TOKEN = 1 + 1 + 3 + 1 + 1 + 1 + 4 + 4 + 1

@@ -6,7 +6,7 @@ from pipeline.config import EngineConfig, ExperimentConfig, dump_config
 from pipeline.elastic import cost
 from pipeline.elastic.subnet import Grid
 from pipeline.plan import forecast
-from pipeline.plan.memory import memory_estimate, offloaded_bytes
+from pipeline.plan.memory import OUTSIDE, memory_estimate, offloaded_bytes
 from pipeline.plan.subnets import subnet_table
 
 _GIB = 1 << 30
@@ -41,7 +41,8 @@ def plan(config: ExperimentConfig, gpus: int, gpu: str, mfu: float) -> dict[str,
     step = cost.step_flops(config, largest)
     flops = {"teacher": step.teacher, "intact": step.intact, "elastic_mean": waiting["shared"]["mean"]}
     stages = get_args(EngineConfig.model_fields["zero_stage"].annotation)
-    memory = {str(stage): memory_estimate(config, gpus, stage) for stage in stages}
+    outside = {"CUDA, NCCL, DALI (allowance)": float(OUTSIDE)}
+    memory = {str(stage): memory_estimate(config, gpus, stage) | outside for stage in stages}
     return {
         "gpus": gpus,
         "gpu": gpu,

@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any, TextIO
@@ -43,11 +44,17 @@ class Console:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self.live and self.speaks and not self.quiet:
-            print(file=self.stream)
+            self._print("\n")
 
     def say(self, text: str) -> None:
         if self.speaks:
-            print(text, file=self.stream)
+            self._print(text + "\n")
+
+    def _print(self, text: str) -> None:
+        """Nobody may read it any more, or its disk may be full: no reason to end a run."""
+        with suppress(OSError, ValueError):
+            self.stream.write(text)
+            self.stream.flush()
 
     def update(self, record: dict[str, Any]) -> None:
         """Show a record of `metrics.jsonl`; a bad step is always shown."""
@@ -57,9 +64,9 @@ class Console:
             return
         self._printed = now
         text = self._text(record, now)
-        print(f"\r\x1b[K{text}" if self.live else text, end="" if self.live else "\n", file=self.stream, flush=True)
+        self._print(f"\r\x1b[K{text}" if self.live else f"{text}\n")
         if self.live and "bad" in record:
-            print(file=self.stream)
+            self._print("\n")
 
     def already_complete(self, run_dir: Path, step: int) -> None:
         """There is nothing to do."""

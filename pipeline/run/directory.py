@@ -5,7 +5,8 @@ import json
 import os
 import platform
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,15 +44,11 @@ class RunDirectory:
         Raises:
             UserError: something is in the way, another process trains here, or the directory is of another experiment.
         """
-        try:
+        with self._usable():
             self.path.mkdir(parents=True, exist_ok=True)
             self._owner.claim(job)
-        except OSError as error:
-            raise UserError(
-                f"cannot use the run directory: {error.strerror}", str(self.path), "set run.dir or --run-dir to another"
-            ) from error
-        clear(self.heartbeats)
-        there = self._config_there()
+            clear(self.heartbeats)
+            there = self._config_there()
         if there is not None:
             require_same_experiment(there, config, self.path)
 
@@ -68,8 +65,9 @@ class RunDirectory:
         Raises:
             UserError: they are gone; to begin anew would wipe the records of the run.
         """
-        starts = [start["step"] for start in self._read_manifest()["starts"]]
-        saved = [r["step"] for r in read_json_lines(self.metrics, "step") if "checkpoint_seconds" in r]
+        with self._usable():
+            starts = [start["step"] for start in self._read_manifest()["starts"]]
+            saved = [r["step"] for r in read_json_lines(self.metrics, "step") if "checkpoint_seconds" in r]
         if step := max([*starts, *saved], default=0):
             raise UserError(
                 f"this run has been at step {step} and has no checkpoint now",
@@ -79,7 +77,20 @@ class RunDirectory:
 
     def settle(self, config: ExperimentConfig, step: int) -> Settings:
         """What the keys that may change are from a step on; see `experiment.settle`."""
-        return settle(config, self._config_there(), self._read_manifest(), step, self.path)
+        with self._usable():
+            return settle(config, self._config_there(), self._read_manifest(), step, self.path)
+
+    @contextmanager
+    def _usable(self) -> Iterator[None]:
+        """What cannot be read or written at the start of a run is the user's to mend."""
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"cannot use the run directory: {error.strerror}",
+                str(error.filename or self.path),
+                "see to its rights and to the room there, or set run.dir or --run-dir to another",
+            ) from error
 
     def _config_there(self) -> ExperimentConfig | None:
         return load_config(self._config) if self._config.exists() else None
@@ -107,7 +118,8 @@ class RunDirectory:
         Raises:
             UserError: the data or the global batch is not what the run began with.
         """
-        previous = self._read_manifest()
+        with self._usable():
+            previous = self._read_manifest()
         batch = config.data.batch_size * world_size
         if step > 0:
             require_same_stream(previous, data, batch, world_size, str(self.path))
@@ -129,14 +141,16 @@ class RunDirectory:
             "settings": settings.history,
             "starts": [*previous["starts"], start],
         }
-        write_atomically(self._manifest, json.dumps(manifest, indent=1) + "\n")
-        write_atomically(self._config, dump_config(config))
+        with self._usable():
+            write_atomically(self._manifest, json.dumps(manifest, indent=1) + "\n")
+            write_atomically(self._config, dump_config(config))
 
     def rewind(self, step: int, samples: int) -> None:
         """Drop the records that lie after a checkpoint; the steps that made them will be done again."""
-        write_json_lines(self.metrics, (r for r in read_json_lines(self.metrics, "step") if r["step"] <= step))
-        skipped = read_json_lines(self.skipped, "position")
-        write_json_lines(self.skipped, (r for r in skipped if r["position"] < samples))
+        with self._usable():
+            write_json_lines(self.metrics, (r for r in read_json_lines(self.metrics, "step") if r["step"] <= step))
+            skipped = read_json_lines(self.skipped, "position")
+            write_json_lines(self.skipped, (r for r in skipped if r["position"] < samples))
 
     def log(self, record: dict[str, Any]) -> None:
         self._log.append(record)

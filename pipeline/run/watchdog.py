@@ -126,7 +126,7 @@ class Watchdog:
             return None
         assert deadman.stdin is not None
         os.set_blocking(deadman.stdin.fileno(), False)
-        faulthandler.enable(file=2)
+        faulthandler.enable(file=2)  # when the deadman aborts this process
         return deadman
 
     def _tell_deadman(self) -> None:

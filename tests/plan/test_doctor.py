@@ -52,7 +52,7 @@ def test_sound_experiment_passes(write, capsys):
     assert main(["doctor", str(write()), "--json"]) == 0
     checks = json.loads(capsys.readouterr().out)
     names = ["software", "driver", "device", "memory", "shards", "images", "evaluation", "pretrained", "metrics"]
-    names += ["run directory", "disk", "signal lead", "kernels", "clocks", "all-reduce"]
+    names += ["run directory", "disk", "signal lead", "kernels", "clocks", "network", "all-reduce"]
     assert [check["name"] for check in checks] == names
     assert {check["status"] for check in checks} <= {"pass", "warn"}
 
@@ -151,8 +151,8 @@ def test_run_directory_of_another_experiment_fails(write, tmp_path, capsys):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text(path.read_text())
     assert main(["doctor", str(path)]) == 0
-    assert main(["doctor", str(path), "optim.base_lr=0.1"]) == 1
-    assert "optim.base_lr is 0.05 there and 0.1 here" in capsys.readouterr().out
+    assert main(["doctor", str(path), "optim.layer_decay=0.5"]) == 1
+    assert "optim.layer_decay is 0.9 there and 0.5 here" in capsys.readouterr().out
 
 
 def test_shards_of_the_evaluation_are_looked_at(write, digits, capsys):

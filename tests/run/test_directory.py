@@ -43,3 +43,34 @@ def test_later_attempt_takes_over_and_the_earlier_one_may_write_no_more(config, 
     taking.join(10)
     assert not taking.is_alive()
     second.require_ownership()
+
+
+def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew(config, tmp_path):
+    run = RunDirectory(tmp_path / "run")
+    run.claim(config)
+    run.require_no_past()
+    run.metrics.write_text('{"step": 1}\n{"step": 2, "checkpoint_seconds": 0.1}\n{"step": 3}\n')
+    with pytest.raises(
+        UserError, match=r"has been at step 2 and has no checkpoint now \(.*checkpoints\): bring them back"
+    ):
+        run.require_no_past()
+    run.metrics.unlink()
+    (run.path / "manifest.json").write_text('{"starts": [{"step": 0}, {"step": 40}]}')
+    with pytest.raises(UserError, match="has been at step 40"):
+        run.require_no_past()
+    (run.path / "manifest.json").write_text('{"starts": [{"st')
+    with pytest.raises(UserError, match="not a manifest"):
+        run.require_no_past()
+    run.release()
+
+
+def test_what_is_in_the_way_is_named(config, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot use the run directory: Not a directory \(.*file"):
+        RunDirectory(tmp_path / "file" / "run").claim(config)
+    run = RunDirectory(tmp_path / "run")
+    run.claim(config)
+    run.metrics.mkdir()
+    with pytest.raises(UserError, match=r"cannot use the run directory: Is a directory \(.*metrics\.jsonl"):
+        run.rewind(3, 12)
+    run.release()

@@ -1,4 +1,4 @@
-"""What slurm/common.sh makes of the end of a run, with stand-ins for Slurm's commands (`tests/cluster` has real ones)."""
+"""What slurm/common.sh makes of the end of a run, with stand-ins for Slurm's commands (real ones: `tests/cluster`)."""
 
 import os
 import subprocess

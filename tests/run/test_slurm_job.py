@@ -1,5 +1,9 @@
 """What a run and its Slurm job tell each other."""
 
+import signal
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -71,3 +75,29 @@ def test_job_script_is_told_of_the_checkpoint_and_the_end(save, tmp_path, monkey
     assert job.name == "12.3"
     job.ended("stay")
     assert (tmp_path / "end.3").read_text() == "stay\n"
+
+
+def test_a_second_ctrl_c_ends_the_process_wherever_it_is():
+    script = """
+import time
+from pipeline.run.slurm_job import stop_signals
+with stop_signals() as received:
+    print("ready", flush=True)
+    while not received:
+        time.sleep(0.01)
+    print("saving", flush=True)
+    time.sleep(100)
+"""
+    words = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": Path(__file__).parents[2]}
+    process = subprocess.Popen([sys.executable, "-c", script], **words)
+    for word in ("ready\n", "saving\n"):
+        assert process.stdout.readline() == word
+        process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGINT
+    assert err == "\ninterrupted: saving after this step; once more ends it at once\n"
+
+
+def test_a_job_script_that_cannot_be_told_ends_no_run(tmp_path, capsys):
+    Job("7", 0, tmp_path / "gone").saved(3)
+    assert "cannot tell the job script '3'" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ pytestmark = pytest.mark.timeout(600)
 
 ROOT = Path(__file__).parents[2]
 WORKER = ROOT / "tests" / "workers" / "run_with_fault.py"
+WATCHED = ROOT / "tests" / "workers" / "watched.py"
 
 
 class Ended(NamedTuple):
@@ -77,6 +79,33 @@ def test_rank_whose_native_code_holds_the_interpreter_is_named_by_the_others(end
     assert code == 1
     assert re.search(r"error: rank 1 of 2 \(.*\) stopped: last seen \d+ s ago in ", log)
     assert "Last known stack of rank 1:" in log
+
+
+def watched(what: str) -> subprocess.Popen:
+    """A process that is watched, with a timeout of two seconds."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, str(WATCHED), what], env=environment, **pipes)
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def test_a_process_that_was_stopped_for_longer_than_a_hang_may_last_goes_on():
+    process = watched("wait")
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(12)  # the time that must not be counted, its only purpose
+    process.send_signal(signal.SIGCONT)
+    time.sleep(3)
+    _, err = process.communicate()
+    assert (process.returncode, err) == (0, "")
+
+
+def test_native_code_that_holds_the_interpreter_of_the_only_rank_is_ended_with_its_stack():
+    process = watched("hold")
+    _, err = process.communicate(timeout=110)
+    assert process.returncode == -signal.SIGABRT
+    assert "hangs in native code that holds the interpreter" in err
+    assert "watched.py" in err
 
 
 def beat(

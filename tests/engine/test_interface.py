@@ -1,0 +1,67 @@
+"""Ranks on two hosts whose own names are those of their loopback, as on Debian: two network namespaces."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+WORKER = ROOT / "tests" / "workers" / "sum_ranks.py"
+ADDRESSES = {"a": "10.77.0.1", "b": "10.77.0.2"}
+
+
+def ip(*words: str, **options: bool) -> None:
+    subprocess.run(["ip", *words], capture_output=True, **{"check": True, **options})
+
+
+@pytest.fixture
+def hosts(tmp_path: Path):
+    """Two of them, joined by one cable between their interfaces `cable-a` and `cable-b`; gives their namespaces."""
+    if os.geteuid() or not shutil.which("ip") or not shutil.which("unshare"):
+        pytest.skip("needs root, ip and unshare to make two hosts")
+    names = {host: f"poa-{os.getpid()}-{host}" for host in ADDRESSES}
+    try:
+        for name in names.values():
+            ip("netns", "add", name)
+        ip("link", "add", "cable-a", "netns", names["a"], "type", "veth", "peer", "cable-b", "netns", names["b"])
+        for host, name in names.items():
+            ip("-n", name, "address", "add", f"{ADDRESSES[host]}/24", "dev", f"cable-{host}")
+            ip("-n", name, "link", "set", f"cable-{host}", "up")
+            ip("-n", name, "link", "set", "lo", "up")
+            known = {
+                "localhost": "127.0.0.1",
+                **{f"host-{h}": a for h, a in ADDRESSES.items()},
+                f"host-{host}": "127.0.1.1",
+            }
+            (tmp_path / f"hosts-{host}").write_text("".join(f"{there} {who}\n" for who, there in known.items()))
+        yield names
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"no network namespaces here: {error.stderr}")
+    finally:
+        for name in names.values():
+            ip("netns", "delete", name, check=False)
+
+
+def start(tmp_path: Path, host: str, namespace: str, rank: int, **variables: str) -> subprocess.Popen:
+    own = {"RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "host-a", "MASTER_PORT": 20001}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables}
+    environment |= {name: str(value) for name, value in own.items()}
+    script = f'hostname host-{host}; mount --bind {tmp_path}/hosts-{host} /etc/hosts; exec "$@"'
+    command = ["ip", "netns", "exec", namespace, "unshare", "--uts", "--mount", "sh", "-c", script, "host"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([*command, sys.executable, str(WORKER)], env=environment, **pipes)
+
+
+def test_ranks_meet_by_the_interface_that_reaches_the_other_host(tmp_path, hosts):
+    ranks = [start(tmp_path, host, name, rank) for rank, (host, name) in enumerate(hosts.items())]
+    outputs = [process.communicate(timeout=240) for process in ranks]
+    assert [out.strip() for out, _ in outputs] == ["3 cable-a", "3 cable-b"], outputs
+
+
+def test_an_interface_that_is_not_there_is_named(tmp_path, hosts):
+    process = start(tmp_path, "a", hosts["a"], 0, GLOO_SOCKET_IFNAME="ib0")
+    _, err = process.communicate(timeout=240)
+    assert "host-a has no interface ib0 (GLOO_SOCKET_IFNAME): name one of lo, cable-a" in err
