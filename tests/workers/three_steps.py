@@ -1,9 +1,11 @@
-"""Three steps (or run.max_steps) of the method, by the engine or by plain fp64 PyTorch; saves losses and weights.
+"""Three steps (or run.max_steps) of the method, by the engine or by plain PyTorch; saves losses and weights.
 
-Usage: three_steps.py engine|plain VIRTUAL_RANKS CONFIG OUT [CONFIG OUT ...]
+Usage: three_steps.py engine|plain64|plain32 VIRTUAL_RANKS CONFIG OUT [CONFIG OUT ...]
 
-`plain` knows nothing of DeepSpeed, of factored targets or of ranks: one process computes what `VIRTUAL_RANKS` ranks
-should, from materialised targets, as the formulas of the paper read.
+Plain PyTorch knows nothing of DeepSpeed, of factored targets or of ranks: one process computes what `VIRTUAL_RANKS`
+ranks should, from materialised targets, as the formulas of the paper read. In fp64 it is the truth. `plain32` shows
+what fp32 costs on the processor and with the libraries at hand: `ROUNDINGS` times the same, each time with the images
+moved by a unit in the last place, since it is chance whether a sum or an activation near ReLU's kink is rounded up.
 """
 
 import copy
@@ -29,6 +31,7 @@ from pipeline.method.schedules import Schedules, StepValues
 from pipeline.run.step import Trainer, build_student
 
 STEPS = 3
+ROUNDINGS = 3
 EPS = 1e-4  # AdamW's default 1e-8 turns rounding noise of vanishing gradients into full steps
 
 
@@ -93,7 +96,15 @@ def cross_entropy(target: Tensor, logits: Tensor, temperature: float) -> Tensor:
     return -(target * F.log_softmax(logits / temperature, -1)).sum(-1)
 
 
-def by_plain_torch(config: ExperimentConfig, subnets: list[list[Subnet]]) -> dict:
+def last_place(x: Tensor, seed: int) -> Tensor:
+    """Move every number by a unit in its last place, up or down or not at all; seed 0 moves none."""
+    moves = torch.randint(-1, 2, x.shape, generator=torch.Generator().manual_seed(seed))
+    return x * (1 + moves * torch.finfo(x.dtype).eps) if seed else x
+
+
+def by_plain_torch(
+    config: ExperimentConfig, subnets: list[list[Subnet]], dtype: torch.dtype, rounding: int = 0
+) -> dict:
     ranks = len(subnets[0])
     images = config.data.batch_size * ranks
     local = config.data.local_crops.count
@@ -101,20 +112,20 @@ def by_plain_torch(config: ExperimentConfig, subnets: list[list[Subnet]]) -> dic
     schedules, loss = Schedules(config.optim, config.loss, images), config.loss
     student = build_student(config)
     specs = parameter_groups(student, config.optim)
-    student.double()
+    student.to(dtype)
     teacher = copy.deepcopy(student)
     named = dict(student.named_parameters())
     optimizer = torch.optim.AdamW([{"params": [named[n] for n in s.names]} for s in specs], betas=(0.9, 0.999), eps=EPS)
     full, grid = student.backbone.grid.largest, student.backbone.patch_grid(config.data.global_crops.size)
     heads = range(len(config.heads.prototypes))
-    center = {kind: [torch.zeros(k).double() for k in config.heads.prototypes] for kind in ("cls", "patch")}
+    center = {kind: [torch.zeros(k, dtype=dtype) for k in config.heads.prototypes] for kind in ("cls", "patch")}
     losses = []
     for step in range(config.run.max_steps or STEPS):
         values, batch = schedules.at(step), next(loader)
         masks = torch.from_numpy(all_masks(config, step, images, grid, values))
-        g, loc = batch.global_crops.double(), batch.local_crops.double()
+        g, loc = (last_place(crops, rounding).to(dtype) for crops in batch)
         masked = masks.flatten().nonzero()[:, 0]
-        weights = (1 / masks.sum(1).clamp(min=1)).repeat_interleave(masks.shape[1])[masked].double()
+        weights = (1 / masks.sum(1).clamp(min=1)).repeat_interleave(masks.shape[1])[masked].to(dtype)
 
         def forward(model, images_, subnet, masks_=None, keep=None):
             f = model.backbone.forward_crops([images_], subnet, [masks_], None if keep is None else [keep])[0]
@@ -228,13 +239,19 @@ def draws(config: ExperimentConfig, ranks: int) -> list[list[Subnet]]:
     return [[sampler.draw(step, rank) for rank in range(ranks)] for step in range(config.run.max_steps or STEPS)]
 
 
+def plain(mode: str, config: ExperimentConfig, subnets: list[list[Subnet]]) -> dict | list[dict]:
+    if mode == "plain64":
+        return by_plain_torch(config, subnets, torch.float64)
+    return [by_plain_torch(config, subnets, torch.float32, rounding) for rounding in range(ROUNDINGS)]
+
+
 def main() -> None:
     mode, virtual, *files = sys.argv[1:]
     torch.set_num_threads(1)
     ranks = distributed.initialize() if mode == "engine" else None
     for path, out in zip(files[::2], files[1::2], strict=True):
         config = load_config(path)
-        result = by_engine(config, ranks) if ranks else by_plain_torch(config, draws(config, int(virtual)))
+        result = by_engine(config, ranks) if ranks else plain(mode, config, draws(config, int(virtual)))
         if ranks is None or ranks.is_main:
             torch.save(result, out)
     if ranks:
