@@ -65,7 +65,7 @@ setup(
         "pillow>=10",
         "prometheus-client>=0.21",
         "pydantic>=2.9,<3",
-        "PyYAML>=6",
+        "PyYAML>=6.0.1",
         "safetensors>=0.5",
         "scikit-learn>=1.5",
         "tensorboard>=2.18",
