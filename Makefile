@@ -2,8 +2,11 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/poa
+# kept outside of the checkout, since the same versions need no second download
+OLDEST := $(CACHE)/oldest-$(shell sha256sum tests/oldest.txt | cut -c-12)
 
-.PHONY: demo test lint install clean
+.PHONY: demo test lint test-oldest install clean
 
 demo: $(VENV)/.installed
 	$(BIN)/poa demo
@@ -16,6 +19,22 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# kernels, steps and the first steps of the demo under the oldest versions that setup.py admits; wants Python 3.11, the
+# newest for which all of them have wheels
+test-oldest: export PYTHONPATH = $(CURDIR)
+test-oldest: export OMP_NUM_THREADS = 1
+test-oldest: $(OLDEST)/.installed
+	$(OLDEST)/bin/python -m pytest -n 2 --dist load -p no:cacheprovider tests/kernels/test_interpreter.py
+	$(OLDEST)/bin/python -m pytest -p no:cacheprovider tests/engine/test_three_steps.py
+	directory=$$(mktemp -d) && $(OLDEST)/bin/python -c "import sys; from pathlib import Path; \
+	from pipeline.demo import run_demo; sys.exit(run_demo(Path('$$directory'), ('run.max_steps=4',)))" && rm -r $$directory
+
+$(OLDEST)/.installed:
+	rm -rf $(CACHE)/oldest-*
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/pip install --quiet --requirement tests/oldest.txt
+	touch $@
 
 install: $(VENV)/.installed
 

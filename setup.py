@@ -58,15 +58,15 @@ setup(
         "timm>=1.0.20,<1.1",
         # The engine reads DeepSpeed's gradient partitions, which are not documented API: the tested range is narrow.
         "deepspeed>=0.19.8,<0.20",
-        f"nvidia-dali-{dali_wheel()}>=2.0,<3",
-        "nvidia-nvimgcodec-cu13>=0.6" if dali_wheel() == "cuda130" else "nvidia-nvimgcodec-cu12>=0.6",
+        f"nvidia-dali-{dali_wheel()}>=2.2,<3",  # adjust_orientation of its decoder
+        "nvidia-nvimgcodec-cu13>=0.8" if dali_wheel() == "cuda130" else "nvidia-nvimgcodec-cu12>=0.8",
         "braceexpand>=0.1.7",
         "numpy>=1.26",
         "pillow>=10",
         "prometheus-client>=0.21",
         "psutil>=5.9",
         "pydantic>=2.9,<3",
-        "PyYAML>=6",
+        "PyYAML>=6.0.1",
         "safetensors>=0.5",
         "scikit-learn>=1.5",
         "tensorboard>=2.18",

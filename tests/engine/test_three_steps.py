@@ -9,7 +9,9 @@ import yaml
 
 WORKER = Path(__file__).parents[1] / "workers" / "three_steps.py"
 RANKS = 2
-TOLERANCE = 1e-6  # relative; fp32 against fp64 was measured at 6e-8 for weights and 5e-8 for losses
+STORED = 3 * 2**-24  # relative; each of three updates rounds a weight to fp32 once
+# fp32 against fp32 after one update: sums over the tokens of four crops of 64, then over 128 hidden units
+SUMMED = (4 * 64 + 128) ** 0.5 * 2**-24
 pytestmark = pytest.mark.timeout(1500)
 
 
@@ -68,13 +70,14 @@ def run(launch, directory, mode, ranks, trees, fresh=False):
 
 @pytest.fixture(scope="module")
 def results(launch, experiment, tmp_path_factory):
-    """By case, what the engine made and what plain fp64 PyTorch makes of the same experiment."""
+    """By case, what the engine made, and what plain PyTorch makes of the same experiment in fp64 and in fp32."""
     directory = tmp_path_factory.mktemp("three_steps")
     trees = {case: case.tree(experiment) for case in [*CASES, *BF16]}
     kinds = {case: (case.family, case.centering, case.assignment) for case in trees}
-    plain = run(launch, directory, "plain", 1, {kinds[case]: tree for case, tree in trees.items()})
+    by_kind = {kinds[case]: tree for case, tree in trees.items()}
+    plain, rounded = (run(launch, directory, mode, 1, by_kind) for mode in ("plain64", "plain32"))
     found = run(launch, directory, "engine", RANKS, trees)
-    return {case: (found[case], plain[kinds[case]]) for case in trees}
+    return {case: (found[case], plain[kinds[case]], rounded[kinds[case]]) for case in trees}
 
 
 def relative_error(found, expected):
@@ -84,27 +87,30 @@ def relative_error(found, expected):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_two_ranks_with_different_subnets_equal_one_plain_process(results, case):
-    found, expected = results[case]
+    """The engine loses at most twice what plain PyTorch in fp32 loses on this machine, whose sums run in an order
+    of their own on every processor and number of threads."""
+    found, expected, rounded = results[case]
     for step, losses in enumerate(expected["losses"]):
         for term, value in losses.items():
             assert found["losses"][step][term] == pytest.approx(value, rel=1e-5, abs=1e-6), (step, term)
     for branch in ("student", "teacher"):
-        assert relative_error(found[branch], expected[branch]) < TOLERANCE
-        assert relative_error(found["working"][branch], expected[branch]) < TOLERANCE
+        tolerance = 2 * max(relative_error(one[branch], expected[branch]) for one in rounded) + STORED
+        assert relative_error(found[branch], expected[branch]) < tolerance < 1e-5
+        assert relative_error(found["working"][branch], expected[branch]) < tolerance
     for kind, centers in expected["center"].items():
         for ours, theirs in zip(found["center"][kind], centers, strict=True):
             assert torch.allclose(ours.double(), theirs, atol=1e-6)
 
 
 def test_a_step_under_zero_makes_no_all_reduce_per_parameter_group(results):
-    for case, (found, _) in results.items():
+    for case, (found, *_) in results.items():
         if case.stage in (1, 2) and not case.offload:
             assert found["all_reduces"] < found["groups"], case
 
 
 @pytest.mark.parametrize("case", BF16, ids=str)
 def test_bf16_follows_fp32_within_rounding(results, case):
-    found, expected = results[case]
+    found, expected, _ = results[case]
     for step, losses in enumerate(expected["losses"]):
         assert found["losses"][step]["total"] == pytest.approx(losses["total"], rel=0.02)
     assert relative_error(found["student"], expected["student"]) < 0.02
@@ -140,4 +146,4 @@ def test_interpreted_triton_kernels_train_like_the_eager_ones(launch, tmp_path, 
             assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6)
         for branch in ("student", "teacher"):  # one update, so the gradients agree
             expected = {name: weight.double() for name, weight in eager[family][branch].items()}
-            assert relative_error(triton[family][branch], expected) < TOLERANCE
+            assert relative_error(triton[family][branch], expected) < SUMMED

@@ -53,10 +53,13 @@ def compare(
     out.backward(above)
     oracle = reference(qkv, bias, mask, above, torch.float64)
     plain = reference(qkv, bias, mask, above, qkv.dtype)
-    earned(out.detach(), plain[0], oracle[0])
-    earned(leaf.grad, plain[1], oracle[1])
-    if bias_leaf is not None:
-        earned(bias_leaf.grad, plain[2], oracle[2])
+    q, k, _ = qkv.double().permute(2, 0, 3, 1, 4)
+    exponent = max(1.0, float((q @ k.mT).abs().max()) * q.shape[-1] ** -0.5)
+    terms = qkv.shape[1] + qkv.shape[-1]  # a score is a sum over channels, an output and a gradient one over tokens
+    earned(out.detach(), plain[0], oracle[0], exponent, terms)
+    earned(leaf.grad, plain[1], oracle[1], exponent, terms)
+    if bias_leaf is not None:  # summed over the sequences too
+        earned(bias_leaf.grad, plain[2], oracle[2], exponent, terms + len(qkv))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

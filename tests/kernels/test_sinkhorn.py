@@ -50,7 +50,8 @@ def test_targets_equal_the_matrix_form(
         result = probabilities(logits, row, col).float()
         oracle = matrix_form(logits, iterations, torch.float64)
         exponent = float(max(row.abs().max(), col.abs().max(), 1 / TEMPERATURE))
-        earned(result, matrix_form(logits, iterations, torch.float32), oracle, exponent)
+        terms = 2 * iterations * max(logits.shape)  # two sums per iteration follow one another
+        earned(result, matrix_form(logits, iterations, torch.float32), oracle, exponent, terms)
 
 
 def test_rows_sum_to_one_and_prototypes_are_used_equally(impl: str, device: str) -> None:

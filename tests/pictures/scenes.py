@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFilter
 
 SIDES = ((96, 128), (128, 96), (112, 112), (160, 120), (120, 160), (90, 150))  # width and height
 PER_SHARD = 120
@@ -76,6 +76,7 @@ def render(seed: int, label: int, size: tuple[int, int] | None = None) -> Image.
     fills = colours(generator, scene.hue, count).tolist()
     for corners, fill in zip(leaves(generator, scene.form, size, count), fills, strict=True):
         draw.polygon(corners.ravel().tolist(), fill=tuple(fill))
+    image = image.filter(ImageFilter.GaussianBlur(0.6))  # a lens
     light = np.add.outer(np.linspace(*generator.uniform(0.5, 1.1, 2), size[1]), np.linspace(-0.2, 0.2, size[0]))
     linear = (np.asarray(image, np.float32) / 255) ** 2.2 * light[..., None].clip(0.2)
     linear *= np.exp(0.3 * texture(generator, size))[..., None]

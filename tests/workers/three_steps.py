@@ -1,9 +1,11 @@
-"""Three steps (or run.max_steps) of the method, by the engine or by plain fp64 PyTorch; saves losses and weights.
+"""Three steps (or run.max_steps) of the method, by the engine or by plain PyTorch; saves losses and weights.
 
-Usage: three_steps.py engine|plain VIRTUAL_RANKS CONFIG OUT [CONFIG OUT ...]
+Usage: three_steps.py engine|plain64|plain32 VIRTUAL_RANKS CONFIG OUT [CONFIG OUT ...]
 
-`plain` (`pipeline.bench.plain`) knows nothing of DeepSpeed, of factored targets or of ranks: one process computes what
-`VIRTUAL_RANKS` ranks should, from materialised targets, as the formulas of the paper read.
+Plain PyTorch (`pipeline.bench.plain`) knows nothing of DeepSpeed, of factored targets or of ranks: one process computes
+what `VIRTUAL_RANKS` ranks should, from materialised targets, as the formulas of the paper read. In fp64 it is the truth.
+`plain32` shows what fp32 costs on the processor and with the libraries at hand: `ROUNDINGS` times the same, each time with the images
+moved by a unit in the last place, since it is chance whether a sum or an activation near ReLU's kink is rounded up.
 """
 
 import sys
@@ -13,6 +15,7 @@ from unittest import mock
 
 import deepspeed
 import torch
+from torch import Tensor
 
 from pipeline.bench.plain import Inputs, Plain
 from pipeline.config import ExperimentConfig, load_config
@@ -25,6 +28,7 @@ from pipeline.method.schedules import Schedules, StepValues
 from pipeline.run.step import Trainer, build_student
 
 STEPS = 3
+ROUNDINGS = 3
 EPS = 1e-4  # AdamW's default 1e-8 turns rounding noise of vanishing gradients into full steps
 
 
@@ -76,25 +80,33 @@ def by_engine(config: ExperimentConfig, ranks: Ranks) -> dict:
     }
 
 
-def by_plain_torch(config: ExperimentConfig, subnets: list[list[Subnet]]) -> dict:
+def last_place(x: Tensor, seed: int) -> Tensor:
+    """Move every number by a unit in its last place, up or down or not at all; seed 0 moves none."""
+    moves = torch.randint(-1, 2, x.shape, generator=torch.Generator().manual_seed(seed))
+    return x * (1 + moves * torch.finfo(x.dtype).eps) if seed else x
+
+
+def by_plain_torch(
+    config: ExperimentConfig, subnets: list[list[Subnet]], dtype: torch.dtype, rounding: int = 0
+) -> dict:
     images = config.data.batch_size * len(subnets[0])
     loader = Loader(config.data.model_copy(update={"batch_size": images}))
     schedules, student = Schedules(config.optim, config.loss, images), build_student(config)
     grid = student.backbone.patch_grid(config.data.global_crops.size)
-    plain = Plain(config, student, torch.device("cpu"), torch.float64, EPS)
+    oracle = Plain(config, student, torch.device("cpu"), dtype, EPS)
     losses = []
     for step in range(config.run.max_steps or STEPS):
         values, batch = schedules.at(step), next(loader)
         masks = all_masks(config, step, images, grid, values)
-        inputs = Inputs.of(batch.global_crops.double(), batch.local_crops.double(), masks)
-        found = plain.step(step, values, inputs, subnets[step])
+        inputs = Inputs.of(*(last_place(crops, rounding).to(dtype) for crops in batch), masks)
+        found = oracle.step(step, values, inputs, subnets[step])
         losses.append({name: float(value) for name, value in found.items()})
     loader.close()
     return {
         "losses": losses,
-        "student": {n: p.detach() for n, p in plain.student.named_parameters()},
-        "teacher": {n: p.detach() for n, p in plain.teacher.named_parameters()},
-        "center": plain.center,
+        "student": {n: p.detach() for n, p in oracle.student.named_parameters()},
+        "teacher": {n: p.detach() for n, p in oracle.teacher.named_parameters()},
+        "center": oracle.center,
     }
 
 
@@ -112,13 +124,19 @@ def draws(config: ExperimentConfig, ranks: int) -> list[list[Subnet]]:
     return [[sampler.draw(step, rank) for rank in range(ranks)] for step in range(config.run.max_steps or STEPS)]
 
 
+def plain(mode: str, config: ExperimentConfig, subnets: list[list[Subnet]]) -> dict | list[dict]:
+    if mode == "plain64":
+        return by_plain_torch(config, subnets, torch.float64)
+    return [by_plain_torch(config, subnets, torch.float32, rounding) for rounding in range(ROUNDINGS)]
+
+
 def main() -> None:
     mode, virtual, *files = sys.argv[1:]
     torch.set_num_threads(1)
     ranks = distributed.initialize() if mode == "engine" else None
     for path, out in zip(files[::2], files[1::2], strict=True):
         config = load_config(path)
-        result = by_engine(config, ranks) if ranks else by_plain_torch(config, draws(config, int(virtual)))
+        result = by_engine(config, ranks) if ranks else plain(mode, config, draws(config, int(virtual)))
         if ranks is None or ranks.is_main:
             torch.save(result, out)
     if ranks:
