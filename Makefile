@@ -3,13 +3,17 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint install clean
+.PHONY: demo test check lint install clean
 
 demo: $(VENV)/.installed
 	$(BIN)/poa demo
 
 test: $(VENV)/.installed-dev lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+
+# for the inner loop: what trains in processes of its own, or wants more than the package, is left to `make test`
+check: $(VENV)/.installed-dev lint
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m "not slow and not slurm and not prometheus and not runs"
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -56,6 +56,13 @@ FAMILIES = {
 }
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What starts other processes as ranks, by `launch`, is marked so: `make check` leaves it out."""
+    for item in items:
+        if "launch" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.runs)
+
+
 @pytest.fixture(scope="session")
 def photos() -> Path:
     """Directory with the labelled photographs `train-*.tar` and `val-*.tar`."""
