@@ -6,13 +6,17 @@ CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/poa
 # kept outside of the checkout, since the same versions need no second download
 OLDEST := $(CACHE)/oldest-$(shell sha256sum tests/oldest.txt | cut -c-12)
 
-.PHONY: demo test lint test-oldest install clean
+.PHONY: demo test check lint test-oldest install clean
 
 demo: $(VENV)/.installed
 	$(BIN)/poa demo
 
 test: $(VENV)/.installed-dev lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+
+# for the inner loop: what trains in processes of its own, or wants more than the package, is left to `make test`
+check: $(VENV)/.installed-dev lint
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m "not slow and not slurm and not prometheus and not runs"
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -37,7 +37,7 @@ DEVELOPMENT = [
     "pytest>=8.3",
     "pytest-cov>=6",
     "pytest-timeout>=2.3",
-    "pytest-xdist>=3.6",
+    "pytest-xdist>=3.7",
     "ruff>=0.11",
     "types-PyYAML",
 ]

@@ -74,6 +74,21 @@ def source(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what starts ranks by `launch`, which `make check` leaves out, and begin with the files that take longest.
+
+    A worker runs all of a file, and one that began with the longest file last would be alone at the end.
+    """
+    kinds = ("slurm", "slow", "runs")
+    ranks: dict[Path, int] = {}
+    for item in items:
+        if "launch" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.runs)
+        rank = next((i for i, kind in enumerate(kinds) if item.get_closest_marker(kind)), len(kinds))
+        ranks[item.path] = min(rank, ranks.get(item.path, rank))
+    items.sort(key=lambda item: ranks[item.path])
+
+
 @pytest.fixture(scope="session")
 def photos(source: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Directory with the labelled photographs `train-*.tar` and `val-*.tar`."""

@@ -44,3 +44,19 @@ def test_a_family_without_convolutions_is_refused(run, experiment):
     code, err = run("layout", experiment("vit"))
     assert code == 2
     assert err.startswith("error: a vit has one convolution")
+
+
+@pytest.mark.runs
+def test_starts_are_timed_and_imports_counted_by_package(run, experiment):
+    result = run("start", experiment("vit", metrics={"port": 0}), "--rounds", "1")
+    assert result["cpu_seconds"]["min"] == result["cpu_seconds"]["median"] == result["cpu_seconds"]["max"] > 0
+    assert list(result["import_seconds"].values()) == sorted(result["import_seconds"].values(), reverse=True)
+    assert {"torch", "timm", "deepspeed", "nvidia"} <= set(result["import_seconds"])
+
+
+@pytest.mark.runs
+def test_a_start_that_fails_is_reported_with_its_reason(run, experiment, tmp_path):
+    code, err = run("start", experiment("vit", data={"train": str(tmp_path / "nothing-000000.tar")}), "--rounds", "1")
+    assert code == 2
+    assert err.startswith("error: a start failed (")
+    assert "nothing-000000.tar" in err

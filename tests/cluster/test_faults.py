@@ -27,6 +27,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(1500)]
 ROOT = Path(__file__).parents[2]
 TRAIN = ROOT / "tests" / "workers" / "train.py"
 STEPS = 60
+LONG = 120  # for several faults in a row
 SAVE_EVERY = 10
 SIDE_BY_SIDE = 5
 AGREED = ("loss", "lr", "momentum", "grad_norm", "subnet", "images")
@@ -40,8 +41,9 @@ class Lab:
 
     def __init__(self, directory: Path, cluster: Cluster, tree: dict, launch: Callable[..., list[str]]):
         self.directory, self.cluster, self.tree, self.launch = directory, cluster, tree, launch
-        self.expected = self.run_plainly("plain", 2, f"run.max_steps={STEPS}")
-        assert len(self.expected) == STEPS
+        self.long = self.run_plainly("plain", 2, f"run.max_steps={LONG}")
+        assert len(self.long) == LONG
+        self.expected = self.long[:STEPS]
         self.jobs: dict[int, list[Job]] = {}  # by the thread of their scenario
 
     def submit(
@@ -152,26 +154,32 @@ def four_ranks(lab: Lab) -> None:
     run.is_complete()
 
 
-def requeue(lab: Lab) -> None:
-    run = lab.submit("requeue")
+def requeue_then_usr1_then_a_killed_rank(lab: Lab) -> None:
+    run = lab.submit("thrice", f"run.max_steps={LONG}")
+    run.expected = lab.long
     run.reaches(12)
     lab.cluster.run("scontrol", "requeue", run.job.id)
-    run.job.ends("COMPLETED", 1)
-    run.is_complete()
-    (stopped,) = re.findall(r"stopped on a signal after saving step (\d+)", run.job.log)
-    assert run.resumed_at() == [int(stopped)]  # nothing is lost
+    run.job.until(lambda: len(run.resumed_at()) == 1)
+    stopped = re.findall(r"stopped on a signal after saving step (\d+)", run.job.log)
+    assert run.resumed_at() == [int(step) for step in stopped]  # nothing is lost
+    assert "requeueing" not in run.job.log  # Slurm did it
 
-
-def usr1(lab: Lab) -> None:
-    run = lab.submit("usr1")
-    run.reaches(12)
+    run.reaches(run.resumed_at()[-1] + 5)
     for _ in range(3):  # the second and third change nothing
         lab.cluster.run("scancel", "--signal=USR1", run.job.id, check=False)
-    run.job.ends("COMPLETED", 1)
+    run.job.until(lambda: len(run.resumed_at()) == 2)
+    stopped = re.findall(r"stopped on a signal after saving step (\d+)", run.job.log)
+    assert run.resumed_at() == [int(step) for step in stopped]
+    assert run.job.log.count("requeueing") == 1
+
+    run.reaches(max(run.resumed_at()[-1] + 5, SAVE_EVERY * (run.resumed_at()[-1] // SAVE_EVERY + 1) + 2))
+    (pid,) = run.job.tasks(1)
+    os.kill(pid, signal.SIGKILL)
+    run.job.until(lambda: run.job.log.count("requeueing") == 2, 120)
+    run.job.ends("COMPLETED", 3)
     run.is_complete()
-    (stopped,) = re.findall(r"stopped on a signal after saving step (\d+)", run.job.log)
-    assert run.resumed_at() == [int(stopped)]
-    assert "requeueing" in run.job.log
+    assert len(run.resumed_at()) == 3
+    assert run.resumed_at()[-1] % SAVE_EVERY == 0  # since the last checkpoint, no more
 
 
 def usr1_without_requeue(lab: Lab) -> None:
@@ -283,18 +291,6 @@ def scancel_while_requeueing(lab: Lab) -> None:
     run.job.ends("CANCELLED", 0, 120)
 
 
-def killed_rank(lab: Lab) -> None:
-    run = lab.submit("killed")
-    run.reaches(12)
-    (pid,) = run.job.tasks(1)
-    os.kill(pid, signal.SIGKILL)
-    run.job.until(lambda: "requeueing" in run.job.log, 120)
-    run.job.ends("COMPLETED", 1)
-    run.is_complete()
-    (resumed,) = run.resumed_at()
-    assert resumed % SAVE_EVERY == 0  # since the last checkpoint, no more
-
-
 def stopped_rank(lab: Lab) -> None:
     run = lab.submit("stopped", "run.hang_timeout_seconds=90")
     run.reaches(12)
@@ -404,15 +400,13 @@ SCENARIOS: dict[str, Callable[[Lab], None]] = {
         limit_without_time_to_save,
         limit_with_time_to_save,
         stopped_rank,
+        requeue_then_usr1_then_a_killed_rank,
         crashed_node,
         killed_daemon,
         preemption,
         full_disk,
-        requeue,
-        usr1,
         scancel,
         scancel_while_requeueing,
-        killed_rank,
         usr1_without_requeue,
         sweep,
         diverged,

@@ -2,10 +2,8 @@
 
 import json
 import math
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,7 +21,7 @@ CENTERINGS = ("none", "sinkhorn", "softmax")
 
 
 @pytest.fixture(scope="module")
-def watched(experiment, tmp_path_factory) -> dict:
+def watched(launch, experiment, tmp_path_factory) -> dict:
     """The same experiment with each centering, and once unwatched."""
     home = tmp_path_factory.mktemp("watched")
 
@@ -38,14 +36,7 @@ def watched(experiment, tmp_path_factory) -> dict:
         return home / f"{name}.yaml"
 
     configs = [write(name, name, 2) for name in CENTERINGS] + [write("unwatched", "sinkhorn", 10_000)]
-    done = subprocess.run(
-        [sys.executable, str(WORKER), str(home / "out.json"), str(STEPS), *map(str, configs)],
-        capture_output=True,
-        text=True,
-        timeout=280,
-        env={**os.environ, "PYTHONPATH": str(WORKER.parents[2]), "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch(WORKER, 1, home / "out.json", STEPS, *configs, timeout=280)
     return {"config": load_config(configs[0]), **json.loads((home / "out.json").read_text())}
 
 

@@ -49,6 +49,7 @@ def run_dir(experiment, digits, tmp_path_factory) -> Path:
     return home / "night"
 
 
+@pytest.mark.runs
 def test_report_is_one_file_with_everything_in_it(run_dir):
     assert (run_dir / "report.html").stat().st_size > 20_000  # by the command
     page = report(run_dir)
@@ -61,6 +62,7 @@ def test_report_is_one_file_with_everything_in_it(run_dir):
     assert "<script" not in page
 
 
+@pytest.mark.runs
 def test_report_shows_faults_escaped(run_dir):
     page = report(run_dir)
     assert "a&lt;b of x.tar" in page
@@ -68,6 +70,7 @@ def test_report_shows_faults_escaped(run_dir):
     assert "not available" not in page.lower()
 
 
+@pytest.mark.runs
 def test_report_shows_crops_with_masks_and_components_of_three_sizes(run_dir):
     page = report(run_dir)
     pictures = re.findall(r"<img[^>]+src=\"data:image/png;base64,[A-Za-z0-9+/=]+\"", page)
@@ -76,6 +79,7 @@ def test_report_shows_crops_with_masks_and_components_of_three_sizes(run_dir):
         assert f"<span>{name}</span>" in page
 
 
+@pytest.mark.runs
 def test_report_says_which_picture_is_missing_and_why(run_dir, tmp_path, capsys):
     copy = tmp_path / "copy"
     shutil.copytree(run_dir, copy)
@@ -122,6 +126,7 @@ def test_lines_that_were_cut_short_leave_the_others(run_dir, tmp_path, monkeypat
     assert "a&lt;b of x.tar" in report(tmp_path / "copy")
 
 
+@pytest.mark.runs
 def test_a_run_without_records_is_refused(run_dir, tmp_path):
     copy = tmp_path / "young"
     shutil.copytree(run_dir, copy)

@@ -1,10 +1,7 @@
 """`model.init_from` in a run: timm's features at the start, then the heads learn, then everything does."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -117,19 +114,12 @@ def test_the_untrained_network_of_such_a_run_is_the_one_it_began_with(tree, tmp_
     assert torch.equal(untrained.blocks[0].attn.qkv.weight, model.blocks[0].attn.qkv.weight)
 
 
-def test_a_resumed_run_does_not_need_its_source_any_more(trained_run, tmp_path):
+def test_a_resumed_run_does_not_need_its_source_any_more(trained_run, launch, tmp_path):
     run = shutil.copytree(trained_run, tmp_path / "run")
     config = yaml.safe_load((run / "config.yaml").read_text())
     config["model"]["init_from"] = str(tmp_path / "gone")
     config["run"] |= {"dir": str(run), "max_steps": 9}
     for path in (run / "config.yaml", tmp_path / "config.yaml"):
         path.write_text(yaml.safe_dump(config))
-    process = subprocess.run(
-        [sys.executable, "-m", "pipeline", "train", str(tmp_path / "config.yaml")],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert process.returncode == 0, process.stderr[-4000:]
+    launch(ROOT / "tests" / "workers" / "train.py", 1, tmp_path / "config.yaml")
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 9

@@ -34,9 +34,9 @@ class Ended(NamedTuple):
 def ended(experiment, tmp_path_factory) -> dict[tuple[str, int], Future[Ended]]:
     """By fault and rank, runs with a fault in the third step, side by side: they wait more than they compute."""
 
-    def run(fault: str, rank: int, hang_timeout: float) -> Ended:
+    def run(fault: str, rank: int) -> Ended:
         directory = tmp_path_factory.mktemp(fault)
-        tree = experiment(run={"dir": str(directory / "run"), "max_steps": 6, "hang_timeout_seconds": hang_timeout})
+        tree = experiment(run={"dir": str(directory / "run"), "max_steps": 6, "hang_timeout_seconds": 300})
         (directory / "config.yaml").write_text(yaml.safe_dump(tree))
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
         result = subprocess.run(
@@ -52,10 +52,11 @@ def ended(experiment, tmp_path_factory) -> dict[tuple[str, int], Future[Ended]]:
         return Ended(result.returncode, result.stderr, now - steps)
 
     with ThreadPoolExecutor(2) as pool:
-        faults = [("fall_asleep", 1, 60), ("hold_the_interpreter", 1, 60), ("crash", 0, 300), ("crash", 1, 300)]
-        yield {(fault, rank): pool.submit(run, fault, rank, timeout) for fault, rank, timeout in faults}
+        faults = [("fall_asleep", 1), ("hold_the_interpreter", 1), ("crash", 0), ("crash", 1)]
+        yield {(fault, rank): pool.submit(run, fault, rank) for fault, rank in faults}
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("rank", [0, 1])
 def test_traceback_of_the_crashed_rank_comes_first_and_the_others_end(ended, rank):
     code, log, seconds = ended["crash", rank].result()
@@ -67,6 +68,7 @@ def test_traceback_of_the_crashed_rank_comes_first_and_the_others_end(ended, ran
     assert log.index("ZeroDivisionError") < log.find("lost another rank") or "lost another rank" not in log
 
 
+@pytest.mark.runs
 def test_rank_that_falls_asleep_is_named_with_phase_and_stack(ended):
     code, log, _ = ended["fall_asleep", 1].result()
     assert code == 1
@@ -74,6 +76,7 @@ def test_rank_that_falls_asleep_is_named_with_phase_and_stack(ended):
     assert "in fall_asleep" in log[log.index("rank 1 of 2 hangs") :]
 
 
+@pytest.mark.runs
 def test_rank_whose_native_code_holds_the_interpreter_is_named_by_the_others(ended):
     code, log, _ = ended["hold_the_interpreter", 1].result()
     assert code == 1

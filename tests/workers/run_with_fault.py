@@ -7,9 +7,25 @@ import time
 
 from pipeline.config import load_config
 from pipeline.method.tri_branch import TriBranch
-from pipeline.run.loop import train
+from pipeline.run import loop
 from pipeline.run.slurm_job import stop_signals
 from pipeline.run.step import Trainer
+from pipeline.run.watchdog import Watchdog
+
+HANGS_AFTER_SECONDS = 30.0
+
+
+class StrictOnceItSteps(Watchdog):
+    """As patient as the config says while ranks start, for which a loaded machine may take minutes."""
+
+    def __init__(self, rank: int, world_size: int, patience_seconds: float):
+        super().__init__(rank, world_size, HANGS_AFTER_SECONDS)  # it looks as often as this wants
+        self.timeout_seconds = patience_seconds
+
+    def beat(self, phase: str) -> None:
+        super().beat(phase)
+        if phase == "data of step 2":
+            self.timeout_seconds = HANGS_AFTER_SECONDS
 
 
 def crash() -> None:
@@ -43,5 +59,7 @@ def at_step(fault, rank: int, step: int) -> None:
 if __name__ == "__main__":
     config, fault, rank, step = sys.argv[1:]
     at_step({f.__name__: f for f in (crash, fall_asleep, hold_the_interpreter)}[fault], int(rank), int(step))
+    if fault != crash.__name__:
+        loop.Watchdog = StrictOnceItSteps
     with stop_signals() as received:
-        sys.exit(train(load_config(config), quiet=True, stop_requested=received))
+        sys.exit(loop.train(load_config(config), quiet=True, stop_requested=received))
