@@ -7,6 +7,7 @@ import os
 import platform
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ _FREE_KEYS = (
     *("data.train", "data.val", "data.threads", "data.batch_size"),
 )
 _TAKE_OVER_SECONDS = 120.0
+_LOOK_SECONDS = 5.0  # between two looks at who owns the run; the file may be on a busy shared file system
 
 
 class RunDirectory:
@@ -41,6 +43,7 @@ class RunDirectory:
         self._owner = path / ".owner"
         self._lock: Any = None
         self._name = ""
+        self._next_look = 0.0
 
     def claim(self, config: ExperimentConfig, job: Job | None = None) -> None:
         """Take the directory for this process and write `config.yaml`.
@@ -79,8 +82,22 @@ class RunDirectory:
         Raises:
             RuntimeError: the directory has another owner.
         """
-        if _read(self._owner) != self._name:
-            raise RuntimeError(f"{self.path} was taken over by {_read(self._owner)}: this process must not write to it")
+        owner = _read(self._owner)
+        if owner != self._name:
+            raise RuntimeError(f"{self.path} was taken over by {owner}: this process must not write to it")
+
+    def notice_take_over(self) -> None:
+        """`require_ownership` for every step: it looks now and then, and a file it cannot read names no other owner.
+
+        Raises:
+            RuntimeError: the directory has another owner.
+        """
+        if time.monotonic() < self._next_look:
+            return
+        self._next_look = time.monotonic() + _LOOK_SECONDS
+        with suppress(OSError):
+            if _read(self._owner):
+                self.require_ownership()
 
     def _may_take_over(self, job: Job | None) -> bool:
         """Whether the owner is an earlier attempt of the same job."""
