@@ -179,7 +179,7 @@ def ibot(
     """iBOT loss of one student: sum_m w_m CE(t_m, s_m) / crops, mean over heads.
 
     Args:
-        student: `[M, K]` logits of the masked patches per head.
+        student: `[M, K]` logits of the masked patches per head; the backward pass may overwrite them.
         teacher: targets of the same patches.
         weights: `[M]` fp32, 1 / (masked patches of that crop).
         crops: number of global crops, masked or not.

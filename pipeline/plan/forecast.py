@@ -15,16 +15,27 @@ VECTORS = 4  # fp32 vectors of a checkpoint: master weights, EMA, and AdamW's tw
 
 
 class Gpu(NamedTuple):
-    """Dense bf16 FLOP/s of the data sheet (fp32 runs on the matrix units as TF32 at half of it), and usable bytes."""
+    """FLOP/s of the data sheet, and usable bytes.
+
+    Attributes:
+        flops: dense bf16, on the matrix units.
+        fp32_flops: of full fp32: TF32, which would bring it to the matrix units, is never switched on.
+        memory: usable bytes.
+    """
 
     flops: float
+    fp32_flops: float
     memory: float
+
+    def peak(self, precision: str) -> float:
+        """FLOP/s at `engine.precision`."""
+        return self.flops if precision == "bf16" else self.fp32_flops
 
 
 GPUS = {
-    "h200": Gpu(989.4e12, 139 * 2**30),
-    "h100": Gpu(989.4e12, 78 * 2**30),
-    "a100": Gpu(311.8e12, 78 * 2**30),
+    "h200": Gpu(989.4e12, 66.9e12, 139 * 2**30),
+    "h100": Gpu(989.4e12, 66.9e12, 78 * 2**30),
+    "a100": Gpu(311.8e12, 19.5e12, 78 * 2**30),
 }
 
 
@@ -129,7 +140,7 @@ def _samples(shards: list[Path]) -> int | None:
 
 def speed(config: ExperimentConfig, ranks: int, gpu: Gpu, utilization: float) -> dict[str, float]:
     """Time of a step and of the run if the slowest rank computes at `utilization` of the peak."""
-    peak = gpu.flops * (1.0 if config.engine.precision == "bf16" else 0.5)
+    peak = gpu.peak(config.engine.precision)
     step = cost.step_flops(config, Grid(config.model).smallest)
     slowest = stragglers(config, ranks)[config.sampling.assignment]["slowest"]
     seconds = (step.teacher + step.intact + slowest) / (peak * utilization)

@@ -63,6 +63,7 @@ def plan(config: ExperimentConfig, gpus: int, gpu: str, mfu: float) -> dict[str,
             for stage, parts in memory.items()
         },
         "card_memory": card.memory,
+        "peak_flops": card.peak(config.engine.precision),
         "host_memory": offloaded_bytes(config, gpus),
         "communication": {str(stage): forecast.communication(config, gpus, stage) for stage in stages},
         "speed": forecast.speed(config, gpus, card, mfu),
@@ -73,12 +74,15 @@ def plan(config: ExperimentConfig, gpus: int, gpu: str, mfu: float) -> dict[str,
     }
 
 
+_WITHOUT_TF32 = {"fp32": " (TF32 is never switched on)"}
+
+
 def plan_text(p: dict[str, Any]) -> str:
     """A plan as the tables that people read."""
     flops, speed, data, parameters = p["flops_per_step"], p["speed"], p["data"], p["parameters"]
     lines = [
-        f"{p['gpus']} x {p['gpu']}, {p['batch_size']} images each, {p['precision']}, at {p['mfu']:.0%} of the peak "
-        "(a guess unless you measured it)",
+        f"{p['gpus']} x {p['gpu']}, {p['batch_size']} images each, {p['precision']}, at {p['mfu']:.0%} (a guess unless "
+        f"you measured it) of the peak, {p['peak_flops'] / 1e12:.0f} TFLOP/s{_WITHOUT_TF32.get(p['precision'], '')}",
         "",
         f"parameters   backbone {parameters['backbone'] / 1e6:.1f} M, heads {parameters['heads'] / 1e6:.1f} M; "
         f"smallest sub-network {parameters['smallest_subnet'] / 1e6:.1f} M",

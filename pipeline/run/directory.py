@@ -56,6 +56,10 @@ class RunDirectory:
         """Raise RuntimeError if another process has taken the run over."""
         self._owner.require()
 
+    def notice_take_over(self) -> None:
+        """`require_ownership` for every step; see `Ownership.notice`."""
+        self._owner.notice()
+
     def release(self) -> None:
         self._owner.release()
 

@@ -150,7 +150,7 @@ class Run:
         self.saved_step, self.good = progress.step, copy.deepcopy(progress)
         while progress.step < policy.last_step:
             if self.is_main:
-                self.directory.require_ownership()
+                self.directory.notice_take_over()
             report = self.trainer.step(progress.step, bool(stop_requested))
             self.watchdog.beat(f"records of step {progress.step + 1}")
             count(progress, report, self.trainer.loader.next_sample)

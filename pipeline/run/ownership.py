@@ -9,6 +9,7 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,6 +18,7 @@ from pipeline.files import write_atomically
 from pipeline.run.slurm_job import Job
 
 _TAKE_OVER_SECONDS = 120.0
+_LOOK_SECONDS = 5.0  # between two looks at who owns the run; the file may be on a busy shared file system
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 STALE_SECONDS = 60.0
 """An owner file that nobody renews for so long, while another process watches, is of a process that is gone."""
@@ -46,6 +48,7 @@ class Ownership:
         self._owner = directory / ".owner"
         self._lock: Lock | None = None
         self._name = ""
+        self._next_look = 0.0
 
     def claim(self, job: Job | None) -> None:
         """Take the directory for this process.
@@ -83,6 +86,19 @@ class Ownership:
         owner = _read(self._owner)
         if owner != self._name:
             raise RuntimeError(f"{self.directory} was taken over by {owner}: this process must not write to it")
+
+    def notice(self) -> None:
+        """`require` for every step: it looks now and then, and a file that cannot be read names no other owner.
+
+        Raises:
+            RuntimeError: the directory has another owner.
+        """
+        if time.monotonic() < self._next_look:
+            return
+        self._next_look = time.monotonic() + _LOOK_SECONDS
+        with suppress(OSError):
+            if _read(self._owner):
+                self.require()
 
     def release(self) -> None:
         if self._lock is not None:

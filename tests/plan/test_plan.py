@@ -112,6 +112,13 @@ def test_sharding_divides_what_the_optimizer_holds():
     assert whole == 2 * half == 16 * (303_350_784 + 58_737_664)
 
 
+def test_fp32_is_planned_without_the_matrix_units(capsys):
+    found = plan(load_config(VIT_L, ["engine.precision=fp32"]), 1, "a100", 0.5)
+    assert found["speed"]["step_seconds"] == pytest.approx(found["flops_per_step"]["total"] / (0.5 * 19.5e12))
+    assert main(["plan", str(VIT_L), "engine.precision=fp32", "--gpus", "32", "--gpu", "a100"]) == 0
+    assert "of the peak, 20 TFLOP/s (TF32 is never switched on)" in capsys.readouterr().out
+
+
 def test_command_prints_a_table_and_json(capsys):
     assert main(["plan", str(VIT_L), "--gpus", "256", "--gpu", "h200"]) == 0
     text = capsys.readouterr().out

@@ -8,6 +8,7 @@ import yaml
 
 from pipeline.config import load_config
 from pipeline.errors import UserError
+from pipeline.run import directory
 from pipeline.run.directory import RunDirectory
 from pipeline.run.slurm_job import Job
 
@@ -25,6 +26,22 @@ def test_second_process_is_refused_while_the_first_trains(config, tmp_path, seco
     with pytest.raises(UserError, match="another process is training here"):
         RunDirectory(tmp_path / "run").claim(config, second)
     first.require_ownership()
+
+
+def test_a_step_looks_for_another_owner_now_and_then(config, tmp_path, monkeypatch):
+    run, owner = RunDirectory(tmp_path / "run"), tmp_path / "run" / ".owner"
+    run.claim(config, Job("7", 0, None))
+    run.notice_take_over()
+    owner.write_text("7.1\n")
+    run.notice_take_over()  # it has just looked
+    monkeypatch.setattr(directory, "_LOOK_SECONDS", 0.0)
+    run._next_look = 0.0
+    with pytest.raises(RuntimeError, match=r"taken over by 7\.1"):
+        run.notice_take_over()
+    owner.unlink()
+    run.notice_take_over()  # a file that is away, or cannot be read, names no other owner
+    owner.mkdir()
+    run.notice_take_over()
 
 
 def test_later_attempt_takes_over_and_the_earlier_one_may_write_no_more(config, tmp_path):

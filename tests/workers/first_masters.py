@@ -40,7 +40,7 @@ def main() -> None:
     out, *configs = sys.argv[1:]
     torch.set_num_threads(1)
     ranks = distributed.initialize()
-    found = [sum(ranks.gather(wrong(path, ranks)), []) for path in configs]
+    found = [[each for part in ranks.gather(wrong(path, ranks)) for each in part] for path in configs]
     if ranks.is_main:
         Path(out).write_text(json.dumps(found))
     distributed.shut_down()
