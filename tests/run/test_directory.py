@@ -8,7 +8,7 @@ import yaml
 
 from pipeline.config import load_config
 from pipeline.errors import UserError
-from pipeline.run import directory
+from pipeline.run import ownership
 from pipeline.run.directory import RunDirectory
 from pipeline.run.slurm_job import Job
 
@@ -34,8 +34,8 @@ def test_a_step_looks_for_another_owner_now_and_then(config, tmp_path, monkeypat
     run.notice_take_over()
     owner.write_text("7.1\n")
     run.notice_take_over()  # it has just looked
-    monkeypatch.setattr(directory, "_LOOK_SECONDS", 0.0)
-    run._next_look = 0.0
+    monkeypatch.setattr(ownership, "_LOOK_SECONDS", 0.0)
+    run._owner._next_look = 0.0
     with pytest.raises(RuntimeError, match=r"taken over by 7\.1"):
         run.notice_take_over()
     owner.unlink()
