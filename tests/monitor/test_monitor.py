@@ -20,6 +20,7 @@ from pipeline.measure.phases import Phases
 from pipeline.method.schedules import StepValues
 from pipeline.method.tri_branch import TERMS
 from pipeline.monitor import monitor as monitor_module
+from pipeline.monitor.discovery import run_label
 from pipeline.monitor.monitor import Monitor
 from pipeline.monitor.report import Health, StepReport, Timing
 
@@ -78,7 +79,7 @@ def made(ranks, experiment, tmp_path, monkeypatch) -> tuple[Monitor, Progress]:
 
 def test_a_start_describes_the_run_and_counts_from_zero(made, tmp_path):
     values = made[0].values
-    assert values.get("poa_run_info", tmp_path.name, "vit", "", 1, "abc") == 1
+    assert values.get("poa_run_info", run_label(tmp_path), "vit", "", 1, "abc") == 1
     assert values.get("poa_restarts_total") == 2
     assert values.get("poa_last_step") == 20
     assert values.get("poa_checkpoint_step") == 10
