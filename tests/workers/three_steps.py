@@ -3,10 +3,10 @@
 Usage: three_steps.py engine|plain64|plain32 VIRTUAL_RANKS CONFIG OUT [CONFIG OUT ...]
 
 Plain PyTorch (`pipeline.bench.plain`) knows nothing of DeepSpeed, of factored targets or of ranks: one process
-computes what `VIRTUAL_RANKS` ranks should, from materialised targets, as the formulas of the paper read. In fp64 it is the truth.
-`plain32` shows what fp32 costs on the processor and with the libraries at hand: `ROUNDINGS` times the same, each time
-with the images moved by a unit in the last place, since it is chance whether a sum or an activation near ReLU's kink
-is rounded up.
+computes what `VIRTUAL_RANKS` ranks should, from materialised targets, as the formulas of the paper read. In fp64 it is
+the truth. `plain32` shows what fp32 costs on the processor and with the libraries at hand: `ROUNDINGS` times the same,
+each time with the images moved by a unit in the last place, since it is chance whether a sum or an activation near
+ReLU's kink is rounded up.
 """
 
 import sys
