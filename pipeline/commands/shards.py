@@ -4,7 +4,8 @@ import argparse
 import json
 import signal
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any, NoReturn
 
@@ -50,18 +51,16 @@ def run(args: argparse.Namespace) -> int:
 def _build(args: argparse.Namespace) -> int:
     from pipeline.data.shards import build
 
-    for number in (signal.SIGTERM, signal.SIGHUP):  # a time limit, a lost terminal: leave nothing half done behind
-        if signal.getsignal(number) is signal.SIG_DFL:
-            signal.signal(number, _stop)
-    report = build(
-        args.source,
-        args.destination,
-        per_shard=args.per_shard,
-        shorter_side=args.shorter_side,
-        seed=args.seed,
-        val_fraction=args.val_fraction,
-        download=args.download,
-    )
+    with _signals_that_clean_up():
+        report = build(
+            args.source,
+            args.destination,
+            per_shard=args.per_shard,
+            shorter_side=args.shorter_side,
+            seed=args.seed,
+            val_fraction=args.val_fraction,
+            download=args.download,
+        )
     if args.json:
         _print_json(asdict(report))
         return 0
@@ -78,6 +77,20 @@ def _build(args: argparse.Namespace) -> int:
     _print_list("ignored, no images", report.ignored)
     print(f"written to {escape(args.destination)}")
     return 0
+
+
+@contextmanager
+def _signals_that_clean_up() -> Iterator[None]:
+    """A time limit or a lost terminal ends a build as an error does: nothing half done stays behind."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    ours = [number for number, handler in before.items() if handler is signal.SIG_DFL]
+    for number in ours:
+        signal.signal(number, _stop)
+    try:
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, before[number])
 
 
 def _stop(number: int, _frame: Any) -> NoReturn:
