@@ -1,8 +1,9 @@
 """The life of a run: claim the directory, resume, step, log, save, stop well."""
 
 import copy
+import importlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,8 +77,7 @@ def _train(config: ExperimentConfig, ranks: Ranks, stop_requested: list[int], qu
                     ranks.agree(lambda: _tell_job(job, End.DONE, config.run.requeue))
                     return End.DONE
                 settings = ranks.agree(lambda: _settle(run, config, saved))
-                watchdog.beat("the start: libraries")
-                deepspeed()
+                _import_the_rest(watchdog.beat)
                 watchdog.beat("the start: model and optimizer")
                 trainer = make(settings.config, ranks, watchdog.beat, fresh=saved is None)
                 if saved:
@@ -103,6 +103,14 @@ def _train(config: ExperimentConfig, ranks: Ranks, stop_requested: list[int], qu
             trainer.close()
         run.release()
         distributed.shut_down()
+
+
+def _import_the_rest(enter: Callable[[str], None]) -> None:
+    """What is imported late, where it is used; on a loaded machine that takes long, so each has a phase of its own."""
+    enter("the start: DeepSpeed")
+    deepspeed()
+    enter("the start: DALI")
+    importlib.import_module("nvidia.dali.fn")
 
 
 @contextmanager
