@@ -29,7 +29,7 @@ from pipeline.method.schedules import Schedules, StepValues
 from pipeline.run.step import Trainer, build_student
 
 STEPS = 3
-ROUNDINGS = 3
+ROUNDINGS = 2
 EPS = 1e-4  # AdamW's default 1e-8 turns rounding noise of vanishing gradients into full steps
 
 
