@@ -32,7 +32,7 @@ def counts(launch, experiment, tmp_path_factory):
 def test_a_step_waits_for_the_device_where_ranks_agree_and_nowhere_else(counts, case):
     for found in counts[case]:
         assert found["synchronize"] == 0
-        # AdamW reads the step count of every vector (of every parameter under ZeRO-0); on a GPU it is fused and does not
+        # AdamW reads the step count of every vector (under ZeRO-0 parameter); the fused one of a GPU does not
         assert found["item"] == (15 if case[0] else 77)
         assert found["tolist"] == 1  # `agree`
 
