@@ -213,8 +213,8 @@ def working_dtype(config: EngineConfig) -> torch.dtype:
 def adamw(student: Branch, specs: list[GroupSpec], config: EngineConfig, device: torch.device) -> torch.optim.AdamW:
     """AdamW over the groups; `Engine.apply` sets learning rates and weight decay before every step.
 
-    Its state is on `device`, or on the CPU if it is offloaded. There the fused one would take half the time, but leave a
-    ResNet twice as far from fp64.
+    Its state is on `device`, or on the CPU if it is offloaded. There the fused one would take half the time, but leave
+    a ResNet twice as far from fp64.
     """
     named = dict(student.named_parameters())
     fused = device.type == "cuda" and not config.offload_optimizer
