@@ -50,7 +50,7 @@ class ParameterShards(Sharded):
         bucket = min(BUCKET, max(sum(p.numel() for p in b.parameters()) for b in student.backbone.elastic_blocks()))
         for branch in (student, teacher):
             _cut_up(branch.to(working_dtype(config)), config)
-        optimizer = adamw(student, specs)
+        optimizer = adamw(student, specs, config, device)
         zero = {**_GATHERING, "reduce_bucket_size": bucket}
         super().__init__(initialize(student, optimizer, config, _STAGE, **zero), config)
         self._teacher_engine = initialize(teacher, None, config, _STAGE, **zero)
