@@ -34,6 +34,7 @@ _FIXES = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the result is the process's exit code."""
+    speaks = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"  # asked now: a command may change it
     with steady_streams():
         try:
             args, extra = _parser().parse_known_args(argv)
@@ -42,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
             return code
         except UserError as error:
-            if not (error.shared and os.environ.get("RANK", "0") != "0"):  # once, not once per rank
+            if speaks or not error.shared:  # once, not once per rank
                 print(f"error: {error}", file=sys.stderr)
             return EXIT_USER_ERROR
         except UnsupportedOperation:  # an OSError by name, a mistake in the code by nature

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SAY = """
 import os, sys
 sys.path.insert(0, {root!r})
-from pipeline.streams import steady_streams
+from pipeline.commands.streams import steady_streams
 with steady_streams():
     for number in range(1000):
         print("message", number, file=sys.stderr, flush=True)
