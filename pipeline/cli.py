@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 from pipeline.commands import demo, doctor, eval, extract, plan, report, shards, subnets, train, watch
 from pipeline.commands.streams import stdout_is_broken, steady_streams
 from pipeline.errors import UserError
+from pipeline.run.slurm_job import speaks_for_all
 
 EXIT_USER_ERROR = 2
 COMMANDS: dict[str, Any] = {
@@ -34,7 +35,7 @@ _FIXES = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the result is the process's exit code."""
-    speaks = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"  # asked now: a command may change it
+    speaks = speaks_for_all()  # asked now: a command may change the environment
     with steady_streams():
         try:
             args, extra = _parser().parse_known_args(argv)
