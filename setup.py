@@ -55,7 +55,7 @@ setup(
     install_requires=[
         "torch>=2.9,<2.16",
         "torchvision>=0.24",
-        "timm>=1.0.21,<1.1",  # whose ViT uses the LayerScale of timm.layers
+        "timm>=1.0.26,<1.1",  # loads safetensors from `local-dir:`; 1.0.20 has a LayerScale of its own
         # The engine reads DeepSpeed's gradient partitions, which are not documented API: the tested range is narrow.
         "deepspeed>=0.19.8,<0.20",
         f"nvidia-dali-{dali_wheel()}>=2.2,<3",  # adjust_orientation of its decoder
