@@ -64,7 +64,7 @@ setup(
         "numpy>=1.26",
         "pillow>=10",
         "prometheus-client>=0.21",
-        "psutil>=5.9",
+        "psutil>=5.9.8",
         "pydantic>=2.9,<3",
         "PyYAML>=6.0.1",
         "safetensors>=0.5",
