@@ -18,8 +18,8 @@ HANGS_AFTER_SECONDS = 30.0
 class StrictOnceItSteps(Watchdog):
     """As patient as the config says while ranks start, for which a loaded machine may take minutes."""
 
-    def __init__(self, rank: int, world_size: int, patience_seconds: float):
-        super().__init__(rank, world_size, HANGS_AFTER_SECONDS)  # it looks as often as this wants
+    def __init__(self, rank: int, world_size: int, patience_seconds: float, *more):
+        super().__init__(rank, world_size, HANGS_AFTER_SECONDS, *more)  # it looks as often as this wants
         self.timeout_seconds = patience_seconds
 
     def beat(self, phase: str) -> None:
