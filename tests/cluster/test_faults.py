@@ -64,7 +64,8 @@ class Lab:
             (slurm / "site.sh").write_text(f"POA_PYTHON=({sys.executable})\nexport PYTHONPATH={ROOT}\n{site}\n")
             (cwd / "config.yaml").write_text(yaml.safe_dump(self.tree))
         sbatch = ["--cpus-per-task=1", "--time=30", *(options or TWO_NODES)]
-        keys = [f"run.max_steps={STEPS}", *overrides]
+        ends = any(override.startswith("run.max_steps=") for override in overrides)
+        keys = list(overrides) if ends else [f"run.max_steps={STEPS}", *overrides]
         job = Job(self.cluster, slurm / f"{script}.sbatch", [*(arguments or ["config.yaml"]), *keys], sbatch, cwd)
         self.jobs.setdefault(threading.get_ident(), []).append(job)
         return Run(job, cwd / "run", self.expected)

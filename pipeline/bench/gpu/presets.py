@@ -59,4 +59,5 @@ _CPU = ("engine.kernels=eager", "engine.precision=fp32")
 def experiment(preset: Preset, stage: Stage, *words: str) -> ExperimentConfig:
     """A preset as the device at hand can run it; `words` have the last say."""
     fitting = (*(_TINY if stage.tiny else ()), *(_CPU if stage.device.type == "cpu" else ()))
-    return load_config(str(ROOT / "yaml" / preset.file), [*preset.words, *fitting, *words])
+    by_key = {word.partition("=")[0]: word for word in (*preset.words, *fitting, *words)}
+    return load_config(str(ROOT / "yaml" / preset.file), list(by_key.values()))
