@@ -4,7 +4,7 @@ import copy
 import importlib
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -110,7 +110,8 @@ def _import_the_rest(enter: Callable[[str], None]) -> None:
     enter("the start: DeepSpeed")
     deepspeed()
     enter("the start: DALI")
-    importlib.import_module("nvidia.dali.fn")
+    with suppress(ImportError):  # a trainer of other data does without it
+        importlib.import_module("nvidia.dali.fn")
 
 
 @contextmanager
