@@ -24,12 +24,14 @@ class Plain(str):
     __slots__ = ()
 
     def number(self) -> "int | float | str":
-        """What it is where a number is wanted; itself if it is none."""
+        """What it is where a number is wanted; its text if it is none."""
         if _INTEGER.fullmatch(self):
             return int(self)
         if _OTHER_BASE.fullmatch(self):
             return int(self, 0)
-        return float(self.replace(".inf", "inf").replace(".nan", "nan")) if _FLOAT.fullmatch(self.lower()) else self
+        if _FLOAT.fullmatch(self.lower()):
+            return float(self.replace(".inf", "inf").replace(".nan", "nan"))
+        return str(self)  # pydantic 2.9 compares choices with text alone
 
 
 def numbers(value: Any) -> Any:
