@@ -4,7 +4,6 @@ import os
 import platform
 import socket
 
-import psutil
 import torch.distributed as dist
 
 from pipeline.errors import UserError
@@ -41,7 +40,7 @@ def require_named_interface() -> None:
     Raises:
         UserError: it has not.
     """
-    have = psutil.net_if_addrs()
+    have = [name for _, name in socket.if_nameindex()]
     for name in os.environ.get(VARIABLE, "").split(","):
         if name and name not in have:
             raise UserError(f"{platform.node()} has no interface {name}", VARIABLE, f"name one of {', '.join(have)}")
@@ -57,6 +56,8 @@ def local_address(target: str, port: int) -> str:
 
 def interface_of(address: str) -> str | None:
     """The interface that has an address of this machine."""
+    import psutil  # for runs over several nodes alone
+
     for name, addresses in psutil.net_if_addrs().items():
         if any(entry.address.partition("%")[0] == address for entry in addresses):
             return name
