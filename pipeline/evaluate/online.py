@@ -43,10 +43,6 @@ class OnlineEvaluation:
         self._evaluation = Evaluation("knn", train, val, ranks, max_pixels=config.data.max_pixels, alive=alive)
         warn_of_doubt(self._evaluation)
 
-    def due(self, step: int) -> bool:
-        every = self.config.eval.every_steps
-        return every is not None and step % every == 0
-
     def accuracies(self, backbone: Backbone, step: int) -> dict[str, float]:
         """20-NN accuracy by name; empty, with a warning, if the shards cannot be used. Collective over the ranks.
 
