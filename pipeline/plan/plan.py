@@ -6,7 +6,7 @@ from pipeline.config import EngineConfig, ExperimentConfig, dump_config
 from pipeline.elastic import cost
 from pipeline.elastic.subnet import Grid
 from pipeline.plan import forecast
-from pipeline.plan.memory import OUTSIDE, memory_estimate, offloaded_bytes
+from pipeline.plan.memory import OUTSIDE, checkpoint_bytes, host_bytes, memory_estimate
 from pipeline.plan.subnets import subnet_table
 
 _GIB = 1 << 30
@@ -64,12 +64,12 @@ def plan(config: ExperimentConfig, gpus: int, gpu: str, mfu: float) -> dict[str,
         },
         "card_memory": card.memory,
         "peak_flops": card.peak(config.engine.precision),
-        "host_memory": offloaded_bytes(config, gpus),
+        "host_memory": host_bytes(config, gpus),
         "communication": {str(stage): forecast.communication(config, gpus, stage) for stage in stages},
         "speed": forecast.speed(config, gpus, card, mfu),
         "steps": config.optim.total_steps,
         "data": forecast.data(config, gpus),
-        "checkpoint_bytes": 4 * forecast.VECTORS * (backbone + heads),
+        "checkpoint_bytes": checkpoint_bytes(config),
         "checkpoints_kept": config.run.keep,
     }
 
@@ -107,7 +107,8 @@ def plan_text(p: dict[str, Any]) -> str:
         "",
         f"GiB per GPU by ZeRO stage (the card has {p['card_memory'] / _GIB:.0f}; activations are an estimate)",
         *_columns(p["memory"], ("total", "fits")),
-        *([f"  and in the host's memory {p['host_memory'] / _GIB:.2f} per GPU"] if p["host_memory"] else []),
+        "  and in the host's memory per GPU: "
+        + ", ".join(f"{name} {size / _GIB:.2f}" for name, size in p["host_memory"].items() if size),
         "",
         "GiB that a GPU sends per step by ZeRO stage (ring algorithms)",
         *_columns(p["communication"], ()),

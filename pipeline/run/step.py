@@ -100,12 +100,13 @@ class Trainer:
             dataset=self.dataset,
         )
 
-    def step(self, step: int, stop_requested: bool = False) -> StepReport:
+    def step(self, step: int, stop_requested: bool = False, parts_saved: int = 0) -> StepReport:
         """Train on the next batch; the update is skipped on every rank if any value is not finite on one.
 
         Args:
             step: steps completed before this one.
             stop_requested: this rank was asked to stop; all learn of it.
+            parts_saved: `Checkpoints.parts_finished` of this rank; all learn their sum.
         """
         began = time.perf_counter()
         self.enter(f"data of step {step + 1}")
@@ -132,6 +133,7 @@ class Trainer:
             skipped=self.loader.skipped.total() - skipped_before,
             flops=cost.step_flops(self.config, subnet, masked).total,
             band=self.bands.index(subnet),
+            parts_saved=parts_saved,
         )
         agreed = agree(losses, self.engine.gradient_squares(), own)
         self.phases.lap("reduce")
