@@ -16,7 +16,7 @@ import torch
 
 from pipeline.bench.plain import Plain
 from pipeline.bench.synthetic import BenchTrainer, SyntheticLoader
-from pipeline.config import ExperimentConfig
+from pipeline.config import ExperimentConfig, KernelsConfig
 from pipeline.elastic import Subnet
 from pipeline.engine import distributed
 from pipeline.engine.distributed import Ranks
@@ -141,7 +141,7 @@ class StepBench:
     def widths(self) -> list[Subnet]:
         """A sub-network of every width, the cheapest; none where nothing is compiled."""
         engine, grid = self.config.engine, self.trainer.grid
-        if not engine.compile and engine.kernels == "eager":
+        if not engine.compile and not engine.kernels.any_triton:
             return []
         return [Subnet(width, grid.smallest.depths) for width in grid.widths]
 
@@ -313,7 +313,7 @@ def union(spans: Iterable[tuple[float, float]]) -> float:
 
 
 def _plain(trainer: BenchTrainer, config: ExperimentConfig, compiled: bool) -> Contender:
-    engine = config.engine.model_copy(update={"kernels": "eager", "zero_stage": 0})
+    engine = config.engine.model_copy(update={"kernels": KernelsConfig.of("eager"), "zero_stage": 0})
     plain_config = config.model_copy(update={"engine": engine})
     student = build_student(plain_config)
     if compiled:

@@ -111,14 +111,14 @@ def add_branch(
     kept: Kept | None,
     layer_scale: nn.Module | None = None,
     *,
-    kernels: str,
+    impl: str,
 ) -> Tensor:
     """x + layer_scale(branch(x)) over packed tokens `[T, C]`, the branch computed on the kept rows only."""
     if kept is None:
         out = branch(x, layout)
         return x + (out if layer_scale is None else layer_scale(out))
     out = branch(x.index_select(0, kept.rows), kept.layout)
-    add = partial(add_rows, x, out, kept.rows, kept.positions, kept.scale, impl=kernels)
+    add = partial(add_rows, x, out, kept.rows, kept.positions, kept.scale, impl=impl)
     if not isinstance(layer_scale, ElasticLayerScale):
         return add()
     parameters = layer_scale.sliced(x.shape[-1])

@@ -24,6 +24,7 @@ def describe(config: ExperimentConfig) -> str:
         subnet_table(config),
         "",
         f"largest network {largest.name}: {backbone / 1e6:.1f} M parameters, heads {heads / 1e6:.1f} M",
+        f"kernels: {config.kernels_text()}",
         f"steps: {config.optim.total_steps}; per step and rank {config.data.batch_size} images, "
         f"{(step.teacher + step.intact) / 1e12:.2f} TFLOP and the elastic student's",
         f"memory of one rank alone: {sum(memory.values()) / _GIB:.1f} GiB",
@@ -48,6 +49,7 @@ def plan(config: ExperimentConfig, gpus: int, gpu: str, mfu: float) -> dict[str,
         "gpu": gpu,
         "mfu": mfu,
         "precision": config.engine.precision,
+        "kernels": config.kernels_in_use(),
         "batch_size": config.data.batch_size,
         "parameters": {
             "backbone": backbone,
@@ -95,6 +97,7 @@ def plan_text(p: dict[str, Any]) -> str:
         f"data         global batch {data['global_batch']}, peak lr {data['peak_lr']:.2e}, "
         f"{data['images_per_epoch']} images per epoch, {data['images_in_all'] / 1e6:.0f} M in all",
         f"shards       {data['shards']} for {p['gpus']} ranks (any rank reads any shard); {_passes(data)}",
+        f"kernels      {', '.join(map(' '.join, p['kernels'].items()))}",
         f"checkpoints  {p['checkpoint_bytes'] / _GIB:.2f} GiB each, {p['checkpoints_kept'] + 1} at most at a time: "
         f"{p['checkpoint_bytes'] * (p['checkpoints_kept'] + 1) / _GIB:.1f} GiB",
         "",
