@@ -22,6 +22,7 @@ from pipeline.run.directory import RunDirectory, fingerprint
 from pipeline.run.experiment import Settings
 from pipeline.run.policy import Decision, End, Policy, Save, after
 from pipeline.run.records import count, count_skipped, record
+from pipeline.run.rehearsal import is_compiled, rehearse
 from pipeline.run.slurm_job import Job, stop_signals
 from pipeline.run.step import Trainer
 from pipeline.run.threads import threads_that_fit
@@ -86,6 +87,8 @@ def _train(config: ExperimentConfig, ranks: Ranks, stop_requested: list[int], qu
                 watchdog.beat("the start: data")
                 trainer.start_data(progress.samples)
                 ranks.agree(lambda: _open_records(run, config, settings, progress, trainer, console))
+                if is_compiled(config.engine):
+                    _compile(trainer, watchdog, console)
                 with Monitor(config, ranks, trainer.phases, trainer.bands, progress, policy.last_step) as monitor:
 
                     def alive() -> None:
@@ -115,6 +118,15 @@ def _import_the_rest(enter: Callable[[str], None]) -> None:
     enter("the start: DALI")
     with suppress(ImportError):  # a trainer of other data does without it
         importlib.import_module("nvidia.dali.fn")
+
+
+def _compile(trainer: Trainer, watchdog: Watchdog, console: Console) -> None:
+    def tell(number: int, total: int, width: int) -> None:
+        watchdog.beat(f"the start: compiling, {number} of {total}")
+        console.compiling(number, total, width)
+
+    rehearse(trainer, tell)
+    console.compiled(len(trainer.grid.widths))
 
 
 @contextmanager
