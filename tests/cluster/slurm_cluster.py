@@ -188,8 +188,9 @@ class Cluster:
             "UnkillableStepTimeout": 120,
             "SlurmdTimeout": 10,
             "BatchStartTimeout": 10,
-            # on a loaded machine a node answers late, and what is sent again may meet a later attempt
-            "MessageTimeout": 60,
+            # a node answers the order to kill a step after KillWait at the latest; a controller that has given up by
+            # then sends the order again, and it meets the next attempt of the job
+            "MessageTimeout": 100,
             "MinJobAge": 3600,
             "SlurmdParameters": "config_overrides",
             "GresTypes": "gpu",
