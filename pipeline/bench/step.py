@@ -141,8 +141,8 @@ class StepBench:
 
     def widths(self) -> list[Subnet]:
         """A sub-network of every width, the cheapest; none where nothing is compiled."""
-        engine, grid = self.config.engine, self.trainer.grid
-        if not engine.compile and not engine.kernels.any_triton:
+        grid = self.trainer.grid
+        if not self.config.engine.compile and not self.config.uses_triton():
             return []
         return [Subnet(width, grid.smallest.depths) for width in grid.widths]
 

@@ -175,11 +175,6 @@ class KernelsConfig(Section):
         """All alike."""
         return cls.model_validate(impl)
 
-    @property
-    def any_triton(self) -> bool:
-        """Whether some operation wants Triton."""
-        return "triton" in (self.attention, self.residual, self.loss, self.sinkhorn, self.ema)
-
 
 class EngineConfig(Section):
     """How the step is computed; none of it changes what is computed."""
@@ -299,6 +294,10 @@ class ExperimentConfig(Section):
         if self.model.family == "resnet":
             del found["attention"], found["residual"]
         return found
+
+    def uses_triton(self) -> bool:
+        """Whether some operation resolves to Triton."""
+        return "triton" in self.kernels_in_use().values()
 
     def kernels_text(self) -> str:
         """`kernels_in_use` in one line."""

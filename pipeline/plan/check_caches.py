@@ -34,7 +34,7 @@ def check_caches(config: ExperimentConfig) -> Check:
     if config.engine.compile:
         default = Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}"
         places["TORCHINDUCTOR_CACHE_DIR"] = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or default)
-    if config.engine.kernels.any_triton:
+    if config.uses_triton():
         places["TRITON_CACHE_DIR"] = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache")
     if not places:
         return Check("caches", "pass", "nothing is compiled")

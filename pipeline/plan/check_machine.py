@@ -29,7 +29,7 @@ def check_software(config: ExperimentConfig) -> Check:
             f"{finding}; {len(dali)} DALI wheels",
             "install exactly one of nvidia-dali-cuda120|cuda130",
         )
-    if config.engine.kernels.any_triton and versions["triton"] is None:
+    if config.uses_triton() and versions["triton"] is None:
         return Check("software", "fail", finding, "install triton, or set engine.kernels=eager")
     declared = metadata.requires("poa-pretrain") if _version("poa-pretrain") else None
     for wanted in map(Requirement, declared or []):
@@ -66,7 +66,7 @@ def check_driver(loaded: Path = _DRIVER) -> Check:
 def check_device(config: ExperimentConfig) -> Check:
     """Is there a GPU that can do what the config asks for?"""
     if not torch.cuda.is_available():
-        if config.engine.kernels.any_triton:
+        if config.uses_triton():
             return Check(
                 "device", "warn", "no GPU here", "run this on a compute node; to train on CPUs set engine.kernels=eager"
             )

@@ -87,7 +87,7 @@ def _train(config: ExperimentConfig, ranks: Ranks, stop_requested: list[int], qu
                 watchdog.beat("the start: data")
                 trainer.start_data(progress.samples)
                 ranks.agree(lambda: _open_records(run, config, settings, progress, trainer, console))
-                if is_compiled(config.engine):
+                if is_compiled(config):
                     _compile(trainer, watchdog, console)
                 with Monitor(config, ranks, trainer.phases, trainer.bands, progress, policy.last_step) as monitor:
 

@@ -11,16 +11,16 @@ import numpy as np
 import torch
 
 from kernels.dispatch import interpreted
-from pipeline.config import EngineConfig
+from pipeline.config import ExperimentConfig
 from pipeline.elastic.subnet import Subnet
 from pipeline.method.schedules import StepValues
 from pipeline.method.tri_branch import Crops
 from pipeline.run.step import Trainer
 
 
-def is_compiled(engine: EngineConfig) -> bool:
+def is_compiled(config: ExperimentConfig) -> bool:
     """Whether a width that is met for the first time makes a compiler run."""
-    return engine.compile or (engine.kernels.any_triton and not interpreted())
+    return config.engine.compile or (config.uses_triton() and not interpreted())
 
 
 def rehearse(trainer: Trainer, tell: Callable[[int, int, int], None]) -> None:

@@ -183,7 +183,7 @@ class Trainer:
 
 
 def _require_kernels(config: ExperimentConfig, device: torch.device) -> None:
-    if config.engine.kernels.any_triton and device.type == "cpu" and not interpreted():
+    if config.uses_triton() and device.type == "cpu" and not interpreted():
         raise UserError("the Triton kernels need a GPU and there is none", "engine.kernels", "set engine.kernels=eager")
 
 

@@ -69,6 +69,8 @@ def test_what_an_experiment_does_not_have_resolves_to_nothing_and_an_offloaded_a
     }
     resnet = parse_config(tree | {"engine": {"offload_optimizer": "cpu"}})
     assert resnet.kernels_in_use() == {"loss": "triton", "ema": "eager"}
+    assert resnet.uses_triton()
+    assert not parse_config(tree | {"engine": {"kernels": {"loss": "eager", "ema": "eager"}}}).uses_triton()
 
 
 def test_attention_alone_can_leave_triton_where_it_has_no_kernel_for_the_heads():
