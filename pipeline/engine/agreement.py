@@ -41,6 +41,7 @@ class Agreement:
     Attributes:
         losses: mean over ranks by "term/branch", and "total"; NaN where one is not finite.
         norms: gradient norms before clipping, fp32 `[2]` on the device, in the order of `MODULES`.
+        good: whether all values are finite on all ranks, 1 or 0: an fp32 scalar on the device.
         gradient_norms: the same by module, on the host.
         bad: values that were not finite on some rank, the causes before what follows from them.
         stop: some rank was asked to stop.
@@ -51,6 +52,7 @@ class Agreement:
 
     losses: dict[str, float]
     norms: Tensor
+    good: Tensor
     gradient_norms: dict[str, float]
     bad: list[str]
     stop: bool
@@ -83,7 +85,8 @@ def agree(losses: StepLosses, gradient_squares: Tensor, own: Own) -> Agreement:
         band_steps=band,
         band_losses=values[TERMS.index(("dino", "elastic"))] * band,
     )
-    norms = sums.on_device("squares").sqrt().float()
+    found = sums.on_device("squares")
+    good = ((sums.on_device("not_finite") == 0).all() & found.isfinite().all()).float()
     squares = dict(zip(MODULES, sums.on_host("squares"), strict=True))
     infinite = {name for name, ranks in zip(_NAMES, sums.on_host("not_finite"), strict=True) if ranks}
     stop, skipped, flops = sums.on_host("counts")
@@ -92,7 +95,8 @@ def agree(losses: StepLosses, gradient_squares: Tensor, own: Own) -> Agreement:
             name: math.nan if name in infinite else total / dist.get_world_size()
             for name, total in zip(_NAMES, sums.on_host("losses"), strict=True)
         },
-        norms=norms,
+        norms=found.sqrt().float(),
+        good=good,
         gradient_norms={module: math.sqrt(s) if s >= 0 else math.nan for module, s in squares.items()},
         bad=_causes(infinite, squares),
         stop=stop > 0,

@@ -102,12 +102,16 @@ class Centering:
             )
         )
 
-    def commit(self) -> None:
-        """Let the last batch into the centers; called once the step is known to be good."""
+    def commit(self, good: Tensor) -> None:
+        """Let the last batch into the centers if the step was good.
+
+        Args:
+            good: scalar on the device, 1 or 0.
+        """
         for kind, means in (self._batch_mean or {}).items():
             for center, mean in zip(self.center[kind], means, strict=True):
                 # NaN: no masked patch on any rank, nothing to learn from
-                center.copy_(torch.where(mean.isfinite(), center.lerp(mean, 1 - self.momentum), center))
+                center.copy_(torch.where(mean.isfinite() & (good > 0), center.lerp(mean, 1 - self.momentum), center))
         self._batch_mean = None
 
     def norms(self) -> dict[str, float]:

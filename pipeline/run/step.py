@@ -135,12 +135,9 @@ class Trainer:
         )
         agreed = agree(losses, self.engine.gradient_squares(), own)
         self.phases.lap("reduce")
-        if agreed.bad:
-            self.engine.discard()
-        else:
-            self.enter(f"update of step {step + 1}")
-            self.engine.apply(values, agreed.norms, self.phases.lap)
-            self.tri_branch.centering.commit()
+        self.enter(f"update of step {step + 1}")
+        self.engine.apply(values, agreed.norms, agreed.good, self.phases.lap)
+        self.tri_branch.centering.commit(agreed.good)
         timing = Timing(data_wait, time.perf_counter() - began)
         health = Health(probe.reduce(), self.tri_branch.centering.norms()) if probe else None
         return StepReport(agreed, values, subnet, timing, health)

@@ -67,7 +67,10 @@ def test_centers_move_only_when_the_step_is_committed():
     before = centering.targets(logits, 0.1).cls[0]
     assert torch.equal(before.col, torch.zeros(4))
     assert torch.equal(centering.center["cls"][0], torch.zeros(4))
-    centering.commit()
+    centering.commit(torch.tensor(0.0))
+    assert torch.equal(centering.center["cls"][0], torch.zeros(4))
+    centering.targets(logits, 0.1)
+    centering.commit(torch.tensor(1.0))
     assert torch.allclose(centering.center["cls"][0], 0.1 * torch.tensor([2.0, 2.0, 2.0, 2.0]))
     assert torch.equal(centering.center["patch"][0], torch.zeros(4))  # no masked patch: nothing learnt, no NaN
 
