@@ -156,6 +156,9 @@ class EngineConfig(Section):
 
     zero_stage: Literal[0, 1, 2, 3] = 1
     precision: Literal["bf16", "fp32"] = "bf16"
+    reduce_dtype: Literal["bf16", "fp32"] = Field(
+        "fp32", description="in which gradients are added up over ranks and over both backward passes"
+    )
     kernels: Literal["triton", "eager"] = "triton"
     compile: bool = True
     activation_checkpointing: bool = False

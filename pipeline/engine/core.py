@@ -55,6 +55,7 @@ class Engine:
         self._passes_left = passes
         yield
         assert self._passes_left == 0, "a step has a fixed number of backward passes"
+        self._layout.finish_backward()
 
     def backward(self, loss: Tensor) -> None:
         """One of the window's backward passes.

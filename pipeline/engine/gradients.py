@@ -33,16 +33,19 @@ class Reduction:
         self._own: Tensor | None = None
 
     def after_pass(self, last: bool) -> None:
-        """Take what a backward pass left at the parameters."""
+        """Take what a backward pass left at the parameters, but leave to `finish` what the last one sends."""
         if self._every_pass:
-            own = self._scatter(self._joined())
-            self._own = own if self._own is None else self._own.add_(own)
+            if not last:
+                self._scatter(self._joined())
         elif self._widened:
             joined = self._joined()
             self._whole = joined if self._whole is None else self._whole.add_(joined)
-        if last and not self._every_pass and dist.get_world_size() > 1:
-            self._own = self._scatter(self._joined() if self._whole is None else self._whole)
-            self._whole = None
+
+    def finish(self) -> None:
+        """After the last pass, bring the gradients to the shards. Collective."""
+        if dist.get_world_size() > 1:
+            whole, self._whole = self._whole, None
+            self._scatter(self._joined() if whole is None else whole)
 
     def gradients(self) -> list[Tensor]:
         """Of this rank's shard, one after the other."""
@@ -60,7 +63,7 @@ class Reduction:
         self._clear()
 
     def _separate(self) -> list[Tensor]:
-        return [self._none[: p.numel()] if p.grad is None else p.grad.view(-1) for p in self._parameters]
+        return [self._none[: p.numel()] if p.grad is None else p.grad.reshape(-1) for p in self._parameters]
 
     def _joined(self) -> Tensor:
         """All gradients as one vector, taken from the parameters."""
@@ -70,10 +73,11 @@ class Reduction:
         self._clear()
         return joined.to(self._dtype)
 
-    def _scatter(self, whole: Tensor) -> Tensor:
+    def _scatter(self, whole: Tensor) -> None:
         own = whole.new_empty(len(whole) // dist.get_world_size())
         _reduce_scatter(own, whole)
-        return own.div_(dist.get_world_size())
+        own.div_(dist.get_world_size())
+        self._own = own if self._own is None else self._own.add_(own)
 
     def _clear(self) -> None:
         for parameter in self._parameters:

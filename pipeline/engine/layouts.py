@@ -58,6 +58,9 @@ class Layout(ABC):
     def after_backward(self, last: bool) -> None:  # noqa: B027  (not every stage has something to do)
         """What is left to do when a backward pass is over."""
 
+    def finish_backward(self) -> None:  # noqa: B027
+        """Complete the reduction after the last backward pass: where a fast rank waits for a slow one."""
+
     @abstractmethod
     def gradients(self) -> Sequence[Tensor]:
         """Averaged gradients of this rank's shard, one after the other, after the last backward pass."""
@@ -117,7 +120,7 @@ class Replicated(Layout):
         self.teacher = teacher
 
     def gradients(self) -> list[Tensor]:
-        return [self._none[: p.numel()] if p.grad is None else p.grad.view(-1) for p in self._parameters]
+        return [self._none[: p.numel()] if p.grad is None else p.grad.reshape(-1) for p in self._parameters]
 
     def forget_gradients(self) -> None:
         self.engine.zero_grad()
@@ -148,18 +151,20 @@ class FlatShards(Layout):
         length = len(master)
         self._own = slice(dist.get_rank() * length, (dist.get_rank() + 1) * length)
         parameters = self._in_order(specs)
-        self._reduction = Reduction(parameters, len(self._student), dtype, config.effective_stage() == 2)
+        self._reduction = Reduction(
+            parameters, len(self._student), reduction_dtype(config), config.effective_stage() == 2
+        )
         self._teacher = self._student.detach().clone()
-        self.shard = Shard.of(master, master.detach().clone(), *(self._copy_of(flat) for flat in self._flats))
+        if dtype == torch.float32 and dist.get_world_size() == 1 and not self._offloaded:
+            master.data = self._student  # the weights are the masters, as at stage 0
+            self.shard = Shard.of(master, self._teacher)
+        else:
+            self.shard = Shard.of(master, master.detach().clone(), *map(self._copy_of, (self._student, self._teacher)))
         self.groups = in_interval(specs, self.shard, self._own.start)
         if exact:
             start_from(self.groups, exact, device)
         _make_views(teacher, specs, self._teacher)
         self.teacher = teacher
-
-    @property
-    def _flats(self) -> tuple[Tensor, Tensor]:
-        return self._student, self._teacher
 
     def _in_order(self, specs: list[GroupSpec]) -> list[nn.Parameter]:
         named = dict(self.engine.module.named_parameters())
@@ -175,13 +180,16 @@ class FlatShards(Layout):
         if self._offloaded:
             own = flat[self._own].detach()
             return torch.empty_like(own, device="cpu", pin_memory=flat.is_cuda).copy_(own)
-        return flat[self._own].detach() if flat.dtype != torch.float32 or dist.get_world_size() == 1 else None
+        return flat[self._own].detach() if flat.dtype != torch.float32 else None
 
     def before_backward(self, last: bool) -> None:
         """DeepSpeed reduces nothing."""
 
     def after_backward(self, last: bool) -> None:
         self._reduction.after_pass(last)
+
+    def finish_backward(self) -> None:
+        self._reduction.finish()
 
     def gradients(self) -> list[Tensor]:
         return self._reduction.gradients()
@@ -211,6 +219,11 @@ class FlatShards(Layout):
 def working_dtype(config: EngineConfig) -> torch.dtype:
     """Of the weights and activations."""
     return torch.bfloat16 if config.precision == "bf16" else torch.float32
+
+
+def reduction_dtype(config: EngineConfig) -> torch.dtype:
+    """In which gradients are added up over ranks."""
+    return torch.bfloat16 if config.reduce_dtype == "bf16" else torch.float32
 
 
 def flat_adamw(student: Branch, specs: list[GroupSpec]) -> FlatAdamW:
@@ -254,6 +267,10 @@ def settings(config: EngineConfig, stage: int) -> dict[str, Any]:
     }
     if config.precision == "bf16":
         out["bf16"] = {"enabled": True}
+    if stage in (0, 3):  # at the others we reduce ourselves
+        out["communication_data_type"] = config.reduce_dtype
+    if stage == 3 and (config.precision, config.reduce_dtype) == ("bf16", "fp32"):
+        out["data_types"] = {"grad_accum_dtype": "fp32"}
     if config.offload_optimizer:
         zero["offload_optimizer"] = {
             "device": config.offload_optimizer,

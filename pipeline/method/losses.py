@@ -114,12 +114,9 @@ class Centering:
                 center.copy_(torch.where(mean.isfinite() & (good > 0), center.lerp(mean, 1 - self.momentum), center))
         self._batch_mean = None
 
-    def norms(self) -> dict[str, float]:
-        """Norm of the centers per kind of token, mean over the heads."""
-        return {
-            kind: float(torch.stack([center.norm() for center in centers]).mean())
-            for kind, centers in self.center.items()
-        }
+    def norms(self) -> Tensor:
+        """Norm of the centers per kind of token as in `center`, mean over the heads."""
+        return torch.stack([torch.stack([center.norm() for center in heads]).mean() for heads in self.center.values()])
 
     def _softmax(self, logits: Tensor, temperature: float, center: Tensor) -> Targets:
         col = None if self.method == "none" else -center / temperature

@@ -1,8 +1,11 @@
 """AdamW, the moving average and both copies in one pass, against torch's AdamW in fp64."""
 
+from unittest import mock
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels.optimizer import AdamWEma, Segment, Shard, Update
 
@@ -136,6 +139,34 @@ def test_momentum_near_one_still_moves_the_average(impl: str, device: str) -> No
     for _ in range(100):
         one_pass([gradient], factors, flag(True, device), Update(0.1, 0.1, 0.9999))
     torch.testing.assert_close(shard.ema, torch.full((100,), 2 - 0.9999**100, device=device), rtol=1e-5, atol=0)
+
+
+class Operations(TorchDispatchMode):
+    """Counts what torch is asked to do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_launches_do_not_grow_with_the_layers(triton: str, device: str) -> None:
+    from kernels.fused.optimizer import update_
+
+    counts = []
+    for layers in (1, 40):
+        segments = [Segment(205 * i, 205, i % 3, 0.9**i, bool(i % 2)) for i in range(layers)]
+        one_pass = AdamWEma(made(device, torch.bfloat16), segments, impl=triton)
+        factors, good, gradient = torch.tensor(FACTORS, device=device), flag(True, device), gradient_of(0, device)
+        one_pass([gradient], factors, good, UPDATES[0])
+        with Operations() as operations, mock.patch("kernels.fused.optimizer.update_", wraps=update_) as launch:
+            one_pass([gradient], factors, good, UPDATES[1])
+        counts.append(operations.count)
+        assert launch.call_count == 1
+    assert counts[0] == counts[1]
 
 
 def test_an_empty_shard_is_no_mistake(impl: str, device: str) -> None:
