@@ -156,10 +156,23 @@ class AdamWEma:
 
         # in fp64, since 1 - 0.999^n in fp32 is half noise at first
         correction = 1 - self._betas**self.shard.steps
-        scalars = torch.stack([good.double(), correction[0].reciprocal(), correction[1].rsqrt()]).float()
+        flags = torch.stack([good.double(), correction[0].reciprocal(), correction[1].rsqrt()]).float()
         frozen = sum(1 << part for part in set(update.frozen))
         whole = gradients[0] if len(gradients) == 1 else torch.cat(list(gradients))
-        update_(self.shard, whole, self._tables, torch.cat([scalars, factors]), update, frozen)
+        shard = self.shard
+        update_(
+            (shard.master, shard.first, shard.second, shard.ema),
+            (shard.student, shard.teacher),
+            whole,
+            self._tables,
+            torch.cat([flags, factors]),
+            update.lr,
+            update.weight_decay,
+            update.momentum,
+            BETAS,
+            update.eps,
+            frozen,
+        )
 
     @functools.cached_property
     def _tables(self) -> tuple[Tensor, Tensor, Tensor]:

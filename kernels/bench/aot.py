@@ -24,7 +24,6 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from kernels.fused import attention, distillation, optimizer, reduce, residual
-from kernels.optimizer import Segment, Shard, Update
 
 ARCHITECTURES = (80, 90, 100)
 # What one thread block may have on the smallest device of an architecture, in bytes.
@@ -189,11 +188,23 @@ def _residual(dtype: torch.dtype, channels: int, scaled: bool, per_row: bool) ->
 
 def _optimizer(dtype: torch.dtype) -> None:
     """With gradients reduced in fp32 and in `dtype`."""
-    vectors = [torch.zeros(4096) for _ in range(2)]
-    shard = Shard.of(*vectors, *(None if dtype == torch.float32 else torch.zeros(4096, dtype=dtype) for _ in range(2)))
-    looked_up = optimizer.tables([Segment(0, 3000, 0, 1.0, True)], torch.device("cpu"))
+    master, first, second, ema = (torch.zeros(4096) for _ in range(4))
+    student, teacher = (None if dtype == torch.float32 else torch.zeros(4096, dtype=dtype) for _ in range(2))
+    looked_up = optimizer.tables([(0, 3000, 0, 1.0, True)], torch.device("cpu"))
     for gradient in {torch.float32, dtype}:
-        optimizer.update_(shard, torch.zeros(4096, dtype=gradient), looked_up, torch.ones(4), Update(0.1, 0.1, 0.9), 0)
+        optimizer.update_(
+            (master, first, second, ema),
+            (student, teacher),
+            torch.zeros(4096, dtype=gradient),
+            looked_up,
+            torch.ones(4),
+            lr=0.1,
+            weight_decay=0.1,
+            momentum=0.9,
+            betas=(0.9, 0.999),
+            eps=1e-8,
+            frozen=0,
+        )
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,15 +1,11 @@
 """AdamW, the moving average and both copies, every element read once and written once."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from kernels.optimizer import Segment, Shard, Update
 
 BLOCK = 1024
 
@@ -84,48 +80,58 @@ def _kernel(
         )  # fmt: skip
 
 
-def tables(segments: Sequence["Segment"], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def tables(
+    segments: Sequence[tuple[int, int, int, float, bool]], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
     """What a program looks up.
+
+    Args:
+        segments: start, length, part, multiplier of the learning rate and decay of each.
+        device: of the shard.
 
     Returns:
         Tiles int32 `[T, 4]`: a block, the elements of it that are in one segment (from, to), and that segment; part and
         decay of each segment, int32 `[S, 2]`; its multiplier of the learning rate, fp32 `[S]`.
     """
     tiles = []
-    for index, segment in enumerate(segments):
-        blocks = torch.arange(segment.start // BLOCK, -(-segment.stop // BLOCK))
-        low = (segment.start - blocks * BLOCK).clamp(min=0)
-        high = (segment.stop - blocks * BLOCK).clamp(max=BLOCK)
+    for index, (start, length, *_) in enumerate(segments):
+        blocks = torch.arange(start // BLOCK, -(-(start + length) // BLOCK))
+        low = (start - blocks * BLOCK).clamp(min=0)
+        high = (start + length - blocks * BLOCK).clamp(max=BLOCK)
         tiles.append(torch.stack([blocks, low, high, torch.full_like(blocks, index)], 1))
-    kinds = torch.tensor([(segment.part, int(segment.decayed)) for segment in segments])
-    scales = torch.tensor([segment.lr_scale for segment in segments], dtype=torch.float32)
+    kinds = torch.tensor([(part, int(decayed)) for _, _, part, _, decayed in segments])
+    scales = torch.tensor([scale for _, _, _, scale, _ in segments], dtype=torch.float32)
     return torch.cat(tiles).int().to(device), kinds.int().to(device), scales.to(device)
 
 
 def update_(
-    shard: "Shard",
+    vectors: tuple[Tensor, Tensor, Tensor, Tensor],
+    copies: tuple[Tensor | None, Tensor | None],
     gradient: Tensor,
     looked_up: tuple[Tensor, Tensor, Tensor],
     scalars: Tensor,
-    update: "Update",
+    lr: float,
+    weight_decay: float,
+    momentum: float,
+    betas: tuple[float, float],
+    eps: float,
     frozen: int,
 ) -> None:
     """One launch over the shard.
 
     Args:
-        shard: changed in place.
+        vectors: fp32 weights, both moments and moving average, changed in place.
+        copies: of weights and average, in lower precision.
         gradient: flat, contiguous.
         looked_up: see `tables`.
         scalars: see `_kernel`.
-        update: of this step.
+        lr, weight_decay, momentum, betas, eps: of this step.
         frozen: a bit per part.
     """
-    from kernels.optimizer import BETAS
-
     tiles, kinds, scales = looked_up
+    master, first, second, ema = vectors
     _kernel[(len(tiles),)](
-        shard.master, gradient, shard.first, shard.second, shard.ema, shard.student, shard.teacher,
-        tiles, kinds, scales, scalars, update.lr, update.weight_decay, *BETAS, 1 - BETAS[0], 1 - BETAS[1],
-        update.eps, 1 - update.momentum, frozen,
-        STUDENT=shard.student is not None, TEACHER=shard.teacher is not None, BLOCK=BLOCK,
+        master, gradient, first, second, ema, *copies, tiles, kinds, scales, scalars, lr, weight_decay,
+        *betas, 1 - betas[0], 1 - betas[1], eps, 1 - momentum, frozen,
+        STUDENT=copies[0] is not None, TEACHER=copies[1] is not None, BLOCK=BLOCK,
     )  # fmt: skip
