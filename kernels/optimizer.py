@@ -154,7 +154,7 @@ class AdamWEma:
     def _by_triton(self, gradients: Sequence[Tensor], factors: Tensor, good: Tensor, update: Update) -> None:
         from kernels.fused.optimizer import update_
 
-        # in fp64, since 1 - 0.999^n in fp32 is half noise at first
+        # in fp64, since 1 - 0.999^n in fp32 loses four digits at first
         correction = 1 - self._betas**self.shard.steps
         flags = torch.stack([good.double(), correction[0].reciprocal(), correction[1].rsqrt()]).float()
         frozen = sum(1 << part for part in set(update.frozen))
