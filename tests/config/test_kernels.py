@@ -54,7 +54,7 @@ def test_one_word_is_written_where_one_will_do_and_all_operations_otherwise():
             ["engine.kernels: got 'cuda'", "use triton or eager", "attention, residual, loss, sinkhorn, optimizer"],
         ),
         ("sdpa", ["engine.kernels: got 'sdpa'", "use triton or eager"]),  # it is attention's alone
-        ("{gemm: eager}", ["unknown key 'engine.kernels.gemm'", "did you mean 'engine.kernels.optimizer'?"]),
+        ("{optimiser: eager}", ["unknown key 'engine.kernels.optimiser'", "did you mean 'engine.kernels.optimizer'?"]),
         ("{optimizer: sdpa}", ["engine.kernels.optimizer: got 'sdpa'", "'triton' or 'eager'"]),
     ],
 )
