@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.config.section import PathText, Section, is_section
+from pipeline.config.section import Changeable, PathText, Section, is_section
 
 Family = Literal["vit", "swin", "resnet"]
 
@@ -99,7 +99,7 @@ class ModelConfig(Section):
     head_dim: int = Field(64, gt=0)
     width: Span
     depth: DepthSpan
-    drop_path: float = Field(0.2, ge=0, lt=1)
+    drop_path: Changeable[float] = Field(0.2, ge=0, lt=1)
     layer_scale: float | None = Field(1.0e-5, gt=0)
     init_from: PathText | None = None
     window_size: int = Field(7, gt=0)

@@ -27,7 +27,7 @@ from pipeline.measure.bands import Bands
 from pipeline.measure.health import Probe
 from pipeline.measure.phases import Phases
 from pipeline.method.losses import Centering
-from pipeline.method.schedules import Schedules, StepValues
+from pipeline.method.schedules import Rise, Schedules, StepValues
 from pipeline.method.tri_branch import Branch, Crops, StochasticDepth, TriBranch
 from pipeline.monitor.report import Health, StepReport, Timing
 
@@ -40,6 +40,7 @@ class Trainer:
         ranks: this process and its peers.
         enter: told the phase of the step that begins.
         fresh: the run begins, from `model.init_from` if that is set; a checkpoint replaces the weights otherwise.
+        rise: where the learning rate was raised in the middle of the run, if it was.
 
     Raises:
         UserError: the data is missing or smaller than a global batch, the kernels cannot run on the device, or
@@ -52,12 +53,13 @@ class Trainer:
         ranks: Ranks,
         enter: Callable[[str], None] = lambda phase: None,
         fresh: bool = True,
+        rise: Rise | None = None,
     ):
         self.config, self.ranks, self.enter = config, ranks, enter
         self.global_batch = config.data.batch_size * ranks.world_size
         _require_kernels(config, ranks.device)
         self.dataset = self.open_dataset()
-        self.schedules = Schedules(config.optim, config.loss, self.global_batch)
+        self.schedules = Schedules(config.optim, config.loss, self.global_batch, rise)
         self.grid = Grid(config.model, config.sampling.small_bias)
         self.sampler = SubnetSampler(
             self.grid,
