@@ -29,6 +29,9 @@ class HeadsConfig(Section):
     hidden_dim: int = Field(2048, gt=0)
     bottleneck_dim: int = Field(256, gt=0)
     layers: int = Field(3, ge=1)
+    prototype_gain: Literal["unit", "learned"] = Field(
+        "unit", description="length of a prototype: 1, or a weight of its own that begins at 1 and is decayed"
+    )
 
     @field_validator("prototypes")
     @classmethod

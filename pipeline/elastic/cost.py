@@ -75,7 +75,8 @@ def head_params(config: HeadsConfig, in_dim: int) -> int:
     """Parameters of the projection heads."""
     widths = [in_dim, *[config.hidden_dim] * (config.layers - 1), config.bottleneck_dim]
     mlp = sum((a + 1) * b for a, b in pairwise(widths))
-    return sum(mlp + count * config.bottleneck_dim for count in config.prototypes)
+    of_prototype = config.bottleneck_dim + (config.prototype_gain == "learned")
+    return sum(mlp + count * of_prototype for count in config.prototypes)
 
 
 class TrainedParams(NamedTuple):

@@ -32,6 +32,7 @@ class Case(NamedTuple):
             self.family,
             model={"drop_path": 0.3},  # the two groups of crops keep different shares of their images
             loss={"centering": self.centering, "ibot_start_epoch": 0.5},  # the first step without masked patches
+            heads={"prototype_gain": "unit" if self.family == "resnet" else "learned"},
             sampling={"assignment": self.assignment},
             engine={
                 "zero_stage": self.stage,
