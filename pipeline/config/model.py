@@ -1,11 +1,15 @@
 """The section `model:`: the elastic backbone, its largest network and the grid of its sub-networks."""
 
 from math import prod
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from pipeline.config.section import Changeable, PathText, Section, is_section
+
+BUNDLE = "bundle.json"
+"""By which a directory is known for one that `poa extract --bundle` wrote."""
 
 Family = Literal["vit", "swin", "resnet"]
 
@@ -35,6 +39,11 @@ UNUSED_KEYS = {
     "swin": ("layer_scale",),
     "resnet": ("patch_size", "head_dim", "window_size", "layer_scale"),  # its stem takes every fourth pixel
 }
+
+
+def is_bundle(source: str) -> bool:
+    """Whether `model.init_from` names a bundle, which brings heads and teacher along, rather than timm's weights."""
+    return Path(source, BUNDLE).is_file()
 
 
 class Span(Section):

@@ -5,8 +5,8 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from pipeline.config.model import ModelConfig
-from pipeline.config.section import Changeable, Free, PathText, Section, Shards
+from pipeline.config.model import ModelConfig, is_bundle
+from pipeline.config.section import Changeable, Free, PathText, Section, Shards, expand_path
 
 Fraction = tuple[float, float]
 _LONGEST_SECONDS = 1e9  # thirty years; clocks and timeouts bear no more
@@ -235,6 +235,13 @@ class MetricsConfig(Section):
         return self
 
 
+def _brings_heads(source: str) -> bool:
+    try:
+        return is_bundle(expand_path(source))
+    except (ValueError, OSError):  # the key itself will say what is wrong
+        return False
+
+
 class ExperimentConfig(Section):
     """One experiment, as described by a YAML file."""
 
@@ -253,11 +260,12 @@ class ExperimentConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _fresh_heads_learn_first(cls, values: Any) -> Any:
-        """Pretrained weights wait an epoch for the heads, unless the file says otherwise."""
+        """Pretrained weights wait an epoch for fresh heads, unless the file says otherwise."""
         model, optim = (
             (values.get(name) or {} for name in ("model", "optim")) if isinstance(values, dict) else ({}, None)
         )
-        if isinstance(model, dict) and model.get("init_from") and isinstance(optim, dict):
+        source = model.get("init_from") if isinstance(model, dict) else None
+        if isinstance(source, str) and source and not _brings_heads(source) and isinstance(optim, dict):
             return {**values, "optim": {"head_warmup_epochs": 1, **optim}}
         return values
 

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from pipeline.engine.core import Engine
 from pipeline.engine.distributed import Ranks
 from pipeline.engine.groups import FlatGroup, Piece
 from pipeline.engine.saved import (
+    CENTER,
     COUNTS,
     FORMAT,
     VECTORS,
@@ -29,6 +29,7 @@ from pipeline.engine.saved import (
     find_problem,
     find_sources,
     list_checkpoints,
+    load_centers,
     read_manifest,
     read_vectors,
 )
@@ -179,7 +180,7 @@ class Checkpoints:
                 tensors[f"{index}.{key}"] = _joined([vector.detach()[p.here] for p in pieces])
         if self.ranks.is_main:
             tensors |= {
-                f"center.{kind}.{h}": center.cpu()
+                f"{CENTER}{kind}.{h}": center.cpu()
                 for kind, heads in centering.center.items()
                 for h, center in enumerate(heads)
             }
@@ -289,7 +290,7 @@ def _restore(engine: Engine, centering: Centering, path: Path, manifest: dict[st
     shards = read_vectors(path, manifest, wanted, [len(group.master) for group in engine.groups], *VECTORS)
     for index, shard in enumerate(shards):
         engine.restore(index, shard, manifest["optimizer_steps"])
-    with safe_open(path / "shard_00000.safetensors", framework="pt") as file:
-        for kind, heads in centering.center.items():
-            for h, center in enumerate(heads):
-                center.copy_(file.get_tensor(f"center.{kind}.{h}"))
+    centers = load_centers(path)
+    for kind, heads in centering.center.items():
+        for h, center in enumerate(heads):
+            center.copy_(centers[f"{kind}.{h}"])

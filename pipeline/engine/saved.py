@@ -31,6 +31,7 @@ from pipeline.files import sha256
 FORMAT = 2
 VECTORS = ("master", "ema", "exp_avg", "exp_avg_sq")
 BRANCHES = {"teacher": "ema", "student": "master"}
+CENTER = "center."
 COUNTS = ("step", "samples", "bad_steps", "bad_in_a_row", "skipped_samples")
 """Of the run, in a manifest."""
 
@@ -146,27 +147,44 @@ def load_weights(root: Path, branch: str) -> tuple[dict[str, Tensor], dict[str, 
     Raises:
         UserError: there is no intact checkpoint, or one cannot be read.
     """
+    path, manifest = intact_checkpoint(root)
+    return load_named(path, manifest, BRANCHES[branch]), manifest
+
+
+def intact_checkpoint(root: Path) -> tuple[Path, dict[str, Any]]:
+    """The newest intact checkpoint and its manifest, without an engine.
+
+    Raises:
+        UserError: there is none, or one cannot be read.
+    """
     saved = list_checkpoints(root)
     for path in saved:
         problem = find_problem(path)
         if problem is None:
-            return _weights(path, branch)
+            return path, read_manifest(path)
         damaged(path, problem)
     if saved:
         raise UserError("no intact checkpoint", str(root), "restore one, or name another run")
     raise UserError("no intact checkpoint", str(root), "train first, or name another run")
 
 
-def _weights(path: Path, branch: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    manifest = read_manifest(path)
+def load_named(path: Path, manifest: dict[str, Any], vector: str) -> dict[str, Tensor]:
+    """What a checkpoint holds of an entry of `VECTORS`, in fp32 by parameter name."""
     weights: dict[str, Tensor] = {}
     wholes = [[Source(index, Piece(0, 0, group["numel"]))] for index, group in enumerate(manifest["groups"])]
     lengths = [group["numel"] for group in manifest["groups"]]
-    vectors = read_vectors(path, manifest, wholes, lengths, BRANCHES[branch])
+    vectors = read_vectors(path, manifest, wholes, lengths, vector)
     for flat, group in zip(vectors, manifest["groups"], strict=True):
         for name, shape, offset in zip(group["names"], group["shapes"], group["offsets"], strict=True):
-            weights[name] = flat[BRANCHES[branch]][offset : offset + torch.Size(shape).numel()].view(shape)
-    return weights, manifest
+            weights[name] = flat[vector][offset : offset + torch.Size(shape).numel()].view(shape)
+    return weights
+
+
+def load_centers(path: Path) -> dict[str, Tensor]:
+    """The centers of a checkpoint, as `cls.HEAD` and `patch.HEAD`."""
+    with safe_open(path / "shard_00000.safetensors", framework="pt") as file:
+        names = [name for name in file.keys() if name.startswith(CENTER)]  # noqa: SIM118  (it is no mapping)
+        return {name.removeprefix(CENTER): file.get_tensor(name) for name in names}
 
 
 class Source(NamedTuple):

@@ -15,7 +15,6 @@ from pipeline.data.reader import Dataset, Skip
 from pipeline.elastic import Subnet, build, cost
 from pipeline.elastic.head import ProjectionHeads
 from pipeline.elastic.layers import recut_in_backward
-from pipeline.elastic.pretrained import load_pretrained
 from pipeline.elastic.sampling import SubnetSampler
 from pipeline.elastic.subnet import Grid
 from pipeline.engine.agreement import Own, agree
@@ -29,6 +28,7 @@ from pipeline.measure.phases import Phases
 from pipeline.method.losses import Centering
 from pipeline.method.schedules import Rise, Schedules, StepValues
 from pipeline.method.tri_branch import Branch, Crops, StochasticDepth, TriBranch
+from pipeline.models.start import begin, bring_the_rest
 from pipeline.monitor.report import Health, StepReport, Timing
 
 
@@ -70,8 +70,8 @@ class Trainer:
         )
         student = build_student(config)
         source = config.model.init_from
-        if source and fresh:
-            ranks.agree(lambda: load_pretrained(student.backbone, source))  # the engine broadcasts the weights
+        # the engine broadcasts the student's weights
+        begun = ranks.agree(lambda: begin(student, source)) if source and fresh else None
         if config.engine.compile:
             student.backbone.compile_blocks()
         self.engine = Engine(student, config.optim, config.engine, ranks.device)
@@ -81,6 +81,8 @@ class Trainer:
         drop = StochasticDepth(config.data.seed, config.model.drop_path, backbone.num_draws)
         centering = Centering(config.loss.centering, config.heads.prototypes, ranks.device, config.engine.kernels)
         self.tri_branch = TriBranch(config.loss, self.grid.largest, drop, centering, self.phases.lap)
+        if source and begun:
+            bring_the_rest(self.engine, centering, source, begun, ranks)
         self.bands = Bands(config.model, self.grid)
         self.dtype = working_dtype(config.engine)
         self.loader: Loader
