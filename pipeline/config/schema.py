@@ -125,8 +125,8 @@ class OptimConfig(Section):
     min_lr: Changeable[float] = Field(2.0e-5, ge=0)
     warmup_epochs: Changeable[float] = Field(10, ge=0)
     weight_decay: Changeable[tuple[float, float]] = (0.04, 0.4)
-    layer_decay: Changeable[float] = Field(0.9, gt=0, le=1)
-    patch_embed_lr_scale: Changeable[float] = Field(0.2, gt=0)
+    layer_decay: float = Field(0.9, gt=0, le=1)
+    patch_embed_lr_scale: float = Field(0.2, gt=0)
     freeze_prototypes_epochs: Changeable[float] = Field(1, ge=0)
     head_warmup_epochs: Changeable[float] = Field(
         0, ge=0, description="only the heads learn at first; 1 if model.init_from is set and this is not"

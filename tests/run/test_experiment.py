@@ -73,6 +73,7 @@ def test_every_key_that_is_marked_exists_and_no_other_may_change(tmp_path):
     assert {f"optim.{name}" for name in named} <= set(CHANGEABLE_KEYS)
     assert {"loss.ibot_weight", "loss.teacher_temp.end", "data.local_crops.scale", "data.blur"} <= set(CHANGEABLE_KEYS)
     fixed = ("model.family", "model.width.max", "heads.prototypes", "data.seed", "data.window", "optim.steps_per_epoch")
+    fixed += ("optim.layer_decay", "loss.centering")
     assert not set(fixed) & {*FREE_KEYS, *CHANGEABLE_KEYS}
 
 
