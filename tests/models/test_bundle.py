@@ -78,7 +78,7 @@ def test_heads_that_come_along_do_not_make_the_backbone_wait(bundle, tmp_path):
     assert waits == [0, 1]
 
 
-@pytest.mark.parametrize("family", ["vit", "swin", "resnet"])
+@pytest.mark.parametrize("family", ["vit", "eva", "swin", "resnet"])
 def test_a_smaller_network_begins_as_the_sub_network_of_the_bundle(trained_runs, tmp_path, experiment, family):
     run = trained_runs(family)
     write_bundle(run, tmp_path / "bundle")

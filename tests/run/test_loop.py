@@ -40,7 +40,9 @@ def to(run, step, **more):
     return {"overrides": [f"run.dir={run}", f"run.max_steps={step}"], **more}
 
 
-@pytest.mark.parametrize(("family", "stage"), [("vit", 0), ("vit", 2), ("vit", 3), ("swin", 1), ("resnet", 1)])
+@pytest.mark.parametrize(
+    ("family", "stage"), [("vit", 0), ("vit", 2), ("vit", 3), ("eva", 1), ("swin", 1), ("resnet", 1)]
+)
 def test_a_stopped_and_resumed_run_writes_the_same_metrics(train, tmp_path, experiment, family, stage):
     tree = experiment(family, engine={"zero_stage": stage}, model={"drop_path": 0.3}, loss={"centering": "softmax"})
     whole, parts = tmp_path / "whole", tmp_path / "parts"
