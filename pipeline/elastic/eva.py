@@ -26,7 +26,7 @@ _TABLES = 64  # image sizes whose rotations are kept
 class ElasticEvaAttention(EvaAttention):
     """Self-attention over packed tokens, queries and keys turned by the positions of their patches."""
 
-    kernels: str
+    impl: str
     qkv: ElasticQKV
     proj: ElasticLinear
 
@@ -38,7 +38,7 @@ class ElasticEvaAttention(EvaAttention):
         for group, (batch, tokens), table in zip(groups, layout, tables, strict=True):
             qkv = group.view(batch, tokens, 3, -1, self.head_dim)
             turned = torch.cat([rotate(qkv[:, :, :2], table), qkv[:, :, 2:]], dim=2)
-            mixed.append(attention(turned, impl=self.kernels).flatten(0, 1))
+            mixed.append(attention(turned, impl=self.impl).flatten(0, 1))
         return self.proj(torch.cat(mixed) if len(mixed) > 1 else mixed[0], width)
 
 
@@ -74,8 +74,8 @@ class ElasticEvaBlock(ElasticBlock, EvaBlock):
         def feed_forward(tokens: Tensor, _: Layout) -> Tensor:
             return self.mlp(self.norm2(tokens))
 
-        x = add_branch(x, layout, attend, kept[0], self.ls1, kernels=self.attn.kernels)
-        return (add_branch(x, layout, feed_forward, kept[1], self.ls2, kernels=self.attn.kernels),)
+        x = add_branch(x, layout, attend, kept[0], self.ls1, impl=self.residual)
+        return (add_branch(x, layout, feed_forward, kept[1], self.ls2, impl=self.residual),)
 
 
 class HeldByBlock(ElasticLayerScale):
@@ -144,7 +144,9 @@ def eva_args(config: ModelConfig, subnet: Subnet) -> dict[str, Any]:
     }
 
 
-def build(config: ModelConfig, *, kernels: str, activation_checkpointing: bool, sharded: bool) -> ElasticEva:
+def build(
+    config: ModelConfig, *, attention: str, residual: str, activation_checkpointing: bool, sharded: bool
+) -> ElasticEva:
     """Build an elastic Eva; see `pipeline.elastic.build`."""
     subnet = largest_subnet(config)
     model = ElasticEva(
@@ -169,7 +171,7 @@ def build(config: ModelConfig, *, kernels: str, activation_checkpointing: bool, 
     for block in blocks:
         block.ls1, block.ls2 = (HeldByBlock(cast(EvaBlock, block), name) for name in ("gamma_1", "gamma_2"))
         attn = cast(ElasticEvaAttention, block.attn)
-        attn.kernels = kernels
+        attn.impl, block.residual = attention, residual
         attn.qkv.__class__ = ElasticQKV
     model.num_layers, model.num_draws = len(blocks) + 1, 2 * len(blocks)
     model._configure(config, subnet.width, sharded, activation_checkpointing)

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kernels.residual import add_rows, row_positions
+from kernels.residual import add_rows, row_positions, take_rows
 from pipeline.elastic.layers import ElasticLayerScale
+from pipeline.elastic.transfer import to_device
 
 Layout = tuple[tuple[int, ...], ...]  # per crop group: images, then rows and columns, or tokens, of each
 
@@ -72,10 +73,7 @@ def keep_indices(
     for batch in batch_sizes:
         order = random.random((draws, batch), dtype=np.float32).argsort(axis=1)
         kept = np.sort(order[:, : kept_count(batch, rate)], axis=1)
-        host = torch.from_numpy(kept)
-        if torch.device(device).type == "cuda":
-            host = host.pin_memory()
-        indices.append(host.to(device, non_blocking=True))
+        indices.append(to_device(torch.from_numpy(kept), device))
     return indices
 
 
@@ -111,14 +109,15 @@ def add_branch(
     kept: Kept | None,
     layer_scale: nn.Module | None = None,
     *,
-    kernels: str,
+    impl: str,
 ) -> Tensor:
     """x + layer_scale(branch(x)) over packed tokens `[T, C]`, the branch computed on the kept rows only."""
     if kept is None:
         out = branch(x, layout)
         return x + (out if layer_scale is None else layer_scale(out))
-    out = branch(x.index_select(0, kept.rows), kept.layout)
-    add = partial(add_rows, x, out, kept.rows, kept.positions, kept.scale, impl=kernels)
+    x, taken = take_rows(x, kept.rows, kept.positions, impl=impl)
+    out = branch(taken, kept.layout)
+    add = partial(add_rows, x, out, kept.rows, kept.positions, kept.scale, impl=impl)
     if not isinstance(layer_scale, ElasticLayerScale):
         return add()
     parameters = layer_scale.sliced(x.shape[-1])

@@ -152,8 +152,8 @@ class Monitor:
 
     def log(self, report: StepReport) -> dict[str, Any]:
         """At every log line: what to add to the record. Collective."""
-        shares = self.ranks.gather(self._share())
-        interval, self._interval = self._interval, _Interval(phases=dict(self.phases.seconds))
+        shares = self.ranks.gather(self._share(report.phases))
+        interval, self._interval = self._interval, _Interval(phases=report.phases)
         fields: dict[str, Any] = {}
         with self._carefully():
             if self._leads:
@@ -173,8 +173,7 @@ class Monitor:
                 self._events.add(record)
 
     def saved(self, step: int, path: Path | None, seconds: float) -> None:
-        """A checkpoint is complete."""
-        self.phases.add("checkpoint", seconds)
+        """A checkpoint is complete, `seconds` after its snapshot."""
         if self.ranks.is_main and path is not None:
             with self._carefully():
                 self.values.set("poa_checkpoint_seconds", seconds)
@@ -248,8 +247,8 @@ class Monitor:
         if report.health:
             self._later |= self._set_health(report.health)
 
-    def _share(self) -> Share:
-        interval, seconds = self._interval, self.phases.seconds
+    def _share(self, seconds: dict[str, float]) -> Share:
+        interval = self._interval
         steps = max(interval.steps, 1)
         spent = {phase: seconds[phase] - interval.phases[phase] for phase in PHASES}
         return Share(

@@ -1,5 +1,6 @@
 """What a training step needs, built once; and the step itself, over all ranks."""
 
+import functools
 import time
 from collections.abc import Callable
 from functools import partial
@@ -17,19 +18,67 @@ from pipeline.elastic.head import ProjectionHeads
 from pipeline.elastic.layers import recut_in_backward
 from pipeline.elastic.sampling import SubnetSampler
 from pipeline.elastic.subnet import Grid
-from pipeline.engine.agreement import Own, agree
+from pipeline.elastic.transfer import Late
+from pipeline.engine.agreement import Agreed, Own, agree
 from pipeline.engine.core import Engine
 from pipeline.engine.distributed import Ranks
 from pipeline.engine.layouts import working_dtype
 from pipeline.errors import UserError
 from pipeline.measure.bands import Bands
-from pipeline.measure.health import Probe
+from pipeline.measure.health import Probe, Reduced
 from pipeline.measure.phases import Phases
 from pipeline.method.losses import Centering
 from pipeline.method.schedules import Rise, Schedules, StepValues
 from pipeline.method.tri_branch import Branch, Crops, StochasticDepth, TriBranch
 from pipeline.models.start import begin, bring_the_rest
 from pipeline.monitor.report import Health, StepReport, Timing
+
+
+class Clock:
+    """When the last step was over."""
+
+    def __init__(self, device: torch.device):
+        self.waits = device.type == "cuda"
+        self.last = 0.0
+
+
+class Underway:
+    """A step that was handed to the device, and what the host knew of it then.
+
+    Attributes:
+        samples: consumed over all ranks with this step.
+        skips: samples that this rank left out for it.
+    """
+
+    def __init__(
+        self,
+        agreed: Agreed,
+        values: StepValues,
+        subnet: Subnet,
+        samples: int,
+        skips: list[Skip],
+        began: float,
+        data_wait: float,
+        clock: Clock,
+        phases: Phases,
+        health: tuple[Reduced, Late, list[str]] | None,
+    ):
+        self.samples, self.skips = samples, skips
+        self._agreed, self._values, self._subnet, self._health = agreed, values, subnet, health
+        self._began, self._data_wait, self._clock = began, data_wait, clock
+        self._phases = dict(phases.seconds)
+        self._ended = None if clock.waits else time.perf_counter()
+
+    @functools.cached_property
+    def report(self) -> StepReport:
+        """What came of it; waits until the device is through with it. Steps are read in their order."""
+        agreed, health = self._agreed.read(), None
+        if self._health:
+            reduced, norms, kinds = self._health
+            health = Health(reduced.read(), dict(zip(kinds, norms.tolist(), strict=True)))
+        ended = self._ended or time.perf_counter()
+        seconds, self._clock.last = ended - max(self._began, self._clock.last), ended
+        return StepReport(agreed, self._values, self._subnet, Timing(self._data_wait, seconds), self._phases, health)
 
 
 class Trainer:
@@ -79,7 +128,10 @@ class Trainer:
         self.patch_grid = backbone.patch_grid(config.data.global_crops.size)
         self.phases = Phases(ranks.device)
         drop = StochasticDepth(config.data.seed, config.model.drop_path, backbone.num_draws)
-        centering = Centering(config.loss.centering, config.heads.prototypes, ranks.device, config.engine.kernels)
+        kernels = config.engine.kernels
+        centering = Centering(
+            config.loss.centering, config.heads.prototypes, ranks.device, kernels.loss, sinkhorn_impl=kernels.sinkhorn
+        )
         self.tri_branch = TriBranch(config.loss, self.grid.largest, drop, centering, self.phases.lap)
         if source and begun:
             bring_the_rest(self.engine, centering, source, begun, ranks)
@@ -87,6 +139,7 @@ class Trainer:
         self.dtype = working_dtype(config.engine)
         self.loader: Loader
         self.skips: list[Skip] = []
+        self._clock = Clock(ranks.device)
 
     def open_dataset(self) -> Dataset | None:
         """The shards, before anything large is built; None for a trainer that needs none."""
@@ -104,12 +157,15 @@ class Trainer:
             dataset=self.dataset,
         )
 
-    def step(self, step: int, stop_requested: bool = False) -> StepReport:
+    def step(self, step: int, stop_requested: bool = False, parts_saved: int = 0) -> "Underway":
         """Train on the next batch; the update is skipped on every rank if any value is not finite on one.
 
+        The host waits for nothing that the device computes: what came of it is read later, from what this returns.
+
         Args:
-            step: steps completed before this one.
+            step: steps before this one.
             stop_requested: this rank was asked to stop; all learn of it.
+            parts_saved: `Checkpoints.parts_finished` of this rank; all learn their sum.
         """
         began = time.perf_counter()
         self.enter(f"data of step {step + 1}")
@@ -136,18 +192,20 @@ class Trainer:
             skipped=self.loader.skipped.total() - skipped_before,
             flops=cost.step_flops(self.config, subnet, masked).total,
             band=self.bands.index(subnet),
+            parts_saved=parts_saved,
         )
         agreed = agree(losses, self.engine.gradient_squares(), own)
         self.phases.lap("reduce")
-        if agreed.bad:
-            self.engine.discard()
-        else:
-            self.enter(f"update of step {step + 1}")
-            self.engine.apply(values, agreed.norms, self.phases.lap)
-            self.tri_branch.centering.commit()
-        timing = Timing(data_wait, time.perf_counter() - began)
-        health = Health(probe.reduce(), self.tri_branch.centering.norms()) if probe else None
-        return StepReport(agreed, values, subnet, timing, health)
+        self.enter(f"update of step {step + 1}")
+        self.engine.apply(values, agreed.norms, agreed.good, self.phases.lap)
+        self.tri_branch.centering.commit(agreed.good)
+        health = None
+        if probe:
+            health = probe.reduce(), Late(self.tri_branch.centering.norms()), list(self.tri_branch.centering.center)
+        skips, self.skips[:] = list(self.skips), []
+        return Underway(
+            agreed, values, subnet, self.loader.next_sample, skips, began, data_wait, self._clock, self.phases, health
+        )
 
     def draw(self, step: int) -> Subnet:
         """The elastic student of this rank."""
@@ -167,7 +225,7 @@ class Trainer:
             self.bands.index(subnet),
             loss.student_temp,
             self.ranks.device,
-            self.config.engine.kernels,
+            self.config.engine.kernels.loss,
         )
 
     def _masks(self, step: int, values: StepValues) -> np.ndarray:
@@ -182,7 +240,7 @@ class Trainer:
 
 
 def _require_kernels(config: ExperimentConfig, device: torch.device) -> None:
-    if config.engine.kernels == "triton" and device.type == "cpu" and not interpreted():
+    if config.uses_triton() and device.type == "cpu" and not interpreted():
         raise UserError("the Triton kernels need a GPU and there is none", "engine.kernels", "set engine.kernels=eager")
 
 
@@ -203,7 +261,8 @@ def build_student(config: ExperimentConfig) -> Branch:
     sharded = config.engine.effective_stage() == 3
     backbone = build(
         config.model,
-        kernels=config.engine.kernels,
+        attention=config.engine.kernels.attention,
+        residual=config.engine.kernels.residual,
         activation_checkpointing=config.engine.activation_checkpointing,
         sharded=sharded,
     )

@@ -4,13 +4,15 @@ import json
 import math
 import os
 import shutil
+from concurrent.futures import Future
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from pipeline.engine.checkpoint import Checkpoints
+from pipeline.engine.checkpoint import Checkpoints, _Writing
 from pipeline.engine.groups import GroupSpec, Piece
 from pipeline.engine.saved import Source, find_problem, find_sources, list_checkpoints, load_weights, read_vectors
 from pipeline.errors import UserError
@@ -140,6 +142,20 @@ def test_vectors_are_found_where_they_were_grouped_in_another_way(tmp_path):
     expected = torch.cat([a, b, c, d])
     assert torch.equal(first["ema"], torch.cat([torch.zeros(1), expected]))
     assert torch.equal(second["ema"], torch.cat([expected[1:5], expected[11:14]]))
+
+
+def test_others_learn_of_a_checkpoint_once_it_has_its_name_and_before_any_goes_for_it(tmp_path):
+    make(tmp_path, 2, 4)
+    aside = tmp_path / ".step_00000006.tmp"
+    aside.mkdir()
+    told = []
+    ranks = SimpleNamespace(is_main=True)
+    checkpoints = Checkpoints(tmp_path, 1, ranks, tell=lambda step: told.append((step, names(tmp_path))))
+    final = tmp_path / "step_00000006"
+    checkpoints._complete(_Writing(6, aside, final, {"step": 6}, True, 0.0, Future()), {"shard": {}})
+    assert told == [(6, ["step_00000006", "step_00000004", "step_00000002"])]
+    assert names(tmp_path) == ["step_00000006"]
+    assert json.loads((final / "manifest.json").read_text()) == {"step": 6, "files": {"shard": {}}}
 
 
 def test_a_deletion_that_fails_is_said_and_tried_again(tmp_path, capsys, monkeypatch):
