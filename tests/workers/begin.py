@@ -17,7 +17,7 @@ for path, out in zip(words[::2], words[1::2], strict=True):
     torch.manual_seed(ranks.rank)
     trainer = Trainer(load_config(path), ranks)
     checkpoints = Checkpoints(Path(out), 1, ranks)
-    checkpoints.save(trainer.engine, trainer.tri_branch.centering, Progress(0, 0, {}, 0, {}))
+    checkpoints.begin(trainer.engine, trainer.tri_branch.centering, Progress(0, 0, {}, 0, {}))
     checkpoints.finish()
     checkpoints.close()
     trainer.close()
