@@ -86,22 +86,31 @@ class _Exponentials:
     """The same in plain PyTorch, which pays for an exponential more than for memory: they are taken once.
 
     They are stored around the middle of each row, where logits / T within +-80 neither overflow fp32 nor vanish. Within
-    +-30 any two scalings differ by less than exp(60) and fp32 holds all products; beyond, they are fp64.
+    +-30 any two scalings differ by less than exp(60) and fp32 holds all products; beyond, they are fp64, in which they
+    are taken beyond +-80 (cosines stay within 1 / T, but prototypes may have learned a length).
     """
 
     def __init__(self, logits: Tensor, temperature: float) -> None:
-        self.values = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
-        self.centre = logits.new_empty(len(logits), dtype=torch.float64)
+        self.values, self.centre, widest = self._take(logits, temperature, torch.float32)
+        if widest > 80:
+            self.values, self.centre, _ = self._take(logits, temperature, torch.float64)
+        elif widest > 30:
+            self.values = self.values.double()
+
+    @staticmethod
+    def _take(logits: Tensor, temperature: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
+        """exp(logits / T - centre) `[M, K]`, the centre of each row `[M]` and the largest distance from it."""
+        values = torch.empty(logits.shape, dtype=dtype, device=logits.device)
+        centres = logits.new_empty(len(logits), dtype=torch.float64)
         size = max(1, _CHUNK[logits.device.type] // logits.shape[1])
         widest = 0.0
         for part in (slice(start, start + size) for start in range(0, len(logits), size)):
-            scaled = logits[part].float() / temperature
+            scaled = logits[part].to(dtype) / temperature
             high, low = scaled.amax(1), scaled.amin(1)
-            self.centre[part] = centre = (high + low) / 2
-            self.values[part] = scaled.sub_(centre[:, None]).exp_()
+            centres[part] = centre = (high + low) / 2
+            values[part] = scaled.sub_(centre[:, None]).exp_()
             widest = max(widest, float((high - low).max()) / 2)
-        if widest > 30:
-            self.values = self.values.double()
+        return values, centres, widest
 
     def column_sums(self, row: Tensor) -> Tensor:
         if not len(row):

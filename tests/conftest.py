@@ -42,6 +42,16 @@ FAMILIES = {
         "depth": {"min": 2, "max": 4, "step": 1},
         "layer_scale": 0.1,
     },
+    "eva": {
+        "family": "eva",
+        "patch_size": 8,
+        "head_dim": 16,
+        "width": {"min": 32, "max": 64, "step": 16},
+        "depth": {"min": 2, "max": 4, "step": 1},
+        "layer_scale": 0.1,
+        "registers": 2,
+        "swiglu": True,
+    },
     "swin": {
         "family": "swin",
         "image_size": 64,

@@ -13,10 +13,10 @@ from pipeline.models.loading import RunModels
 from pipeline.models.proof import TOLERANCE
 from pipeline.models.timm_format import preprocessing
 
-OTHER_SIZES = (96, 224)  # beside the training size of 32 (ViT) or 64 px
+OTHER_SIZES = (96, 224)  # beside the training size of 32 (ViT, Eva) or 64 px
 
 
-@pytest.fixture(scope="module", params=["vit", "swin", "resnet"])
+@pytest.fixture(scope="module", params=["vit", "eva", "swin", "resnet"])
 def run(request, trained_runs):
     return trained_runs(request.param)
 

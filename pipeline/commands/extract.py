@@ -3,8 +3,10 @@
 import argparse
 import json
 import sys
+from pathlib import Path
 
 from pipeline.commands.arguments import add_json, path, whole
+from pipeline.errors import UserError
 
 HELP = "cut sub-networks out as plain timm models"
 
@@ -15,8 +17,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--subnet", metavar="NAME", nargs="+", action="extend", help="e.g. 384x12, small")
     which.add_argument("--all", action="store_true", help="every sub-network of the grid")
+    which.add_argument(
+        "--bundle",
+        metavar="DIR",
+        type=path,
+        nargs="?",
+        const=True,
+        help="student, teacher, heads, centers and moments instead, for model.init_from of another run",
+    )
     parser.add_argument("--branch", choices=("teacher", "student"), default="teacher", help="default: %(default)s")
-    parser.add_argument("--out", metavar="DIR", type=path, required=True, help="each model goes to DIR/NAME")
+    parser.add_argument("--out", metavar="DIR", type=path, help="each model goes to DIR/NAME; a bundle becomes DIR")
+    parser.add_argument("--no-moments", action="store_true", help="leave AdamW's moments out of the bundle")
     parser.add_argument(
         "--proof-images",
         metavar="N",
@@ -32,13 +43,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run `poa extract`; 0 on success, 1 if a proof failed."""
+    named = [name for name in (args.bundle, args.out) if name not in (None, True)]
+    if len(named) != 1:
+        raise UserError("two directories are named" if named else "no directory is named", "--out", "name one")
+    (out,) = named
+    if args.bundle is not None:
+        return _bundle(args, Path(out))
     from pipeline.models.extract import extract
     from pipeline.models.proof import ProofFailed
 
     subnets = "all" if args.all else args.subnet
     try:
         results = extract(
-            args.run_dir, subnets, args.out, args.branch, args.proof_images, args.proof_shards, progress=args.all
+            args.run_dir, subnets, out, args.branch, args.proof_images, args.proof_shards, progress=args.all
         )
     except ProofFailed as error:
         print(f"error: {error}", file=sys.stderr)
@@ -52,4 +69,16 @@ def run(args: argparse.Namespace) -> int:
             f"largest difference {r.max_abs_difference:.1e}"
         )
     print(f"\nimport timm\nmodel = timm.create_model({'local-dir:' + str(results[0].path)!r}, pretrained=True).eval()")
+    return 0
+
+
+def _bundle(args: argparse.Namespace, out: Path) -> int:
+    from pipeline.models.bundling import write_bundle
+
+    entry = write_bundle(Path(args.run_dir), out, not args.no_moments)
+    if args.json:
+        print(json.dumps({"path": str(out), **entry}))
+        return 0
+    size = sum(file["bytes"] for file in entry["files"].values())
+    print(f"{out}  {entry['largest']} at step {entry['step']}  {size / 1e6:.1f} MB\n\nmodel.init_from={out}")
     return 0

@@ -14,6 +14,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `poa train`."""
     add_config(parser)
     parser.add_argument("--run-dir", metavar="DIR", type=path, help="instead of run.dir of the config")
+    parser.add_argument(
+        "--fork-from", metavar="RUN[@STEP]", type=path, help="begin in a new --run-dir from a checkpoint of another run"
+    )
     parser.add_argument("--dry-run", action="store_true", help="show config, grid and memory estimate; train nothing")
     parser.add_argument("--quiet", action="store_true", help="no progress line")
 
@@ -32,9 +35,11 @@ def run(args: argparse.Namespace) -> int:
 
     with stop_signals() as stop_requested:
         with _heavy_imports():
+            from pipeline.run.fork import Fork
             from pipeline.run.loop import train
 
-        return train(config, quiet=args.quiet, stop_requested=stop_requested)
+        fork = Fork.read(args.fork_from, config.run.dir) if args.fork_from else None
+        return train(config, quiet=args.quiet, stop_requested=stop_requested, fork=fork)
 
 
 @contextmanager

@@ -1,18 +1,27 @@
 """The section `model:`: the elastic backbone, its largest network and the grid of its sub-networks."""
 
 from math import prod
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.config.section import PathText, Section, is_section
+from pipeline.config.section import Changeable, PathText, Section, is_section
 
-Family = Literal["vit", "swin", "resnet"]
+BUNDLE = "bundle.json"
+"""By which a directory is known for one that `poa extract --bundle` wrote."""
+
+Family = Literal["vit", "eva", "swin", "resnet"]
 
 FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
     "vit": {
         "width": {"min": 384, "max": 1024, "step": 64},
         "depth": {"min": 12, "max": 24, "step": 1},
+    },
+    "eva": {
+        "width": {"min": 384, "max": 1024, "step": 64},
+        "depth": {"min": 12, "max": 24, "step": 1},
+        "registers": 4,
     },
     "swin": {
         "patch_size": 4,
@@ -31,10 +40,23 @@ FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
 LARGEST_GRID = 100_000
 """Sub-networks; the paper's largest grid has 465. Far beyond it lies a typing error that would fill the memory."""
 UNUSED_KEYS = {
-    "vit": ("window_size",),
-    "swin": ("layer_scale",),
-    "resnet": ("patch_size", "head_dim", "window_size", "layer_scale"),  # its stem takes every fourth pixel
+    "vit": ("window_size", "swiglu"),
+    "eva": ("window_size",),
+    "swin": ("layer_scale", "registers", "swiglu"),
+    "resnet": (
+        "patch_size",
+        "head_dim",
+        "window_size",
+        "layer_scale",
+        "registers",
+        "swiglu",
+    ),  # its stem takes every fourth pixel
 }
+
+
+def is_bundle(source: str) -> bool:
+    """Whether `model.init_from` names a bundle, which brings heads and teacher along, rather than timm's weights."""
+    return Path(source, BUNDLE).is_file()
 
 
 class Span(Section):
@@ -99,10 +121,12 @@ class ModelConfig(Section):
     head_dim: int = Field(64, gt=0)
     width: Span
     depth: DepthSpan
-    drop_path: float = Field(0.2, ge=0, lt=1)
+    drop_path: Changeable[float] = Field(0.2, ge=0, lt=1)
     layer_scale: float | None = Field(1.0e-5, gt=0)
     init_from: PathText | None = None
     window_size: int = Field(7, gt=0)
+    registers: int = Field(0, ge=0, description="tokens beside that of the class which belong to no patch")
+    swiglu: bool = Field(False, description="gated MLP of the same hidden units (DINOv3's plus sizes)")
 
     @model_validator(mode="before")
     @classmethod
@@ -149,14 +173,26 @@ class ModelConfig(Section):
         elif self.width.min % 32 or self.width.max % 32 or (self.width.max > self.width.min and self.width.step % 32):
             raise ValueError("ResNet widths must be multiples of 32 (groups of its GroupNorm): change width")
         stages = len(self.depth_ranges)
-        if stages != (1 if self.family == "vit" else 4):
-            raise ValueError(f"depth has {stages} stages: {self.family} wants {1 if self.family == 'vit' else 4}")
+        if stages != (1 if self.one_stage else 4):
+            raise ValueError(f"depth has {stages} stages: {self.family} wants {1 if self.one_stage else 4}")
+        if self.family == "eva" and self.head_dim % 4:
+            raise ValueError(
+                f"head_dim={self.head_dim} does not divide into pairs of channels for rows and for columns: "
+                f"use {self.head_dim // 4 * 4 + 4}"
+            )
+        if self.family == "eva" and self.layer_scale is None:
+            raise ValueError("layer_scale=null: DINOv3's networks have one: give a number, such as 1.0e-5")
         if self.image_size % self.stride:
             raise ValueError(
                 f"image_size={self.image_size} is not divisible by {self.stride} (the network's total stride): "
                 f"use {max(self.image_size // self.stride, 1) * self.stride}"
             )
         return self
+
+    @property
+    def one_stage(self) -> bool:
+        """Whether all blocks are alike, over tokens of one size."""
+        return self.family in ("vit", "eva")
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -173,4 +209,4 @@ class ModelConfig(Section):
     @property
     def stride(self) -> int:
         """Pixels per side of the coarsest map; crops must be multiples of it."""
-        return self.patch_size if self.family == "vit" else self.patch_size * 8
+        return self.patch_size if self.one_stage else self.patch_size * 8

@@ -5,8 +5,8 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_serializer, model_validator
 
-from pipeline.config.model import ModelConfig
-from pipeline.config.section import PathText, Section, Shards
+from pipeline.config.model import ModelConfig, is_bundle
+from pipeline.config.section import Changeable, Free, PathText, Section, Shards, expand_path
 
 Fraction = tuple[float, float]
 _LONGEST_SECONDS = 1e9  # thirty years; clocks and timeouts bear no more
@@ -29,6 +29,9 @@ class HeadsConfig(Section):
     hidden_dim: int = Field(2048, gt=0)
     bottleneck_dim: int = Field(256, gt=0)
     layers: int = Field(3, ge=1)
+    prototype_gain: Literal["unit", "learned"] = Field(
+        "unit", description="length of a prototype: 1, or a weight of its own that begins at 1 and is decayed"
+    )
 
     @field_validator("prototypes")
     @classmethod
@@ -39,25 +42,25 @@ class HeadsConfig(Section):
 
 
 class TeacherTemperature(Section):
-    start: float = Field(0.04, gt=0)
-    end: float = Field(0.07, gt=0)
-    warmup_epochs: float = Field(30, ge=0)
+    start: Changeable[float] = Field(0.04, gt=0)
+    end: Changeable[float] = Field(0.07, gt=0)
+    warmup_epochs: Changeable[float] = Field(30, ge=0)
 
 
 class LossConfig(Section):
     """Weights and temperatures of the losses (DINO, iBOT, KoLeo)."""
 
-    intact_weight: float = Field(0.8, ge=0, le=1)
-    koleo_weight: float = Field(0.1, ge=0)
-    koleo_group: int | None = Field(
+    intact_weight: Changeable[float] = Field(0.8, ge=0, le=1)
+    koleo_weight: Changeable[float] = Field(0.1, ge=0)
+    koleo_group: Changeable[int | None] = Field(
         None, ge=2, description="images among which a neighbour is sought; the rank's batch"
     )
-    ibot_weight: float = Field(1.0, ge=0)
-    ibot_start_epoch: float = Field(30, ge=0)
-    mask_probability: float = Field(0.5, ge=0, le=1)
-    mask_ratio: Fraction = (0.1, 0.5)
+    ibot_weight: Changeable[float] = Field(1.0, ge=0)
+    ibot_start_epoch: Changeable[float] = Field(30, ge=0)
+    mask_probability: Changeable[float] = Field(0.5, ge=0, le=1)
+    mask_ratio: Changeable[Fraction] = (0.1, 0.5)
     centering: Literal["sinkhorn", "softmax", "none"] = "sinkhorn"
-    student_temp: float = Field(0.1, gt=0)
+    student_temp: Changeable[float] = Field(0.1, gt=0)
     teacher_temp: TeacherTemperature = TeacherTemperature()
 
     @model_validator(mode="after")
@@ -70,8 +73,8 @@ class LossConfig(Section):
 class CropConfig(Section):
     """Side in pixels and range of the area, as a fraction of the image's."""
 
-    size: int = Field(224, gt=0)
-    scale: Fraction = (0.32, 1.0)
+    size: Changeable[int] = Field(224, gt=0)
+    scale: Changeable[Fraction] = (0.32, 1.0)
 
     @model_validator(mode="after")
     def _scale_is_a_range(self) -> "CropConfig":
@@ -81,25 +84,27 @@ class CropConfig(Section):
 
 
 class LocalCropConfig(CropConfig):
-    count: int = Field(8, ge=0)
-    size: int = Field(96, gt=0)
-    scale: Fraction = (0.05, 0.32)
+    count: Changeable[int] = Field(8, ge=0)
+    size: Changeable[int] = Field(96, gt=0)
+    scale: Changeable[Fraction] = (0.05, 0.32)
 
 
 class DataConfig(Section):
     """Shards, crops and augmentation. `batch_size` counts images per rank."""
 
-    train: Shards = "shards/train-{000000..000999}.tar"
-    val: Shards | None = None
-    batch_size: int = Field(50, gt=0)
+    train: Free[Shards] = "shards/train-{000000..000999}.tar"
+    val: Free[Shards | None] = None
+    batch_size: Free[int] = Field(50, gt=0)
     global_crops: CropConfig = CropConfig()
     local_crops: LocalCropConfig = LocalCropConfig()
-    threads: int = Field(4, gt=0)
+    threads: Free[int] = Field(4, gt=0)
     seed: int = Field(0, ge=0)
-    max_pixels: int = Field(178956970, gt=0)
+    max_pixels: Changeable[int] = Field(178956970, gt=0)
     window: int = Field(16, gt=0, description="shards whose samples are permuted together")
-    hue: Literal["yiq", "hsv"] = "yiq"
-    blur: tuple[float, float, float] = Field((0.0, 0.9, 0.5), description="probability: global 1, global 2, local")
+    hue: Changeable[Literal["yiq", "hsv"]] = "yiq"
+    blur: Changeable[tuple[float, float, float]] = Field(
+        (0.0, 0.9, 0.5), description="probability: global 1, global 2, local"
+    )
 
     @field_validator("blur")
     @classmethod
@@ -112,22 +117,24 @@ class DataConfig(Section):
 class OptimConfig(Section):
     """AdamW and its schedules; pairs are (start, end)."""
 
-    epochs: int = Field(346, gt=0)
+    epochs: Changeable[int] = Field(346, gt=0)
     steps_per_epoch: int = Field(800, gt=0)
-    base_lr: float = Field(4.0e-3, gt=0, description="for a global batch of 1024; scaled by its square root")
-    min_lr: float = Field(2.0e-5, ge=0)
-    warmup_epochs: float = Field(10, ge=0)
-    weight_decay: tuple[float, float] = (0.04, 0.4)
+    base_lr: Changeable[float] = Field(
+        4.0e-3, gt=0, description="for a global batch of 1024; scaled by its square root"
+    )
+    min_lr: Changeable[float] = Field(2.0e-5, ge=0)
+    warmup_epochs: Changeable[float] = Field(10, ge=0)
+    weight_decay: Changeable[tuple[float, float]] = (0.04, 0.4)
     layer_decay: float = Field(0.9, gt=0, le=1)
     patch_embed_lr_scale: float = Field(0.2, gt=0)
-    freeze_prototypes_epochs: float = Field(1, ge=0)
-    head_warmup_epochs: float = Field(
+    freeze_prototypes_epochs: Changeable[float] = Field(1, ge=0)
+    head_warmup_epochs: Changeable[float] = Field(
         0, ge=0, description="only the heads learn at first; 1 if model.init_from is set and this is not"
     )
-    clip_grad: float = Field(1.5, gt=0)
-    schedule_fraction: float = Field(0.78, gt=0, le=1)
-    ema: tuple[float, float] = (0.992, 0.9999)
-    max_bad_steps: int = Field(10, gt=0)
+    clip_grad: Changeable[float] = Field(1.5, gt=0)
+    schedule_fraction: Changeable[float] = Field(0.78, gt=0, le=1)
+    ema: Changeable[tuple[float, float]] = (0.992, 0.9999)
+    max_bad_steps: Changeable[int] = Field(10, gt=0)
 
     @model_validator(mode="after")
     def _warmup_fits(self) -> "OptimConfig":
@@ -256,6 +263,13 @@ class MetricsConfig(Section):
         return self
 
 
+def _brings_heads(source: str) -> bool:
+    try:
+        return is_bundle(expand_path(source))
+    except (ValueError, OSError):  # the key itself will say what is wrong
+        return False
+
+
 class ExperimentConfig(Section):
     """One experiment, as described by a YAML file."""
 
@@ -265,20 +279,21 @@ class ExperimentConfig(Section):
     loss: LossConfig = LossConfig()
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
-    engine: EngineConfig = EngineConfig()
-    run: RunConfig = RunConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    eval: EvalConfig = EvalConfig()
-    metrics: MetricsConfig = MetricsConfig()
+    engine: Free[EngineConfig] = EngineConfig()
+    run: Free[RunConfig] = RunConfig()
+    checkpoint: Free[CheckpointConfig] = CheckpointConfig()
+    eval: Free[EvalConfig] = EvalConfig()
+    metrics: Free[MetricsConfig] = MetricsConfig()
 
     @model_validator(mode="before")
     @classmethod
     def _fresh_heads_learn_first(cls, values: Any) -> Any:
-        """Pretrained weights wait an epoch for the heads, unless the file says otherwise."""
+        """Pretrained weights wait an epoch for fresh heads, unless the file says otherwise."""
         model, optim = (
             (values.get(name) or {} for name in ("model", "optim")) if isinstance(values, dict) else ({}, None)
         )
-        if isinstance(model, dict) and model.get("init_from") and isinstance(optim, dict):
+        source = model.get("init_from") if isinstance(model, dict) else None
+        if isinstance(source, str) and source and not _brings_heads(source) and isinstance(optim, dict):
             return {**values, "optim": {"head_warmup_epochs": 1, **optim}}
         return values
 

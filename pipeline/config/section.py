@@ -3,8 +3,10 @@
 import os
 import re
 import types
+from collections.abc import Iterator
+from enum import Enum
 from functools import cache
-from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
@@ -13,6 +15,18 @@ from pipeline.config.plain import numbers
 _LARGEST = (1 << 63) - 1
 _VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})", re.ASCII)
 _TEMPLATE = re.compile(r"\{\{(?:(?!\.\.)[^{},])*\}\}|\{%")  # braces within braces are a pattern of shards
+
+
+class Resume(Enum):
+    """What may become of a key when a run goes on; one without a mark has to stay as it is."""
+
+    FREE = "it changes how or where a run is computed, but not what it computes"
+    NOTED = "it may change, and the manifest of the run holds from which step on each value did"
+
+
+T = TypeVar("T")
+Free = Annotated[T, Resume.FREE]
+Changeable = Annotated[T, Resume.NOTED]
 
 
 class Section(BaseModel):
@@ -69,6 +83,16 @@ def is_section(section: type[BaseModel], key: str) -> bool:
     """Whether a key has keys of its own."""
     field = section.model_fields.get(key)
     return field is not None and any(isinstance(k, type) and issubclass(k, BaseModel) for k in _kinds(field.annotation))
+
+
+def marked_keys(section: type[BaseModel], mark: Resume, prefix: str = "") -> Iterator[str]:
+    """Dotted keys that bear a mark, a whole section by its name."""
+    for name, field in section.model_fields.items():
+        if mark in field.metadata:
+            yield prefix + name
+        elif is_section(section, name):
+            assert isinstance(field.annotation, type)
+            yield from marked_keys(field.annotation, mark, f"{prefix}{name}.")
 
 
 def expand_path(text: str) -> str:

@@ -140,7 +140,7 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     def layer_id(self, name: str) -> int:
-        """Depth of a parameter: 0 embedding and tokens, 1.. blocks, `num_layers` final norm."""
+        """Depth of a parameter: 0 embedding and tokens, 1.. blocks, `num_layers` final norm, or last block if none."""
         raise NotImplementedError
 
     def elastic_blocks(self) -> Sequence[ElasticBlock]:

@@ -66,16 +66,17 @@ def flops(config: ModelConfig, subnet: Subnet, image_size: int | None = None) ->
 
 def feature_dim(config: ModelConfig, subnet: Subnet) -> int:
     """Channels of the features."""
-    return {"vit": subnet.width, "swin": 8 * subnet.width, "resnet": RESNET_PLANES[-1] * RESNET_EXPANSION}[
-        config.family
-    ]
+    if config.one_stage:
+        return subnet.width
+    return 8 * subnet.width if config.family == "swin" else RESNET_PLANES[-1] * RESNET_EXPANSION
 
 
 def head_params(config: HeadsConfig, in_dim: int) -> int:
     """Parameters of the projection heads."""
     widths = [in_dim, *[config.hidden_dim] * (config.layers - 1), config.bottleneck_dim]
     mlp = sum((a + 1) * b for a, b in pairwise(widths))
-    return sum(mlp + count * config.bottleneck_dim for count in config.prototypes)
+    of_prototype = config.bottleneck_dim + (config.prototype_gain == "learned")
+    return sum(mlp + count * of_prototype for count in config.prototypes)
 
 
 class TrainedParams(NamedTuple):
@@ -141,11 +142,12 @@ def step_flops(config: ExperimentConfig, subnet: Subnet, masked: float | None = 
 def _patch_tokens(config: ModelConfig) -> int:
     """Cells of the mask of a global crop."""
     last_side = config.image_size // config.stride
-    return last_side**2 if config.family == "vit" else (2 * last_side) ** 2
+    return last_side**2 if config.one_stage else (2 * last_side) ** 2
 
 
 def _vit_params(config: ModelConfig, subnet: Subnet) -> int:
-    w, tokens = subnet.width, _patch_tokens(config) + 1
+    # positions have one for the class token, unless there are registers
+    w, tokens = subnet.width, _patch_tokens(config) + (config.registers or 1)
     scale = 2 * w if config.layer_scale else 0
     block = 12 * w * w + (3 + 1 + 4 + 1) * w + 4 * w + scale
     return (config.patch_size**2 * config.in_chans + 1) * w + (tokens + 1) * w + subnet.depths[0] * block + 2 * w
@@ -153,9 +155,18 @@ def _vit_params(config: ModelConfig, subnet: Subnet) -> int:
 
 def _vit_work(config: ModelConfig, subnet: Subnet, image_size: int) -> Work:
     w, patches = subnet.width, (image_size // config.patch_size) ** 2
-    tokens = patches + 1
-    block = 2.0 * tokens * 12 * w * w + 4.0 * tokens * tokens * w
+    tokens = patches + 1 + config.registers
+    block = 2.0 * tokens * (16 if config.swiglu else 12) * w * w + 4.0 * tokens * tokens * w
     return Work(2.0 * patches * config.patch_size**2 * config.in_chans * w, 0.0, subnet.depths[0] * block)
+
+
+def _eva_params(config: ModelConfig, subnet: Subnet) -> int:
+    """Attention without biases but of its projection, MLP or SwiGLU with hidden units of 4 w; no table of positions."""
+    w = subnet.width
+    mlp = 12 * w * w + 9 * w if config.swiglu else 8 * w * w + 5 * w
+    block = 4 * w * w + w + 4 * w + mlp + 2 * w
+    in_front = (1 + config.registers) * w
+    return (config.patch_size**2 * config.in_chans + 1) * w + in_front + subnet.depths[0] * block + 2 * w
 
 
 def _swin_params(config: ModelConfig, subnet: Subnet) -> int:
@@ -212,11 +223,13 @@ def _resnet_work(config: ModelConfig, subnet: Subnet, image_size: int) -> Work:
 
 _PARAMS: dict[str, Callable[[ModelConfig, Subnet], int]] = {
     "vit": _vit_params,
+    "eva": _eva_params,
     "swin": _swin_params,
     "resnet": _resnet_params,
 }
 _WORK: dict[str, Callable[[ModelConfig, Subnet, int], Work]] = {
     "vit": _vit_work,
+    "eva": _vit_work,
     "swin": _swin_work,
     "resnet": _resnet_work,
 }

@@ -38,7 +38,7 @@ class _Products(torch.autograd.Function):
 
 
 class ProjectionHead(nn.Module):
-    """MLP, l2 normalisation, cosine to each prototype.
+    """MLP, l2 normalisation, cosine to each prototype, times the prototype's gain if that is learned.
 
     Args:
         in_dim: channels of the largest sub-network's features.
@@ -52,16 +52,19 @@ class ProjectionHead(nn.Module):
         linears = [ElasticLinear(*sizes) for sizes in pairwise([in_dim, *widths])]
         self.mlp = nn.Sequential(*[layer for linear in linears for layer in (linear, nn.GELU())][:-1])
         self.prototypes = nn.Parameter(torch.empty(prototypes, config.bottleneck_dim))
+        learned = config.prototype_gain == "learned"
+        self.prototypes_gain = nn.Parameter(torch.ones(prototypes, 1)) if learned else None
         for linear in linears:
             nn.init.trunc_normal_(linear.weight, std=0.02)
             nn.init.zeros_(linear.bias)
         nn.init.normal_(self.prototypes, std=config.bottleneck_dim**-0.5)
 
     def forward(self, x: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
-        """Features `[R, D]`, D at most `in_dim` -> cosines `[size, K]` for consecutive parts of the rows.
+        """Features `[R, D]`, D at most `in_dim` -> logits `[size, K]` for consecutive parts of the rows.
 
-        Each part is a product of its own: splitting the cosines would cost a pass over their gradients. Those that
-        need no gradient are fp16 where the weights are bf16, which is 8 times closer at the same size.
+        Each part is a product of its own: splitting the logits would cost a pass over their gradients. Logits that
+        need no gradient are fp16 where the weights are bf16, which is 8 times closer at the same size. The gain is
+        taken on the prototypes, which are fewer than the logits, and rounded with them.
         """
         eps = 1e-6 if x.dtype == torch.float16 else 1e-12
         # normalised here and not by a parametrisation, which would rename the parameter and escape ZeRO-3
@@ -69,6 +72,8 @@ class ProjectionHead(nn.Module):
         prototypes = F.normalize(self.prototypes, dim=-1, eps=eps)
         if x.dtype == torch.bfloat16 and not torch.is_grad_enabled():
             projections, prototypes = projections.half(), prototypes.half()
+        if self.prototypes_gain is not None:
+            prototypes = prototypes * self.prototypes_gain.to(prototypes.dtype)
         parts = projections.split(list(sizes))
         if not torch.is_grad_enabled():
             return tuple(F.linear(part, prototypes) for part in parts)
@@ -88,7 +93,7 @@ class ProjectionHeads(nn.Module):
         self.heads = nn.ModuleList(ProjectionHead(in_dim, count, config) for count in config.prototypes)
 
     def forward(self, parts: Sequence[Tensor]) -> list[list[Tensor]]:
-        """Features `[R_p, D]` per part -> per part and head, cosines `[R_p, K_h]`."""
+        """Features `[R_p, D]` per part -> per part and head, logits `[R_p, K_h]`."""
         x, sizes = torch.cat(list(parts)), [len(part) for part in parts]
         per_head = [head(x, sizes) for head in self.heads]
         return [list(heads) for heads in zip(*per_head, strict=True)]

@@ -27,15 +27,23 @@ def load_pretrained(backbone: Backbone, source: str) -> None:
         model = timm.create_model(name, pretrained=True, in_chans=backbone.config.in_chans, **size)
     except Exception as error:  # timm, its hub client and safetensors each raise their own
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"timm cannot load it: {reason}", where, "name a timm model or a directory made by timm"
-        ) from error
+        fix = "name a timm model or a directory made by timm"
+        if timm.is_model(source.partition(".")[0]):
+            fix = (
+                "where the hub can be reached (and its licence was accepted, which DINOv3 asks for), "
+                f"`hf download timm/{source} --local-dir DIR`, then set model.init_from=DIR"
+            )
+        raise UserError(f"timm cannot load it: {reason}", where, fix) from error
     model.reset_classifier(0)  # only now: timm reads weights leniently for another number of classes
     try:
         backbone.load_timm_state_dict(model.state_dict())
     except ValueError as error:
         fix = f"choose a model with the sizes of {backbone.grid.largest}, or change model.* to the sizes of this one"
-        theirs, ours = ({n for n in names if ".ls1." in n} for names in (model.state_dict(), backbone.state_dict()))
-        if bool(theirs) != bool(ours):
-            fix = f"set model.layer_scale to {'a number' if theirs else 'null'}, as in the source"
+        theirs, ours = model.state_dict(), backbone.state_dict()
+        scaled = [any(".ls1." in name or name.endswith(".gamma_1") for name in names) for names in (theirs, ours)]
+        registers = [names["reg_token"].shape[1] if "reg_token" in names else 0 for names in (theirs, ours)]
+        if scaled[0] != scaled[1]:
+            fix = f"set model.layer_scale to {'a number' if scaled[0] else 'null'}, as in the source"
+        elif registers[0] != registers[1]:
+            fix = f"set model.registers={registers[0]}, as in the source"
         raise UserError(f"not the weights of the largest network: {error}", where, fix) from error

@@ -105,7 +105,7 @@ class ElasticResNet(Backbone, ResNet):
         return mask_grid(height, width, STRIDE)
 
     def layer_id(self, name: str) -> int:
-        """As documented on Backbone; there is no final norm."""
+        """As documented on Backbone; there is no final norm, so the last block is the last layer."""
         if not name.startswith("layer"):
             return 0
         stage, index, *_ = name.split(".")
@@ -142,7 +142,7 @@ def build(
     make_elastic(model, {**ELASTIC, GroupNorm: ElasticGroupNorm, Bottleneck: ElasticBottleneck})
     for block in model.elastic_blocks():
         block.full_width = subnet.width
-    model.num_layers = len(model.elastic_blocks()) + 1
+    model.num_layers = len(model.elastic_blocks())
     model.num_draws = len(model.elastic_blocks())
     model._configure(config, STEM_CHANNELS, sharded, activation_checkpointing)
     return model

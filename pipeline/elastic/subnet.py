@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 ALIASES = {
     "vit": {"small": "384x12", "base": "768x12", "large": "1024x24"},
+    "eva": {"small": "384x12", "base": "768x12", "large": "1024x24"},
     "swin": {"tiny": "96x2.2.6.2", "small": "96x2.2.18.2", "base": "128x2.2.18.2"},
     "resnet": {"r50": "64x3.4.6.3", "r101": "64x3.4.23.3", "r152": "64x3.8.36.3"},
 }

@@ -15,15 +15,13 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
-
-from safetensors import safe_open
 
 from pipeline.engine.core import Engine
 from pipeline.engine.distributed import Ranks
@@ -34,7 +32,9 @@ from pipeline.engine.saved import (
     VECTORS,
     damaged,
     find_problem,
+    find_sources,
     list_checkpoints,
+    load_centers,
     read_manifest,
     read_vectors,
 )
@@ -150,7 +150,7 @@ class Checkpoints:
             SaveError: on every rank.
         """
         assert self._writing is None, "one checkpoint is written at a time"
-        final = self.root / f"step_{progress.step:08d}"
+        final = self.root / _name(progress.step)
         aside = self.root / f".{final.name}.tmp"
         with self._save_error(progress.step, aside):
             self.ranks.agree(lambda: self._make_room(aside))
@@ -218,13 +218,16 @@ class Checkpoints:
         """Let the part under way end; what it wrote has no name and is removed at the next start."""
         self._thread.shutdown()
 
-    def find(self) -> Saved | None:
+    def find(self, step: int | None = None) -> Saved | None:
         """The newest intact checkpoint, falling back with a loud message if one is damaged; None if there is none.
 
+        Args:
+            step: consider that of this step alone.
+
         Raises:
-            UserError: there are checkpoints but none is intact, or one cannot be read.
+            UserError: there are checkpoints but none is intact, one cannot be read, or there is none of `step`.
         """
-        candidates = self.ranks.agree(lambda: [path.name for path in list_checkpoints(self.root)])
+        candidates = self.ranks.agree(lambda: self._candidates(step))
         for name in candidates:
             path = self.root / name
             problem = self._first_problem(path)
@@ -237,6 +240,15 @@ class Checkpoints:
                 "none of the checkpoints is intact", str(self.root), "restore one, or train in another run directory"
             )
         return None
+
+    def _candidates(self, step: int | None) -> list[str]:
+        names = [path.name for path in list_checkpoints(self.root)]
+        if step is None:
+            return names
+        if _name(step) not in names:
+            steps = ", ".join(str(int(name[-8:])) for name in reversed(names)) or "none"
+            raise UserError(f"no checkpoint of step {step}", str(self.root), f"there is one of step {steps}")
+        return [_name(step)]
 
     def load(self, saved: Saved, engine: Engine, centering: Centering) -> None:
         """Bring engine and centers to the state of a checkpoint.
@@ -315,6 +327,10 @@ class Checkpoints:
         return next((p for p in problems if p), None)
 
 
+def _name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
 def _set_aside(path: Path) -> Path:
     """Rename a checkpoint that is to be removed, so that what is half removed bears no checkpoint's name."""
     names = (path.with_name(f".{path.name}.old{number or ''}") for number in count())
@@ -342,15 +358,32 @@ def _describe(group: FlatGroup) -> dict[str, Any]:
     return {"names": spec.names, "shapes": spec.shapes, "offsets": spec.offsets, "numel": spec.numel}
 
 
+def _require_fit(groups: Sequence[FlatGroup], saved: Sequence[dict[str, Any]], path: Path) -> None:
+    """Parameters may be grouped in another way, but have to be the same ones.
+
+    Raises:
+        UserError: one is missing on either side, or has another shape; it is named.
+    """
+    ours = {name: list(shape) for g in groups for name, shape in zip(g.spec.names, g.spec.shapes, strict=True)}
+    theirs = {name: shape for g in saved for name, shape in zip(g["names"], g["shapes"], strict=True)}
+    wrong = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
+    if wrong:
+        there, here = (sizes.get(wrong[0], "absent") for sizes in (theirs, ours))
+        more = f" (and {len(wrong) - 1} more)" if wrong[1:] else ""
+        raise UserError(
+            f"the checkpoint is of another model: {wrong[0]} is {there} there and {here} here{more}",
+            str(path),
+            "give model.* and heads.* the sizes of that run, or use another run directory",
+        )
+
+
 def _restore(engine: Engine, centering: Centering, path: Path, manifest: dict[str, Any]) -> None:
-    ours = json.loads(json.dumps([_describe(group) for group in engine.groups]))
-    if ours != manifest["groups"]:
-        raise UserError("the checkpoint is of another model or optimizer", str(path), "use another run directory")
-    wanted = [group.pieces for group in engine.groups]
+    _require_fit(engine.groups, manifest["groups"], path)
+    wanted = [find_sources(manifest["groups"], group.spec, group.pieces) for group in engine.groups]
     shards = read_vectors(path, manifest, wanted, [len(group.master) for group in engine.groups], *VECTORS)
     for index, shard in enumerate(shards):
         engine.restore(index, shard, manifest["optimizer_steps"])
-    with safe_open(path / "shard_00000.safetensors", framework="pt") as file:
-        for kind, heads in centering.center.items():
-            for h, center in enumerate(heads):
-                center.copy_(file.get_tensor(f"center.{kind}.{h}"))
+    centers = load_centers(path)
+    for kind, heads in centering.center.items():
+        for h, center in enumerate(heads):
+            center.copy_(centers[f"{kind}.{h}"])

@@ -17,21 +17,21 @@ import stat
 import sys
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from pipeline.engine.groups import Piece
+from pipeline.engine.groups import GroupSpec, Piece
 from pipeline.errors import UserError
 from pipeline.files import sha256
 
 FORMAT = 2
 VECTORS = ("master", "ema", "exp_avg", "exp_avg_sq")
 BRANCHES = {"teacher": "ema", "student": "master"}
+CENTER = "center."
 COUNTS = ("step", "samples", "bad_steps", "bad_in_a_row", "skipped_samples")
 """Of the run, in a manifest."""
 
@@ -147,62 +147,137 @@ def load_weights(root: Path, branch: str) -> tuple[dict[str, Tensor], dict[str, 
     Raises:
         UserError: there is no intact checkpoint, or one cannot be read.
     """
+    path, manifest = intact_checkpoint(root)
+    return load_named(path, manifest, BRANCHES[branch]), manifest
+
+
+def intact_checkpoint(root: Path) -> tuple[Path, dict[str, Any]]:
+    """The newest intact checkpoint and its manifest, without an engine.
+
+    Raises:
+        UserError: there is none, or one cannot be read.
+    """
     saved = list_checkpoints(root)
     for path in saved:
         problem = find_problem(path)
         if problem is None:
-            return _weights(path, branch)
+            return path, read_manifest(path)
         damaged(path, problem)
     if saved:
         raise UserError("no intact checkpoint", str(root), "restore one, or name another run")
     raise UserError("no intact checkpoint", str(root), "train first, or name another run")
 
 
-def _weights(path: Path, branch: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    manifest = read_manifest(path)
+def load_named(path: Path, manifest: dict[str, Any], vector: str) -> dict[str, Tensor]:
+    """What a checkpoint holds of an entry of `VECTORS`, in fp32 by parameter name."""
     weights: dict[str, Tensor] = {}
-    wholes = [[Piece(0, 0, group["numel"])] for group in manifest["groups"]]
+    wholes = [[Source(index, Piece(0, 0, group["numel"]))] for index, group in enumerate(manifest["groups"])]
     lengths = [group["numel"] for group in manifest["groups"]]
-    vectors = read_vectors(path, manifest, wholes, lengths, BRANCHES[branch])
+    vectors = read_vectors(path, manifest, wholes, lengths, vector)
     for flat, group in zip(vectors, manifest["groups"], strict=True):
         for name, shape, offset in zip(group["names"], group["shapes"], group["offsets"], strict=True):
-            weights[name] = flat[BRANCHES[branch]][offset : offset + torch.Size(shape).numel()].view(shape)
-    return weights, manifest
+            weights[name] = flat[vector][offset : offset + torch.Size(shape).numel()].view(shape)
+    return weights
+
+
+def load_centers(path: Path) -> dict[str, Tensor]:
+    """The centers of a checkpoint, as `cls.HEAD` and `patch.HEAD`."""
+    with safe_open(path / "shard_00000.safetensors", framework="pt") as file:
+        names = [name for name in file.keys() if name.startswith(CENTER)]  # noqa: SIM118  (it is no mapping)
+        return {name.removeprefix(CENTER): file.get_tensor(name) for name in names}
+
+
+class Source(NamedTuple):
+    """A piece of a vector that begins at `piece.start` in the saved vector of `group`."""
+
+    group: int
+    piece: Piece
+
+
+def find_sources(saved: Sequence[dict[str, Any]], spec: GroupSpec, pieces: Sequence[Piece]) -> list[Source]:
+    """Where the elements of pieces of a parameter group lie in vectors that may be grouped in another way.
+
+    Args:
+        saved: the groups of a manifest; they hold every parameter of `spec`.
+        spec: of the group.
+        pieces: of its vector.
+    """
+    places = {
+        name: (index, offset)
+        for index, group in enumerate(saved)
+        for name, offset in zip(group["names"], group["offsets"], strict=True)
+    }
+    out: list[Source] = []
+    for piece in pieces:
+        for name, offset, size in zip(spec.names, spec.offsets, spec.sizes, strict=True):
+            low, high = max(piece.start, offset), min(piece.start + piece.length, offset + size)
+            if low < high:
+                index, begin = places[name]
+                found = Source(index, Piece(piece.local + low - piece.start, begin + low - offset, high - low))
+                joined = _joined(out[-1], found) if out else None
+                out[-1:] = [joined] if joined else [*out[-1:], found]
+    return out
+
+
+def _joined(first: Source, second: Source) -> Source | None:
+    """Two pieces as one if the second follows the first at both ends."""
+    (group, (local, start, length)), (other, (then, there, more)) = first, second
+    follows = group == other and local + length == then and start + length == there
+    return Source(group, Piece(local, start, length + more)) if follows else None
 
 
 def read_vectors(
-    path: Path, manifest: dict[str, Any], wanted: Sequence[Sequence[Piece]], lengths: Sequence[int], *keys: str
+    path: Path, manifest: dict[str, Any], wanted: Sequence[Sequence[Source]], lengths: Sequence[int], *keys: str
 ) -> list[dict[str, Tensor]]:
-    """Per group, vectors by key with the wanted pieces filled in, and zeros where no piece is (padding).
+    """Vectors by key with the wanted pieces filled in, and zeros where no piece is (padding).
+
+    Args:
+        path: a checkpoint.
+        manifest: of it.
+        wanted: per vector, where its pieces come from.
+        lengths: of the vectors.
+        keys: entries of `VECTORS`.
 
     Raises:
         ValueError: the shards do not hold every element that is wanted.
     """
     out = [{key: torch.zeros(length) for key in keys} for length in lengths]
-    missing = sum(piece.length for pieces in wanted for piece in pieces)
+    missing = sum(source.piece.length for sources in wanted for source in sources)
     for rank in range(manifest["world_size"]):
         with safe_open(path / f"shard_{rank:05d}.safetensors", framework="pt") as file:
-            for index, pieces in enumerate(wanted):
-                for here, there in _overlaps(pieces, file.get_tensor(f"{index}.pieces").tolist()):
-                    missing -= here.stop - here.start
-                    for key in keys:
-                        out[index][key][here] = file.get_slice(f"{index}.{key}")[there]
+            saved = [_SavedPieces.of(file.get_tensor(f"{i}.pieces")) for i in range(len(manifest["groups"]))]
+            for vectors, sources in zip(out, wanted, strict=True):
+                for source, piece in sources:
+                    for here, there in _overlaps(piece, saved[source]):
+                        missing -= here.stop - here.start
+                        for key in keys:
+                            vectors[key][here] = file.get_slice(f"{source}.{key}")[there]
     if missing:
         raise ValueError(f"{path}: {missing} elements are in none of the shards")
     return out
 
 
-def _overlaps(wanted: Sequence[Piece], saved: Sequence[tuple[int, int]]) -> Iterator[tuple[slice, slice]]:
-    """Places in a shard with the places of the same elements in a saved one; both list their pieces in rising order."""
-    ends = list(accumulate(length for _, length in saved))
-    begins = [start for start, _ in saved]
-    for piece in wanted:
-        stop = piece.start + piece.length
-        for i in range(max(bisect_right(begins, piece.start) - 1, 0), len(saved)):
-            start, length = saved[i]
-            low, high = max(piece.start, start), min(stop, start + length)
-            if start >= stop:
-                break
-            if low < high:
-                here, there = piece.local - piece.start, ends[i] - length - start
-                yield slice(low + here, high + here), slice(low + there, high + there)
+class _SavedPieces(NamedTuple):
+    """Pieces of a saved shard: where each begins in the whole vector, rising, its length, its end in the shard."""
+
+    begins: list[int]
+    lengths: list[int]
+    ends: list[int]
+
+    @classmethod
+    def of(cls, pieces: Tensor) -> "_SavedPieces":
+        begins, lengths = pieces.unbind(1)
+        return cls(begins.tolist(), lengths.tolist(), lengths.cumsum(0).tolist())
+
+
+def _overlaps(piece: Piece, saved: _SavedPieces) -> Iterator[tuple[slice, slice]]:
+    """Places in a vector with the places of the same elements in a saved one."""
+    stop = piece.start + piece.length
+    for i in range(max(bisect_right(saved.begins, piece.start) - 1, 0), len(saved.begins)):
+        start, length = saved.begins[i], saved.lengths[i]
+        low, high = max(piece.start, start), min(stop, start + length)
+        if start >= stop:
+            break
+        if low < high:
+            here, there = piece.local - piece.start, saved.ends[i] - length - start
+            yield slice(low + here, high + here), slice(low + there, high + there)

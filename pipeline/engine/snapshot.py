@@ -9,6 +9,7 @@ from torch import Tensor
 from pipeline.engine.core import Engine
 from pipeline.engine.distributed import Ranks
 from pipeline.engine.groups import FlatGroup, Piece
+from pipeline.engine.saved import CENTER
 from pipeline.method.losses import Centering
 
 
@@ -52,7 +53,7 @@ class Snapshot:
         if self.ranks.is_main:
             for kind, heads in centering.center.items():
                 for h, center in enumerate(heads):
-                    name = f"center.{kind}.{h}"
+                    name = f"{CENTER}{kind}.{h}"
                     tensors[name] = self._copy(name, [center])
         event = None
         if engine.device.type == "cuda":

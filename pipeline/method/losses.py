@@ -19,7 +19,7 @@ PerHead = list[Tensor]
 
 
 class Logits(NamedTuple):
-    """Cosines between projections and prototypes, one tensor per head.
+    """Cosines between projections and prototypes, times the prototypes' gains, one tensor per head.
 
     Attributes:
         local: `[BL, K]`, empty without local crops (always for the teacher).

@@ -52,6 +52,7 @@ answers for the rights in the training images.
 
 _OTHER_SIZES = {
     "vit": "other sizes divisible by {stride} work, positions are interpolated",
+    "eva": "other sizes divisible by {stride} work, positions are relative to the sides",
     "swin": "other sizes divisible by {patch} work, best near the training size",
     "resnet": "any other size works",
 }

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from pipeline.config import ExperimentConfig, load_config
 from pipeline.elastic import Grid, Subnet, build, cost
-from pipeline.elastic.pretrained import load_pretrained
 from pipeline.engine.saved import BRANCHES, load_weights
 from pipeline.errors import UserError
 from pipeline.models.timm_format import timm_module
@@ -66,7 +65,9 @@ class RunModels:
         """The network as the run began: initialised from its seed, or from `model.init_from`."""
         models = cls(config, None, 0, "")
         if config.model.init_from:
-            load_pretrained(models.backbone, config.model.init_from)
+            from pipeline.models.start import load_start  # which opens runs
+
+            load_start(models.backbone, config.model.init_from)
         return models
 
     def module(self, subnet: Subnet) -> nn.Module:

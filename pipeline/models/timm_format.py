@@ -39,7 +39,7 @@ def hub_config(config: ModelConfig, export: Export) -> dict[str, Any]:
             **preprocessing(config),
             "fixed_input_size": False,
             "num_classes": 0,
-            "pool_size": None if config.family == "vit" else [config.image_size // config.stride] * 2,
+            "pool_size": None if config.one_stage else [config.image_size // config.stride] * 2,
             "first_conv": template.first_conv,
             "classifier": template.classifier,
         },

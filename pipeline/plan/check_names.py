@@ -8,10 +8,10 @@ from pathlib import Path
 from pipeline.config import ExperimentConfig
 from pipeline.data.reader import Dataset
 from pipeline.elastic import build
-from pipeline.elastic.pretrained import load_pretrained
 from pipeline.engine.checkpoint import list_checkpoints
 from pipeline.errors import UserError
 from pipeline.files import require_writable
+from pipeline.models.start import load_start
 from pipeline.plan.check import Check
 from pipeline.plan.check_directory import existing
 
@@ -48,7 +48,9 @@ def check_pretrained(config: ExperimentConfig) -> Check:
         return Check("pretrained", "pass", "not wanted (model.init_from)")
     if list_checkpoints(Path(config.run.dir) / "checkpoints"):
         return Check("pretrained", "pass", "not wanted any more: the run goes on from a checkpoint")
-    load_pretrained(build(config.model), source)
+    if left := load_start(build(config.model), source):
+        fix = "begin from a bundle of these sizes, or let them begin fresh"
+        return Check("pretrained", "warn", f"{source}: {left[0]} ({len(left)} in all)", fix)
     return Check("pretrained", "pass", f"{source} fits")
 
 

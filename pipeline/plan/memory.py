@@ -80,8 +80,8 @@ def _activations(config: ExperimentConfig, subnet: Subnet, low: int) -> float:
     kept = 2 if config.engine.activation_checkpointing else _KEPT_PER_TOKEN
     total = 0.0
     for stage, depth in enumerate(subnet.depths):
-        side = model.patch_size << (stage if model.family != "vit" else 0)
-        width = subnet.width << (stage if model.family != "vit" else 0)
+        side = model.patch_size << (0 if model.one_stage else stage)
+        width = subnet.width << (0 if model.one_stage else stage)
         tokens = sum(count * (size // side) ** 2 for count, size in crops)
         total += data.batch_size * tokens * width * depth * kept * low * (1 - model.drop_path)
     return total

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from html import escape
 from importlib import resources
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from pipeline.elastic import Grid, cost
 from pipeline.errors import UserError, printable
 from pipeline.files import read_json, read_json_lines
 from pipeline.measure.metrics import BANDS, PHASES
+from pipeline.method.schedules import course_text
 from pipeline.models.loading import RunModels, run_config
 from pipeline.models.results import read_results
 from pipeline.report.charts import line_chart, number, scatter_chart, split_bar, table
@@ -42,6 +44,7 @@ def report(directory: Path) -> str:
         "Health of the representation": _health(config, records),
         "Sub-networks": _subnets(directory, config, records),
         "Pictures": _pictures(directory, config, records, manifest),
+        "Changed on the way": _changes(manifest),
         "Faults and restarts": _faults(directory, records, manifest),
         "Environment": _environment(manifest),
         "Configuration": f"<pre>{escape(dump_config(config))}</pre>",
@@ -230,6 +233,25 @@ def _if_possible(caption: str, make: Callable[[], str]) -> str:
     except UserError as error:
         print(f"warning: a picture is missing in the report: {error}", file=sys.stderr)
         return f"<p>{escape(caption)}</p><p><i>Not available: {escape(str(error))}</i></p>"
+
+
+def _changes(manifest: dict[str, Any]) -> str:
+    """Where the run comes from, and which keys and schedules changed when it went on."""
+    origin = _dict(manifest.get("forked_from"))
+    began = f"Began from step {origin.get('step')} of {origin.get('run')}."
+    parts = [f"<p>{escape(began)}</p>"] if origin else []
+    entries = [entry for entry in _list(manifest.get("settings")) if isinstance(entry, dict)]
+    rows = []
+    for old, new in pairwise(entries):
+        before, now = _dict(old.get("values")), _dict(new.get("values"))
+        rows += [[new.get("from_step"), key, before[key], now[key]] for key in before if now.get(key) != before[key]]
+        courses = _dict(new.get("courses"))
+        rows += [
+            [new.get("from_step"), f"{name} (laid out anew)", *map(course_text, pair)] for name, pair in courses.items()
+        ]
+    if rows:
+        parts.append(table(["from step", "what", "was", "is"], rows))
+    return "".join(parts)
 
 
 def _faults(directory: Path, records: Records, manifest: dict[str, Any]) -> str:

@@ -6,11 +6,13 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from types import MappingProxyType, TracebackType
+from types import TracebackType
 from typing import Any, TextIO
 
 from pipeline.config import EngineConfig
 from pipeline.engine.checkpoint import Progress
+from pipeline.method.schedules import course_text
+from pipeline.run.experiment import Settings
 from pipeline.run.policy import End
 
 _BATCH_LOG_SECONDS = 30.0
@@ -78,14 +80,19 @@ class Console:
         run_dir: Path,
         step: int,
         engine: EngineConfig,
-        changes: Mapping[str, tuple[Any, Any]] = MappingProxyType({}),
+        settings: Settings | None = None,
+        origin: Mapping[str, Any] | None = None,
     ) -> None:
         """What begins, what changes with it, and what differs from what the config says."""
         self._start = time.monotonic()
-        if step:
+        if origin:
+            self.say(f"beginning {run_dir} at step {step}, from the checkpoint of {origin['run']}")
+        elif step:
             self.say(f"resuming {run_dir} at step {step}")
-        for key, (before, now) in changes.items():
+        for key, (before, now) in settings.changes.items() if settings else ():
             self.say(f"note: from step {step} on {key} is {now}, and was {before}")
+        for name, (before, now) in settings.courses.items() if settings else ():
+            self.say(f"note: {name} is laid out anew: {course_text(now)} (it was to be {course_text(before)})")
         if engine.effective_stage() != engine.zero_stage:
             self.say("note: bf16 shards its fp32 masters even at ZeRO stage 0: running stage 1")
 

@@ -63,8 +63,11 @@ class RunDirectory:
     def release(self) -> None:
         self._owner.release()
 
-    def require_no_past(self) -> None:
+    def require_no_past(self, begins: int = 0) -> None:
         """Refuse to begin where a run has already saved checkpoints, of which none is found.
+
+        Args:
+            begins: the step at which a run begins here, more than 0 for a fork.
 
         Raises:
             UserError: they are gone; to begin anew would wipe the records of the run.
@@ -72,17 +75,22 @@ class RunDirectory:
         with self._usable():
             starts = [start["step"] for start in self._read_manifest()["starts"]]
             saved = [r["step"] for r in read_json_lines(self.metrics, "step") if "checkpoint_seconds" in r]
-        if step := max([*starts, *saved], default=0):
+        if (step := max([*starts, *saved], default=0)) > begins:
             raise UserError(
                 f"this run has been at step {step} and has no checkpoint now",
                 str(self.checkpoints),
                 "bring them back (is a file system away?); to start anew choose another run directory",
             )
 
-    def settle(self, config: ExperimentConfig, step: int) -> Settings:
-        """What the keys that may change are from a step on; see `experiment.settle`."""
+    def settle(self, config: ExperimentConfig, step: int, global_batch: int | None = None) -> Settings:
+        """What the keys that may change are from a step on, after what this run's were; see `experiment.settle`."""
         with self._usable():
-            return settle(config, self._config_there(), self._read_manifest(), step, self.path)
+            return settle(config, self._config_there(), self._read_manifest(), step, self.path, global_batch)
+
+    def forked_from(self) -> dict[str, Any]:
+        """The `run` and `step` that this run began from; empty if it began from none."""
+        with self._usable():
+            return self._read_manifest().get("forked_from") or {}
 
     @contextmanager
     def _usable(self) -> Iterator[None]:
@@ -108,7 +116,13 @@ class RunDirectory:
             raise UserError(f"not a manifest: {error}", str(self._manifest), "restore it") from error
 
     def record_start(
-        self, config: ExperimentConfig, step: int, world_size: int, data: dict[str, Any], settings: Settings
+        self,
+        config: ExperimentConfig,
+        step: int,
+        world_size: int,
+        data: dict[str, Any],
+        settings: Settings,
+        origin: dict[str, Any] | None = None,
     ) -> None:
         """Add this start to `manifest.json`, and write `config.yaml`.
 
@@ -118,6 +132,7 @@ class RunDirectory:
             world_size: its ranks.
             data: what identifies the training data; a resumed run must find the same.
             settings: values of the keys that may change.
+            origin: the run and step that it is forked from, if it begins so.
 
         Raises:
             UserError: the data or the global batch is not what the run began with.
@@ -144,6 +159,7 @@ class RunDirectory:
             "world_size": world_size,
             "global_batch": batch,
             "settings": settings.history,
+            "forked_from": origin or previous.get("forked_from"),
             "starts": [*previous["starts"], start],
         }
         with self._usable():

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from pipeline.config import ExperimentConfig
 from pipeline.data.reader import Skip
@@ -21,6 +22,7 @@ from pipeline.monitor.report import StepReport
 from pipeline.run.console import Console
 from pipeline.run.directory import RunDirectory, fingerprint
 from pipeline.run.experiment import Settings
+from pipeline.run.fork import Fork
 from pipeline.run.policy import Decision, End, Policy, Save, after, may_run_ahead
 from pipeline.run.records import count, count_skipped, record
 from pipeline.run.rehearsal import is_compiled, rehearse
@@ -37,6 +39,7 @@ def train(
     quiet: bool = False,
     stop_requested: list[int] | None = None,
     trainer: type[Trainer] = Trainer,
+    fork: Fork | None = None,
 ) -> int:
     """Train until `run.max_steps` or the end of the schedule, resuming if the run directory holds a checkpoint.
 
@@ -45,6 +48,7 @@ def train(
         quiet: no progress line.
         stop_requested: filled by the caller's `stop_signals`; None to handle signals here.
         trainer: makes the steps; another one for other data.
+        fork: where the run comes from, if it does not begin at step 0; a checkpoint in its own directory goes before.
 
     Returns:
         0 when the run is complete, 75 when it stopped on SIGTERM, SIGUSR1 or SIGINT after saving, 1 after too many bad
@@ -57,10 +61,17 @@ def train(
         # collectives leave it to the watchdog to give up, which knows a suspended job from one that hangs
         ranks = distributed.initialize(1.5 * config.run.hang_timeout_seconds + 60, collective_seconds=_WEEK)
         with threads_that_fit(config, ranks.device):
-            return _train(config, ranks, stop, quiet, trainer).exit_code
+            return _train(config, ranks, stop, quiet, trainer, fork).exit_code
 
 
-def _train(config: ExperimentConfig, ranks: Ranks, stop_requested: list[int], quiet: bool, make: type[Trainer]) -> End:
+def _train(
+    config: ExperimentConfig,
+    ranks: Ranks,
+    stop_requested: list[int],
+    quiet: bool,
+    make: type[Trainer],
+    fork: Fork | None,
+) -> End:
     run, job = RunDirectory(Path(config.run.dir)), Job.from_environment()
     seconds = config.run.hang_timeout_seconds
     watchdog = Watchdog(ranks.rank, ranks.world_size, seconds, distributed.collectives_begun)
@@ -72,22 +83,22 @@ def _train(config: ExperimentConfig, ranks: Ranks, stop_requested: list[int], qu
             watchdog.beat("the start: checkpoints")
             tell = job.saved if job else lambda step: None
             checkpoints = Checkpoints(run.checkpoints, config.run.keep, ranks, run.require_ownership, tell)
-            saved = checkpoints.find()
+            saved, origin = _where_to_begin(run, checkpoints, fork, policy.last_step)
             progress = saved.progress if saved else Progress(0, 0, {}, 0, {})
             with Console(ranks.is_main, policy.last_step, progress.step, quiet) as console:
                 if progress.step >= policy.last_step:
                     console.already_complete(run.path, progress.step)
                     ranks.agree(lambda: _tell_job(job, End.DONE, config.run.requeue))
                     return End.DONE
-                settings = ranks.agree(lambda: _settle(run, config, saved))
+                settings = ranks.agree(lambda: _settle(run, fork if origin else None, config, ranks, progress.step))
                 _import_the_rest(watchdog.beat)
                 watchdog.beat("the start: model and optimizer")
-                trainer = make(settings.config, ranks, watchdog.beat, fresh=saved is None)
+                trainer = make(settings.config, ranks, watchdog.beat, fresh=saved is None, rise=settings.rise)
                 if saved:
                     checkpoints.load(saved, trainer.engine, trainer.tri_branch.centering)
                 watchdog.beat("the start: data")
                 trainer.start_data(progress.samples)
-                ranks.agree(lambda: _open_records(run, config, settings, progress, trainer, console))
+                ranks.agree(lambda: _open_records(run, config, settings, progress, trainer, console, origin))
                 if is_compiled(config):
                     _compile(trainer, watchdog, console)
                 with Monitor(config, ranks, trainer.phases, trainer.bands, progress, policy.last_step) as monitor:
@@ -141,10 +152,26 @@ def _giving_up(job: Job | None, ranks: Ranks) -> Iterator[None]:
         raise
 
 
-def _settle(run: RunDirectory, config: ExperimentConfig, saved: Saved | None) -> Settings:
-    if saved is None:
-        run.require_no_past()
-    return run.settle(config, saved.progress.step if saved else 0)
+def _where_to_begin(
+    run: RunDirectory, checkpoints: Checkpoints, fork: Fork | None, last_step: int
+) -> tuple[Saved | None, dict[str, Any] | None]:
+    """The checkpoint that a run goes on from, and the run and step it is of if it is another run's. Collective."""
+    saved, ranks = checkpoints.find(), checkpoints.ranks
+    if fork and saved:
+        ranks.agree(lambda: fork.require_same(run))
+    if saved or not fork:
+        if not saved:
+            ranks.agree(run.require_no_past)
+        return saved, None
+    saved = fork.find(ranks, last_step)
+    begins = saved.progress.step
+    ranks.agree(lambda: run.require_no_past(begins))
+    return saved, fork.origin(saved)
+
+
+def _settle(run: RunDirectory, fork: Fork | None, config: ExperimentConfig, ranks: Ranks, step: int) -> Settings:
+    before = RunDirectory(fork.source) if fork else run
+    return before.settle(config, step, config.data.batch_size * ranks.world_size)
 
 
 @dataclass
@@ -301,10 +328,11 @@ def _open_records(
     progress: Progress,
     trainer: Trainer,
     console: Console,
+    origin: dict[str, Any] | None,
 ) -> None:
     dataset = trainer.dataset
     assert dataset is not None, "a run has data"
     shards = [(p.name, p.stat().st_size, int(n)) for p, n in zip(dataset.paths, dataset.shard_sizes, strict=True)]
-    run.record_start(config, progress.step, trainer.ranks.world_size, fingerprint(shards), settings)
+    run.record_start(config, progress.step, trainer.ranks.world_size, fingerprint(shards), settings, origin)
     run.rewind(progress.step, progress.samples)
-    console.starting(run.path, progress.step, config.engine, settings.changes)
+    console.starting(run.path, progress.step, config.engine, settings, origin)

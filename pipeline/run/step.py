@@ -16,7 +16,6 @@ from pipeline.data.reader import Dataset, Skip
 from pipeline.elastic import Subnet, build, cost
 from pipeline.elastic.head import ProjectionHeads
 from pipeline.elastic.layers import recut_in_backward
-from pipeline.elastic.pretrained import load_pretrained
 from pipeline.elastic.sampling import SubnetSampler
 from pipeline.elastic.subnet import Grid
 from pipeline.elastic.transfer import Late
@@ -29,8 +28,9 @@ from pipeline.measure.bands import Bands
 from pipeline.measure.health import Probe, Reduced
 from pipeline.measure.phases import Phases
 from pipeline.method.losses import Centering
-from pipeline.method.schedules import Schedules, StepValues
+from pipeline.method.schedules import Rise, Schedules, StepValues
 from pipeline.method.tri_branch import Branch, Crops, StochasticDepth, TriBranch
+from pipeline.models.start import begin, bring_the_rest
 from pipeline.monitor.report import Health, StepReport, Timing
 
 
@@ -89,6 +89,7 @@ class Trainer:
         ranks: this process and its peers.
         enter: told the phase of the step that begins.
         fresh: the run begins, from `model.init_from` if that is set; a checkpoint replaces the weights otherwise.
+        rise: where the learning rate was raised in the middle of the run, if it was.
 
     Raises:
         UserError: the data is missing or smaller than a global batch, the kernels cannot run on the device, or
@@ -101,12 +102,13 @@ class Trainer:
         ranks: Ranks,
         enter: Callable[[str], None] = lambda phase: None,
         fresh: bool = True,
+        rise: Rise | None = None,
     ):
         self.config, self.ranks, self.enter = config, ranks, enter
         self.global_batch = config.data.batch_size * ranks.world_size
         _require_kernels(config, ranks.device)
         self.dataset = self.open_dataset()
-        self.schedules = Schedules(config.optim, config.loss, self.global_batch)
+        self.schedules = Schedules(config.optim, config.loss, self.global_batch, rise)
         self.grid = Grid(config.model, config.sampling.small_bias)
         self.sampler = SubnetSampler(
             self.grid,
@@ -117,8 +119,8 @@ class Trainer:
         )
         student = build_student(config)
         source = config.model.init_from
-        if source and fresh:
-            ranks.agree(lambda: load_pretrained(student.backbone, source))  # the engine broadcasts the weights
+        # the engine broadcasts the student's weights
+        begun = ranks.agree(lambda: begin(student, source)) if source and fresh else None
         if config.engine.compile:
             student.backbone.compile_blocks()
         self.engine = Engine(student, config.optim, config.engine, ranks.device)
@@ -131,6 +133,8 @@ class Trainer:
             config.loss.centering, config.heads.prototypes, ranks.device, kernels.loss, sinkhorn_impl=kernels.sinkhorn
         )
         self.tri_branch = TriBranch(config.loss, self.grid.largest, drop, centering, self.phases.lap)
+        if source and begun:
+            bring_the_rest(self.engine, centering, source, begun, ranks)
         self.bands = Bands(config.model, self.grid)
         self.dtype = working_dtype(config.engine)
         self.loader: Loader

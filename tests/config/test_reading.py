@@ -30,8 +30,10 @@ def test_presets_load_and_survive_a_round_trip(preset, tmp_path):
     assert load_config(write(tmp_path, dump_config(config))) == config
 
 
-def test_vit_large_preset_is_the_default_but_for_its_directory():
-    assert load_config(Path("yaml/vit_large.yaml").resolve()) == parse_config({})
+def test_vit_large_preset_is_the_default_but_for_the_lengths_of_its_prototypes():
+    """Runs of before there was a choice have unit vectors, and their files do not say so."""
+    learned = parse_config({"heads": {"prototype_gain": "learned"}})
+    assert load_config(Path("yaml/vit_large.yaml").resolve()) == learned != parse_config({})
 
 
 def test_single_keys_of_a_section_keep_the_other_defaults():

@@ -11,6 +11,9 @@ from pipeline.errors import UserError
     ("family", "key", "value"),
     [
         ("vit", "window_size", 8),
+        ("vit", "swiglu", True),
+        ("eva", "window_size", 8),
+        ("swin", "registers", 4),
         ("swin", "layer_scale", 0.1),
         ("resnet", "patch_size", 16),
         ("resnet", "head_dim", 32),
@@ -23,13 +26,21 @@ def test_a_key_that_the_family_does_not_read_is_refused(family, key, value):
         parse_config({"model": {"family": family, key: value}})
 
 
-@pytest.mark.parametrize("family", ["vit", "swin", "resnet"])
+def test_what_eva_cannot_do_without_is_asked_for():
+    with pytest.raises(UserError, match=r"layer_scale=null.*give a number"):
+        parse_config({"model": {"family": "eva", "layer_scale": None}})
+    sizes = {"head_dim": 6, "width": {"min": 6, "max": 12, "step": 6}}
+    with pytest.raises(UserError, match=r"head_dim=6 does not divide into pairs.*use 8"):
+        parse_config({"model": {"family": "eva", **sizes}, "engine": {"kernels": "eager"}})
+
+
+@pytest.mark.parametrize("family", ["vit", "eva", "swin", "resnet"])
 def test_a_resolved_config_reads_back_as_itself(family):
     config = parse_config({"model": {"family": family}})
     assert parse_config(yaml.safe_load(dump_config(config))) == config
 
 
-@pytest.mark.parametrize(("family", "stride"), [("vit", 16), ("swin", 32), ("resnet", 32)])
+@pytest.mark.parametrize(("family", "stride"), [("vit", 16), ("eva", 16), ("swin", 32), ("resnet", 32)])
 def test_crops_must_be_multiples_of_the_stride_of_the_family(family, stride):
     assert parse_config({"model": {"family": family}}).model.stride == stride
     with pytest.raises(UserError, match=f"not divisible by {stride}"):
@@ -43,7 +54,7 @@ def test_a_patch_of_another_size_changes_the_stride_of_swin():
 
 
 @pytest.mark.parametrize("channels", [1, 4])
-@pytest.mark.parametrize("family", ["vit", "swin", "resnet"])
+@pytest.mark.parametrize("family", ["vit", "eva", "swin", "resnet"])
 def test_channels_that_the_data_path_does_not_deliver_are_refused(family, channels):
     with pytest.raises(UserError, match=rf"model.in_chans={channels}.*only 3 works"):
         parse_config({"model": {"family": family, "in_chans": channels}})

@@ -1,4 +1,4 @@
-"""Tiny elastic backbones of the three families."""
+"""Tiny elastic backbones of the four families."""
 
 import pytest
 import torch
@@ -14,6 +14,16 @@ TINY = {
         "width": {"min": 16, "max": 32, "step": 8},
         "depth": {"min": 2, "max": 5, "step": 1},
         "layer_scale": 0.5,
+    },
+    "eva": {
+        "image_size": 32,
+        "patch_size": 8,
+        "head_dim": 8,
+        "width": {"min": 16, "max": 32, "step": 8},
+        "depth": {"min": 2, "max": 5, "step": 1},
+        "layer_scale": 0.5,
+        "registers": 3,
+        "swiglu": True,
     },
     "swin": {
         "image_size": 96,
@@ -45,7 +55,7 @@ def scramble(model: torch.nn.Module, seed: int = 0) -> None:
                 p.add_(1)
 
 
-@pytest.fixture(scope="session", params=["vit", "swin", "resnet"])
+@pytest.fixture(scope="session", params=["vit", "eva", "swin", "resnet"])
 def family(request) -> str:
     return request.param
 
@@ -68,7 +78,7 @@ def backbone(family, backbones) -> Backbone:
 @pytest.fixture(scope="session")
 def other_size() -> dict[str, int]:
     """A valid image size beside the training size."""
-    return {"vit": 48, "swin": 64, "resnet": 96}
+    return {"vit": 48, "eva": 48, "swin": 64, "resnet": 96}
 
 
 @pytest.fixture(scope="session", name="tiny_config")

@@ -81,8 +81,9 @@ def test_paper_run_has_the_flops_of_the_design():
     assert [elastic.min(), np.median(elastic), elastic.max()] == pytest.approx([4.9, 13.8, 50.2], abs=0.05)
 
 
-def test_head_cost_equals_a_counter():
-    config = HeadsConfig(prototypes=[8, 24], hidden_dim=20, bottleneck_dim=6)
+@pytest.mark.parametrize("gain", ["unit", "learned"])
+def test_head_cost_equals_a_counter(gain):
+    config = HeadsConfig(prototypes=[8, 24], hidden_dim=20, bottleneck_dim=6, prototype_gain=gain)
     heads = ProjectionHeads(16, config)
     assert head_params(config, 16) == sum(p.numel() for p in heads.parameters())
     assert head_flops(config, 16) == counted(lambda: heads([torch.zeros(1, 16)]))

@@ -19,7 +19,7 @@ def difference(backbone, subnet, model, images):
         tokens = tokens if backbone.config.family == "swin" else tokens.permute(0, 2, 3, 1)
         tokens = tokens.repeat_interleave(2, 1).repeat_interleave(2, 2).flatten(1, 2)
     else:
-        tokens = tokens[:, 1:]
+        tokens = tokens[:, 1 + backbone.config.registers :]
     return max((ours.cls - theirs).abs().max().item(), (ours.patches - tokens).abs().max().item())
 
 
@@ -107,6 +107,8 @@ def test_an_export_shares_no_memory_with_the_backbone(backbone):
     [
         {"family": "vit", "in_chans": 1},
         {"family": "vit", "layer_scale": None},
+        {"family": "vit", "registers": 2},
+        {"family": "eva", "swiglu": False, "registers": 0},
         {"family": "vit", "patch_size": 4, "head_dim": 16, "width": {"min": 16, "max": 48, "step": 16}},
         {"family": "swin", "image_size": 64, "patch_size": 2, "window_size": 7},
         {"family": "resnet", "in_chans": 1},

@@ -6,6 +6,7 @@ from pipeline.config import HeadsConfig
 from pipeline.elastic.head import ProjectionHead, ProjectionHeads
 
 CONFIG = HeadsConfig(prototypes=[12, 20], hidden_dim=24, bottleneck_dim=6)
+SIZES = {"prototypes": [12], "hidden_dim": 24, "bottleneck_dim": 6}
 
 
 @pytest.fixture
@@ -67,6 +68,45 @@ def test_length_of_a_prototype_changes_nothing(heads):
     with torch.no_grad():
         prototypes.mul_(3)
     torch.testing.assert_close(heads(x)[0][0], before)
+
+
+def test_a_learned_gain_is_the_length_of_its_prototype_and_learns_and_is_frozen_and_decayed_with_it():
+    torch.manual_seed(0)
+    head = ProjectionHead(16, 12, HeadsConfig(**SIZES, prototype_gain="learned")).double()
+    plain = ProjectionHead(16, 12, HeadsConfig(**SIZES)).double()
+    assert torch.equal(head.prototypes_gain, torch.ones(12, 1, dtype=torch.double))
+    plain.load_state_dict({name: p for name, p in head.state_dict().items() if name != "prototypes_gain"})
+    x = torch.randn(3, 16, dtype=torch.double)
+    (cosines,) = plain(x, [3])
+    assert torch.equal(head(x, [3])[0], cosines)
+    gains = torch.linspace(0.5, 3, 12, dtype=torch.double)[:, None]
+    with torch.no_grad():
+        head.prototypes_gain.copy_(gains)
+    logits = head(x, [3])[0]
+    torch.testing.assert_close(logits, cosines * gains.T)
+    logits.square().sum().backward()
+    torch.testing.assert_close(head.prototypes_gain.grad, (2 * cosines.square() * gains.T).sum(0)[:, None])
+
+
+@pytest.mark.parametrize("longest", [1.0, 4.0])
+def test_logits_without_gradient_are_stored_to_a_unit_of_fp16_of_the_gain(longest):
+    """What `Targets` are made of in bf16: products of bf16 unit vectors in fp32, of which fp16 keeps 11 bits."""
+    torch.manual_seed(0)
+    sizes = {**SIZES, "bottleneck_dim": 64}
+    head = ProjectionHead(16, 500, HeadsConfig(**sizes, prototype_gain="learned")).bfloat16()
+    gains = torch.linspace(longest / 2, longest, 500)[:, None].bfloat16()
+    with torch.no_grad():
+        head.prototypes_gain.copy_(gains)
+        x = torch.randn(64, 16).bfloat16()
+        (stored,) = head(x, [64])
+        projections = F.normalize(head.mlp(x), dim=-1).double()
+        exact = projections @ (F.normalize(head.prototypes, dim=-1).double() * gains.double()).T
+    assert stored.dtype == torch.float16
+    # once when the gain goes into the prototype, once when the logit is stored
+    assert (stored.double() - exact).abs().max() <= longest * 2**-11
+    student = head(x, [64])[0]
+    assert student.dtype == torch.bfloat16
+    assert (student.double() - exact).abs().max() > longest * 2**-11
 
 
 def test_number_of_layers_is_the_configs():

@@ -7,6 +7,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
+from pipeline.config import ModelConfig
 from pipeline.elastic import build
 from pipeline.elastic.pretrained import load_pretrained
 from pipeline.errors import UserError
@@ -63,6 +64,7 @@ def test_another_size_is_a_user_error(family, tiny_config, save):
     backbone = build(tiny_config(family))
     changes = {
         "vit": {"depth": 4},
+        "eva": {"depth": 4},
         "swin": {"depths": [2, 2, 4, 2]},
         "resnet": {"layers": [1, 2, 2, 1]},
     }[family]
@@ -94,3 +96,48 @@ def test_a_checkpoint_with_a_missing_weight_is_refused(tiny_config, save):
 def test_a_source_that_timm_cannot_read_is_a_user_error(source, tiny_config):
     with pytest.raises(UserError, match=f"init_from={source}"):
         load_pretrained(build(tiny_config("vit")), source)
+
+
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [
+        ("vit_base_patch14_dinov2", {"family": "vit", "patch_size": 14}),
+        ("vit_large_patch14_reg4_dinov2", {"family": "vit", "patch_size": 14, "registers": 4}),
+        ("vit_base_patch16_dinov3", {"family": "eva", "patch_size": 16}),
+        ("vit_small_plus_patch16_dinov3", {"family": "eva", "patch_size": 16, "swiglu": True}),
+    ],
+)
+def test_the_published_architectures_load_at_another_image_size(name, keys, save):
+    """Small in width and depth and with weights at random; all else is what timm registers under the name."""
+    sizes = {"embed_dim": 32, "depth": 2, "num_heads": 2}
+    torch.manual_seed(1)
+    model = timm.create_model(name, num_classes=0, **sizes)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    folder, side = save(model, name, sizes), 2 * keys["patch_size"]
+    grid = {"width": {"min": 16, "max": 32, "step": 16}, "depth": {"min": 1, "max": 2}}
+    backbone = build(ModelConfig.model_validate({**keys, **grid, "image_size": side, "head_dim": 16}))
+    load_pretrained(backbone, folder)
+    resized = timm.create_model(f"local-dir:{folder}", pretrained=True, img_size=side, global_pool="token").eval()
+    images = torch.randn(2, 3, side, side)
+    with torch.inference_mode():
+        assert torch.equal(backbone(images).cls, resized(images))
+
+
+def test_registers_on_one_side_only_are_explained(tiny_config, save):
+    backbone = build(tiny_config("vit"))
+    model, args = other_weights(backbone, reg_tokens=2, no_embed_class=True)
+    with pytest.raises(UserError, match=r"set model\.registers=2, as in the source"):
+        load_pretrained(backbone, save(model, backbone.architecture, args))
+
+
+@pytest.mark.parametrize("name", ["vit_large_patch14_reg4_dinov2.lvd142m", "vit_large_patch16_dinov3.lvd1689m"])
+def test_a_hub_that_cannot_be_reached_is_a_user_error_that_says_how_to_go_on(name, tiny_config, monkeypatch):
+    def unreachable(*args, **kwargs):
+        raise OSError("We couldn't connect to the hub")
+
+    assert name in timm.list_pretrained(name)  # what the name stands for is resolved without a network
+    monkeypatch.setattr(timm, "create_model", unreachable)
+    with pytest.raises(UserError, match=rf"hf download timm/{name} --local-dir DIR`, then set model\.init_from=DIR"):
+        load_pretrained(build(tiny_config("vit")), name)

@@ -96,7 +96,7 @@ def residual_branches(model, family):
     """(block, attribute) of every DropPath of a timm model in the order of the draws."""
     if family == "resnet":
         return [(block, "drop_path") for stage in range(1, 5) for block in getattr(model, f"layer{stage}")]
-    blocks = model.blocks if family == "vit" else [block for stage in model.layers for block in stage.blocks]
+    blocks = model.blocks if family in ("vit", "eva") else [block for stage in model.layers for block in stage.blocks]
     return [(block, name) for block in blocks for name in ("drop_path1", "drop_path2")]
 
 

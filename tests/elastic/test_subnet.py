@@ -14,7 +14,7 @@ def paper_grid(family: str, small_bias: float = 1) -> Grid:
     return Grid(ModelConfig.model_validate({"family": family}), small_bias)
 
 
-@pytest.mark.parametrize(("family", "count"), [("vit", 143), ("swin", 39), ("resnet", 465)])
+@pytest.mark.parametrize(("family", "count"), [("vit", 143), ("eva", 143), ("swin", 39), ("resnet", 465)])
 def test_paper_grids_have_the_published_number_of_subnets(family, count):
     grid = paper_grid(family)
     assert len(set(grid.subnets)) == len(grid) == count
@@ -46,7 +46,7 @@ def test_resnet_multiplicities_ignore_the_width():
 
 
 def test_names_are_read_back():
-    for family in ("vit", "swin", "resnet"):
+    for family in ("vit", "eva", "swin", "resnet"):
         grid = paper_grid(family)
         assert [grid.parse(subnet.name) for subnet in grid.subnets] == list(grid.subnets)
     assert Subnet(96, (2, 2, 6, 2)).name == "96x2.2.6.2"

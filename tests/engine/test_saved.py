@@ -1,6 +1,7 @@
 """Looking at checkpoints: what cannot be looked at is neither absent nor damaged."""
 
 import json
+import math
 import os
 import shutil
 from concurrent.futures import Future
@@ -8,9 +9,12 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from pipeline.engine.checkpoint import Checkpoints, _Writing
-from pipeline.engine.saved import find_problem, list_checkpoints, load_weights
+from pipeline.engine.groups import GroupSpec, Piece
+from pipeline.engine.saved import Source, find_problem, find_sources, list_checkpoints, load_weights, read_vectors
 from pipeline.errors import UserError
 
 
@@ -114,6 +118,30 @@ def test_damaged_is_said_of_what_was_read_and_is_wrong(trained_run, tmp_path):
     shutil.rmtree(newest)
     with pytest.raises(UserError, match="cannot read the checkpoints"):  # found on another node
         find_problem(newest)
+
+
+def test_vectors_are_found_where_they_were_grouped_in_another_way(tmp_path):
+    names, shapes = ("a", "b", "c", "d"), ((2,), (3, 2), (4,), (5,))
+    a, b, c, d = (torch.arange(math.prod(shape)).float() + 10 * i for i, shape in enumerate(shapes))
+    saved = [{"names": ["b", "c"], "offsets": [0, 6]}, {"names": ["d", "a"], "offsets": [0, 5]}]
+    flats, halves = (torch.cat([b, c.flatten()]), torch.cat([d, a])), ((0, 4, 10), (0, 6, 7))
+    for rank in range(2):  # of two ranks, each with its part of both vectors
+        tensors = {}
+        for g, (flat, bounds) in enumerate(zip(flats, halves, strict=True)):
+            begin, end = bounds[rank], bounds[rank + 1]
+            tensors |= {f"{g}.pieces": torch.tensor([[begin, end - begin]]), f"{g}.ema": flat[begin:end].contiguous()}
+        save_file(tensors, tmp_path / f"shard_{rank:05d}.safetensors")
+    spec = GroupSpec("heads", 1.0, True, False, names, shapes)
+    whole = [Piece(1, 0, spec.numel)]  # behind one element of padding
+    sources = find_sources(saved, spec, whole)
+    assert sources == [Source(1, Piece(1, 5, 2)), Source(0, Piece(3, 0, 10)), Source(1, Piece(13, 0, 5))]
+    shard = [Piece(0, 1, 4), Piece(4, 11, 3)]  # crossing parameters
+    manifest = {"world_size": 2, "groups": saved}
+    wanted = [sources, find_sources(saved, spec, shard)]
+    first, second = read_vectors(tmp_path, manifest, wanted, [spec.numel + 1, 7], "ema")
+    expected = torch.cat([a, b, c, d])
+    assert torch.equal(first["ema"], torch.cat([torch.zeros(1), expected]))
+    assert torch.equal(second["ema"], torch.cat([expected[1:5], expected[11:14]]))
 
 
 def test_others_learn_of_a_checkpoint_once_it_has_its_name_and_before_any_goes_for_it(tmp_path):

@@ -32,6 +32,7 @@ class Case(NamedTuple):
             self.family,
             model={"drop_path": 0.3},  # the two groups of crops keep different shares of their images
             loss={"centering": self.centering, "ibot_start_epoch": 0.5},  # the first step without masked patches
+            heads={"prototype_gain": "unit" if self.family == "resnet" else "learned"},
             sampling={"assignment": self.assignment},
             engine={
                 "zero_stage": self.stage,
@@ -49,6 +50,7 @@ CASES = [
     Case("vit", 3),
     Case("vit", 1, "softmax", offload="cpu"),
     Case("vit", 3, "softmax", "shared", "cpu", checkpointing=True),
+    *(Case("eva", stage, checkpointing=stage == 2) for stage in range(4)),
     *(Case("swin", stage, checkpointing=stage == 2) for stage in range(3)),
     Case("swin", 3, assignment="balanced"),
     Case("resnet", 0),
@@ -147,6 +149,7 @@ def test_interpreted_triton_kernels_train_like_the_eager_ones(launch, tmp_path, 
 
     trees = {
         "vit": tree("vit", 16, 8, width={"min": 16, "max": 32, "step": 16}),
+        "eva": tree("eva", 16, 8, width={"min": 16, "max": 32, "step": 16}),
         "swin": tree(
             "swin", 32, 32, head_dim=16, width={"min": 16, "max": 32, "step": 16}
         ),  # a map of 8 x 8: shifted windows

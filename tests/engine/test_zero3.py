@@ -13,13 +13,13 @@ WORKERS = Path(__file__).parents[1] / "workers"
 
 
 def test_no_weight_stays_gathered_between_forward_and_backward(launch, tmp_path, experiment):
-    for family in ("vit", "swin", "resnet"):
+    for family in ("vit", "eva", "swin", "resnet"):
         tree = experiment(family, engine={"zero_stage": 3}, sampling={"assignment": "independent"})
         (tmp_path / f"{family}.yaml").write_text(yaml.safe_dump(tree))
-    configs = [tmp_path / f"{family}.yaml" for family in ("vit", "swin", "resnet")]
+    configs = [tmp_path / f"{family}.yaml" for family in ("vit", "eva", "swin", "resnet")]
     launch(WORKERS / "gathered_weights.py", 2, tmp_path / "alive.json", *configs)
     alive = json.loads((tmp_path / "alive.json").read_text())
-    assert alive == {family: [[]] * 4 for family in ("vit", "swin", "resnet")}
+    assert alive == {family: [[]] * 4 for family in ("vit", "eva", "swin", "resnet")}
 
 
 def test_a_network_too_large_for_a_rank_trains(launch, tmp_path, experiment):

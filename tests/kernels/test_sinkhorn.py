@@ -39,17 +39,18 @@ def cosines(rows: int, prototypes: int, dtype: torch.dtype, device: str) -> Tens
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("iterations", [1, 3])
+@pytest.mark.parametrize(("iterations", "length"), [(1, 1), (3, 1), (3, 6)])
 def test_targets_equal_the_matrix_form(
-    iterations: int, dtype: torch.dtype, impl: str, device: str, earned: Callable[..., None]
+    iterations: int, length: int, dtype: torch.dtype, impl: str, device: str, earned: Callable[..., None]
 ) -> None:
-    entries = [cosines(*shape, dtype, device) for shape in ((9, 130), (1, 64), (17, 1), (5, 600))]
+    """Of cosines, and of logits whose prototypes have learned a length: exponents of +-100 that fp32 does not hold."""
+    entries = [cosines(*shape, dtype, device) * length for shape in ((9, 130), (1, 64), (17, 1), (5, 600))]
     scalings = sinkhorn(entries, TEMPERATURE, iterations, impl=impl)
     assert len(scalings) == len(entries)
     for logits, (row, col) in zip(entries, scalings, strict=True):
         result = probabilities(logits, row, col).float()
         oracle = matrix_form(logits, iterations, torch.float64)
-        exponent = float(max(row.abs().max(), col.abs().max(), 1 / TEMPERATURE))
+        exponent = float(max(row.abs().max(), col.abs().max(), length / TEMPERATURE))
         terms = 2 * iterations * max(logits.shape)  # two sums per iteration follow one another
         earned(result, matrix_form(logits, iterations, torch.float32), oracle, exponent, terms)
 

@@ -11,7 +11,7 @@ from pipeline.measure.bands import Bands
 from pipeline.measure.metrics import BANDS
 
 
-@pytest.mark.parametrize("family", ["vit", "swin", "resnet"])
+@pytest.mark.parametrize("family", ["vit", "eva", "swin", "resnet"])
 def test_bands_hold_about_a_quarter_of_the_draws_each_and_rise_in_cost(family):
     model = ModelConfig.model_validate({"family": family})
     grid = Grid(model, 3)

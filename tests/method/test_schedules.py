@@ -5,7 +5,7 @@ import math
 import pytest
 
 from pipeline.config import parse_config
-from pipeline.method.schedules import Schedules, cosine, linear
+from pipeline.method.schedules import Rise, Schedules, cosine, course_text, linear
 
 SMALL = {
     "optim": {
@@ -51,6 +51,19 @@ def test_other_values_at_chosen_steps():
     assert rows[-1].momentum == pytest.approx(0.95)  # halfway of 80 steps
     assert rows[-1].weight_decay == pytest.approx(0.2)
     assert rows[2].epoch == 0.5
+
+
+def test_a_learning_rate_that_was_raised_in_the_middle_reaches_its_curve_over_the_warm_up():
+    config = parse_config(SMALL)
+    plain, raised = (Schedules(config.optim, config.loss, 1024, rise) for rise in (None, Rise(20, 0.2)))
+    curve = [plain.at(step).lr for step in range(20, 26)]
+    expected = [0.2, *(0.2 + (curve[i] - 0.2) * i / 4 for i in (1, 2, 3)), *curve[4:]]
+    assert [raised.at(step).lr for step in range(20, 26)] == pytest.approx(expected)
+    lowered = Schedules(config.optim, config.loss, 1024, Rise(20, 2.0))
+    assert lowered.at(21).lr == curve[1]
+    assert raised.course("lr", 20) == [(21, 0.2), (25, pytest.approx(curve[4])), (40, pytest.approx(plain.at(39).lr))]
+    assert raised.course("lr", 60) == [(61, pytest.approx(plain.at(60).lr))]  # beyond the end of 40
+    assert course_text([(21, 0.2), (40, 1e-5)]) == "0.2 at step 21, 1e-05 at step 40"
 
 
 def test_the_papers_vit_run_ends_at_its_learning_rate():

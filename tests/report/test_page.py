@@ -63,6 +63,21 @@ def test_report_is_one_file_with_everything_in_it(run_dir):
 
 
 @pytest.mark.runs
+def test_report_shows_what_changed_on_the_way(run_dir, tmp_path):
+    assert "Changed on the way" not in report(run_dir)
+    run = shutil.copytree(run_dir, tmp_path / "run")
+    manifest = json.loads((run / "manifest.json").read_text())
+    first = manifest["settings"][0]
+    later = {"values": first["values"] | {"optim.epochs": 77}, "courses": {"lr": [[[4, 0.5]], [[4, 0.5], [9, 0.25]]]}}
+    manifest |= {"settings": [first, {"from_step": 3, **later}], "forked_from": {"run": "a<b", "step": 2}}
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    page = report(run)
+    assert "<tr><td>3</td><td>optim.epochs</td><td>10</td><td>77</td></tr>" in page
+    assert "<td>lr (laid out anew)</td><td>0.5 at step 4</td><td>0.5 at step 4, 0.25 at step 9</td>" in page
+    assert "Began from step 2 of a&lt;b." in page
+
+
+@pytest.mark.runs
 def test_report_shows_faults_escaped(run_dir):
     page = report(run_dir)
     assert "a&lt;b of x.tar" in page

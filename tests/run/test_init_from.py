@@ -43,7 +43,7 @@ def tree(experiment, tmp_path, family):
     return experiment(family, model=source, optim={"steps_per_epoch": 3, "freeze_prototypes_epochs": 0})
 
 
-@pytest.mark.parametrize("family", ["vit", "swin", "resnet"])
+@pytest.mark.parametrize("family", ["vit", "eva", "swin", "resnet"])
 def test_a_run_starts_from_timm_and_teaches_the_heads_first(launch, tmp_path, tree, family):
     model = timm_directory(parse_config(tree), tmp_path / "source")
     images = torch.randn(2, 3, tree["model"]["image_size"], tree["model"]["image_size"])

@@ -41,7 +41,9 @@ def to(run, step, **more):
     return {"overrides": [f"run.dir={run}", f"run.max_steps={step}"], **more}
 
 
-@pytest.mark.parametrize(("family", "stage"), [("vit", 0), ("vit", 2), ("vit", 3), ("swin", 1), ("resnet", 1)])
+@pytest.mark.parametrize(
+    ("family", "stage"), [("vit", 0), ("vit", 2), ("vit", 3), ("eva", 1), ("swin", 1), ("resnet", 1)]
+)
 def test_a_stopped_and_resumed_run_writes_the_same_metrics(train, tmp_path, experiment, family, stage):
     tree = experiment(family, engine={"zero_stage": stage}, model={"drop_path": 0.3}, loss={"centering": "softmax"})
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -49,6 +51,37 @@ def test_a_stopped_and_resumed_run_writes_the_same_metrics(train, tmp_path, expe
     assert codes == [0, 0, 0, 0]
     assert [r["step"] for r in values(whole)] == list(range(1, 10))
     assert values(parts) == values(whole)
+
+
+def test_a_complete_run_goes_on_and_others_begin_from_its_checkpoints(train, tmp_path, experiment):
+    longer, forked, refused = (str(tmp_path / name) for name in ("longer", "forked", "refused"))
+    tree = experiment(optim={"epochs": 2}, run={"dir": longer, "checkpoint_every_steps": 2})
+    more = "optim.epochs=4"
+    codes, output = train(
+        tree,
+        {},
+        {"overrides": [more]},
+        {"overrides": [more, f"run.dir={forked}"], "fork": f"{longer}@4"},
+        {"overrides": [more, f"run.dir={refused}", "heads.prototypes=[48,32]"], "fork": longer + "@4"},
+        {"overrides": [f"run.dir={refused}"], "fork": f"{longer}@8"},
+        {"overrides": [more, f"run.dir={forked}"], "fork": f"{longer}@6"},
+    )
+    assert codes == [0, 0, 0, 2, 2, 2]
+    assert [record["step"] for record in values(tmp_path / "longer")] == list(range(1, 9))
+    assert values(tmp_path / "forked") == values(tmp_path / "longer")[4:]  # schedule, data and all state
+    history = json.loads((tmp_path / "longer" / "manifest.json").read_text())["settings"]
+    assert [(entry["from_step"], entry["values"]["optim.epochs"]) for entry in history] == [(0, 2), (4, 4)]
+    manifest = json.loads((tmp_path / "forked" / "manifest.json").read_text())
+    assert (manifest["forked_from"], manifest["settings"]) == ({"run": longer, "step": 4}, history)
+    for line in (
+        "note: from step 4 on optim.epochs is 4, and was 2",
+        f"beginning {forked} at step 4, from the checkpoint of {longer}",
+        "another model: heads.heads.1.prototypes is [64, 32] there and [32, 32] here",
+        "the checkpoint is of step 8, and this run would end at step 4 (--fork-from): raise optim.epochs",
+        f"the run directory holds a run that began from {longer}@4",
+    ):
+        assert line in output
+    assert "lr is laid out anew: " in output
 
 
 @pytest.mark.slow

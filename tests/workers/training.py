@@ -5,6 +5,7 @@ Usage: training.py CONFIG PLAN, with PLAN a JSON list of attempts, each an objec
     overrides   list of KEY=VALUE
     kill        null, or "steps:N" (kill -9 once N more lines are logged), "save" (as soon as a checkpoint is begun),
                 "signal" (SIGTERM after the first line), "interrupt" (SIGINT then)
+    fork        RUN@STEP
     delay       seconds between that moment and the signal
 
 Prints one JSON list: exit code of every attempt, negative for a signal.
@@ -21,6 +22,8 @@ import torch
 
 import pipeline.run.loop
 from pipeline.config import load_config
+from pipeline.errors import UserError
+from pipeline.run.fork import Fork
 
 
 def attempt(config_path: str, plan: dict) -> int:
@@ -32,7 +35,11 @@ def attempt(config_path: str, plan: dict) -> int:
         torch.set_num_threads(1)
         code = 1
         try:
-            code = pipeline.run.loop.train(config, quiet=True)
+            fork = Fork.read(plan["fork"], config.run.dir) if "fork" in plan else None
+            code = pipeline.run.loop.train(config, quiet=True, fork=fork)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            code = 2
         finally:
             os._exit(code)
     kind, _, count = (plan.get("kill") or "none").partition(":")

@@ -1,0 +1,129 @@
+"""How a run begins from other weights: `model.init_from` names a timm model, its directory, or a bundle."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pipeline.config.model import is_bundle
+from pipeline.elastic.backbone import Backbone
+from pipeline.elastic.pretrained import load_pretrained
+from pipeline.engine.core import Engine
+from pipeline.engine.distributed import Ranks
+from pipeline.engine.groups import FlatGroup
+from pipeline.method.losses import Centering
+from pipeline.method.tri_branch import Branch
+from pipeline.models.bundle import MOMENTS, Bundle
+
+_LISTED = 5  # of what does not fit
+
+
+@dataclass(frozen=True)
+class Begun:
+    """What a student has taken over from a bundle.
+
+    Attributes:
+        names: parameters.
+        complete: all of them, as they are; the moments then go with them.
+    """
+
+    names: list[str]
+    complete: bool
+
+
+def load_start(backbone: Backbone, source: str) -> list[str]:
+    """Load a backbone from `model.init_from`; the teacher's weights of a bundle.
+
+    Returns:
+        What of the backbone a bundle does not have.
+
+    Raises:
+        UserError: it cannot be loaded, or does not fit.
+    """
+    if not is_bundle(source):
+        load_pretrained(backbone, source)
+        return []
+    wanted = {f"backbone.{name}": p.shape for name, p in backbone.named_parameters()}
+    fit = Bundle(Path(source)).fit("teacher", wanted, backbone.config)
+    backbone.load_state_dict({n.removeprefix("backbone."): w for n, w in fit.weights.items()}, strict=False)
+    return fit.left
+
+
+def begin(student: Branch, source: str) -> Begun | None:
+    """Load a student, before it is spread over the ranks, on one of them.
+
+    Args:
+        student: freshly built.
+        source: `model.init_from`.
+
+    Returns:
+        What it took over from a bundle; None from timm's weights.
+
+    Raises:
+        UserError: it cannot be loaded, or does not fit.
+    """
+    if not is_bundle(source):
+        load_pretrained(student.backbone, source)
+        return None
+    bundle = Bundle(Path(source))
+    fit = bundle.fit("student", {name: p.shape for name, p in student.named_parameters()}, student.backbone.config)
+    student.load_state_dict(fit.weights, strict=False)
+    complete = fit.whole and bundle.has_moments
+    more = ", moments" if complete else ""
+    print(
+        f"beginning from step {bundle.manifest['step']} of {bundle.manifest['run']}: "
+        f"{len(fit.weights)} weights of student and teacher{more} and the centers that fit",
+        file=sys.stderr,
+    )
+    for line in [*fit.left[:_LISTED], *([f"and {len(fit.left) - _LISTED} more"] if fit.left[_LISTED:] else [])]:
+        print(f"note: begins fresh: {line}", file=sys.stderr)
+    return Begun(list(fit.weights), complete)
+
+
+@torch.no_grad()
+def bring_the_rest(engine: Engine, centering: Centering, source: str, begun: Begun, ranks: Ranks) -> None:
+    """Teacher, moments and centers of a bundle, into an engine whose student has begun from it. Collective.
+
+    Rank 0 reads them and hands them over one by one.
+    """
+    there: dict[str, dict[str, Tensor]] = {}
+
+    def read() -> int:
+        bundle, model = Bundle(Path(source)), engine.engine.module.backbone.config
+        shapes = {n: torch.Size(s) for g in engine.groups for n, s in zip(g.spec.names, g.spec.shapes, strict=True)}
+        there.update(ema=bundle.fit("teacher", shapes, model).weights, centers=bundle.centers())
+        if begun.complete:
+            there.update(bundle.moments())
+        return bundle.manifest["optimizer_steps"] if begun.complete else 0
+
+    def hand_over(key: str, name: str, like: Tensor) -> Tensor:
+        """The bundle's, from rank 0 to all; `like` itself if it has none that fits."""
+        found = there.get(key, {}).get(name)
+        tensor = (like if found is None or found.numel() != like.numel() else found).reshape(-1).to(ranks.device)
+        dist.broadcast(tensor, 0)
+        return tensor
+
+    steps, names = ranks.agree(read), set(begun.names)
+    vectors = ("ema", *(MOMENTS if begun.complete else ()))
+    for index, group in enumerate(engine.groups):
+        shard = {"master": group.master.detach().clone(), "ema": group.ema.clone(), **engine.moments(group)}
+        for name, offset, size in zip(group.spec.names, group.spec.offsets, group.spec.sizes, strict=True):
+            for key in vectors if name in names else ():
+                _put(shard[key], group, offset, hand_over(key, name, torch.zeros(size)))
+        engine.restore(index, shard, steps)
+    engine.refresh()
+    for kind, heads in centering.center.items():
+        for h, center in enumerate(heads):
+            center.copy_(hand_over("centers", f"{kind}.{h}", center))
+
+
+def _put(shard: Tensor, group: FlatGroup, offset: int, whole: Tensor) -> None:
+    """Into a rank's shard of a group, what it has of a parameter that begins at `offset`."""
+    for piece in group.pieces:
+        low, high = max(piece.start, offset), min(piece.start + piece.length, offset + len(whole))
+        if low < high:
+            here = piece.local + low - piece.start
+            shard[here : here + high - low].copy_(whole[low - offset : high - offset])
