@@ -1,7 +1,7 @@
 """Class labels: what a `.cls` member may hold, and which class of another set of shards a label means."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +12,8 @@ from pipeline.errors import UserError
 
 CLASSES = "classes.txt"
 LONGEST = 64  # bytes of a label file; what is longer holds no number
+NO_NUMBER, BEYOND = "label is no number", "label is beyond 64 bits"
+"""What may be wrong with a label file."""
 _NUMBER = re.compile(rb"[ \t\r\n]*([0-9]+)[ \t\r\n]*", re.ASCII)
 _NAMED = 3  # classes that a message lists
 
@@ -24,10 +26,10 @@ def parse_label(content: bytes | bytearray) -> int:
     """
     match = _NUMBER.fullmatch(bytes(content)) if len(content) <= LONGEST else None
     if match is None:
-        raise ValueError("label is no number")
+        raise ValueError(NO_NUMBER)
     label = int(match[1])
     if label > np.iinfo(np.int64).max:
-        raise ValueError("label is beyond 64 bits")
+        raise ValueError(BEYOND)
     return label
 
 
@@ -75,17 +77,20 @@ class Numbering(NamedTuple):
         return table[label]
 
 
-def common_numbering(train: Sequence[Path], val: Sequence[Path]) -> Numbering:
+def common_numbering(
+    train: Sequence[Path], val: Sequence[Path], names: Callable[[Path], list[str] | None] = class_names
+) -> Numbering:
     """Compare classes by their names, so that labels of sets built apart mean the same.
 
     Args:
-        train, val: shards; a folder's `classes.txt` names the classes of all shards in it.
+        train, val: shards; those of one folder have the same classes.
+        names: of a shard's classes.
 
     Raises:
         UserError: validation has classes that training lacks, or names that occur twice stand in another order.
     """
     folders = {shard.parent: shard for shard in (*train, *val)}  # in order, training first
-    named = {folder: class_names(shard) for folder, shard in folders.items()}
+    named = {folder: names(shard) for folder, shard in folders.items()}
     known = {folder: names for folder, names in named.items() if names}
     bare = [folder for folder, names in named.items() if not names]
     if known and bare:
@@ -95,14 +100,14 @@ def common_numbering(train: Sequence[Path], val: Sequence[Path]) -> Numbering:
         return Numbering({folder: list(range(len(names))) for folder, names in known.items()})
     numbers: dict[str, int] = {}
     trained = {shard.parent for shard in train}
-    for folder, names in known.items():
-        if len(set(names)) < len(names):
+    for folder, own in known.items():
+        if len(set(own)) < len(own):
             fix = "give every class a name of its own, or evaluate shards with equal files"
             raise UserError("class names occur twice, and other shards have other names", str(folder / CLASSES), fix)
-        strange = [name for name in names if name not in numbers]
+        strange = [name for name in own if name not in numbers]
         if strange and folder not in trained:
             shown = ", ".join(map(escape, strange[:_NAMED])) + (", ..." if len(strange) > _NAMED else "")
-            what = f"{len(strange)} of {len(names)} classes are not among those of the training shards: {shown}"
+            what = f"{len(strange)} of {len(own)} classes are not among those of the training shards: {shown}"
             raise UserError(what, str(folder / CLASSES), "name training shards with these classes")
         numbers |= {name: len(numbers) + i for i, name in enumerate(strange)}
     return Numbering({folder: [numbers[name] for name in names] for folder, names in known.items()})

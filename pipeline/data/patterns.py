@@ -5,7 +5,9 @@ import math
 import os
 import re
 import stat
+from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from braceexpand import braceexpand
@@ -13,6 +15,7 @@ from braceexpand import braceexpand
 from pipeline.errors import UserError
 
 _MOST = 1_000_000  # shards; more is a slip of the keyboard
+_MANY = 32  # shards in one folder, for which it is listed
 _RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)[.}]")
 _NUMBER = re.compile(r"\d+(?=\.tar$)")
 _REMOTE = re.compile(r"(?:[a-zA-Z][a-zA-Z0-9+.-]*:/|pipe:)")
@@ -20,6 +23,11 @@ _BRACES = "name its shards, e.g. train-{000..009}.tar in quotes"
 
 
 def expand_shards(shards: str | Sequence[str]) -> list[Path]:
+    """`list_shards` as paths."""
+    return [Path(name) for name in list_shards(shards)]
+
+
+def list_shards(shards: str | Sequence[str]) -> list[str]:
     """File names of a pattern with braces (`train-{000000..000009}.tar`), or of a list of such patterns.
 
     `~` and `$VARIABLES` stand for what they mean in a shell: a pattern in quotes never meets one.
@@ -28,14 +36,26 @@ def expand_shards(shards: str | Sequence[str]) -> list[Path]:
         UserError: a shard is not there or cannot be one, or there is none.
     """
     patterns = [shards] if isinstance(shards, str) else list(shards)
-    paths = [Path(name) for pattern in patterns for name in _expand(str(pattern))]
-    if not paths:
+    names = [name for pattern in patterns for name in _expand(str(pattern))]
+    if not names:
         raise UserError("no shards", "data", "name at least one .tar file")
-    missing = [path for path in paths if not _is_there(path)]
+    listed = _listed(names)
+    missing = [name for name in names if name not in listed and not _is_there(Path(name))]
     if missing:
-        count = f" ({len(missing)} of {len(paths)} shards missing)" if len(missing) > 1 else ""
-        raise UserError(f"missing shard{count}", str(missing[0]), _advice(missing[0]))
-    return paths
+        count = f" ({len(missing)} of {len(names)} shards missing)" if len(missing) > 1 else ""
+        raise UserError(f"missing shard{count}", missing[0], _advice(Path(missing[0])))
+    return names
+
+
+def _listed(names: list[str]) -> set[str]:
+    """Those of many names in one folder that its listing shows as files; asking for each is slow on network disks."""
+    folders = Counter(os.path.dirname(name) for name in names)
+    found: set[str] = set()
+    for folder in (folder for folder, count in folders.items() if count >= _MANY):
+        with suppress(OSError), os.scandir(folder or ".") as listing:
+            files = (entry.name for entry in listing if entry.is_file(follow_symlinks=False))
+            found.update(os.path.join(folder, name) for name in files if not name.endswith(".idx"))
+    return found
 
 
 def _expand(pattern: str) -> list[str]:

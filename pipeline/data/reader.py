@@ -10,11 +10,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pipeline.data import indexes, tars
+from pipeline.data import catalog, indexes, tars
+from pipeline.data.catalog import Catalog, open_catalog
 from pipeline.data.images import BadImage, Header, hide_exif, inspect
 from pipeline.data.labels import LONGEST, parse_label
 from pipeline.data.names import escape
-from pipeline.data.patterns import expand_shards
+from pipeline.data.patterns import list_shards
 from pipeline.data.philox import Purpose, philox
 from pipeline.errors import UserError
 
@@ -37,26 +38,46 @@ class _File:
 class Dataset:
     """Random access to the samples of shards, by record number; samples without an image are left out.
 
-    A shard without an index beside it is walked, which is slow for large ones and said aloud.
+    What a shard holds is taken from the catalog of its folder, else from the index beside it. One with neither is
+    walked, which is slow for large ones and said aloud.
+
+    Attributes:
+        shard_sizes: samples of each shard.
+        without_index: shards that had to be walked.
 
     Raises:
         UserError: a shard is missing, damaged or empty, or an index describes another file.
     """
 
     def __init__(self, shards: str | Sequence[str]) -> None:
-        self.paths = expand_shards(shards)
-        _warn_of_missing_indexes(self.paths)
-        loaded = [_images_and_labels(path) for path in self.paths]
-        self.shard_sizes = np.array([len(rows) for rows in loaded])
+        self._names = list_shards(shards)
+        self._catalogs = {folder: open_catalog(Path(folder)) for folder in set(map(os.path.dirname, self._names))}
+        self._numbers = np.array([self._number(name) for name in self._names])  # in the catalog; -1: not listed
+        self._listing = [self._catalogs[os.path.dirname(name)] for name in self._names]
+        unlisted = [self._names[shard] for shard in np.flatnonzero(self._numbers < 0)]
+        self.without_index = [path for path in map(Path, unlisted) if not indexes.has_index(path)]
+        _warn_of_missing_indexes(self.without_index, len(self._names))
+        self._rows = {name: _images_and_labels(Path(name)) for name in unlisted}
+        self.shard_sizes = np.array([len(self._rows_of(shard)) for shard in range(len(self._names))])
         self._starts = np.concatenate([[0], np.cumsum(self.shard_sizes)])
-        self._rows = np.concatenate(loaded)  # [records, 4]: image offset and size, label offset and size
-        self._open = functools.lru_cache(_OPEN_FILES)(_File)
+        self._open = functools.lru_cache(_OPEN_FILES)(self._open_shard)
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return int(self._starts[-1])
+
+    @property
+    def paths(self) -> list[Path]:
+        return [Path(name) for name in self._names]
 
     def shard(self, record: int) -> Path:
-        return self.paths[self._shard_number(record)]
+        return Path(self._names[self._shard_number(record)])
+
+    def described(self) -> list[tuple[str, int, int]]:
+        """File name, bytes and samples of each shard; those that a catalog lists are not looked at."""
+        return [
+            (os.path.basename(name), self._bytes(shard), int(self.shard_sizes[shard]))
+            for shard, name in enumerate(self._names)
+        ]
 
     def key(self, record: int) -> str:
         """The sample's key, on one line; slow, since keys are not kept in memory."""
@@ -64,36 +85,74 @@ class Dataset:
         return escape([sample for sample in _contents(self.shard(record)).samples if sample.image][place].key)
 
     def image(self, record: int) -> bytearray:
-        """The encoded image. Raises OSError if the shard cannot be read."""
-        offset, size = self._rows[record, :2]
-        return self._read(record, int(offset), int(size))
+        """The encoded image.
+
+        Raises:
+            OSError: the shard cannot be read.
+            UserError: it is not the one that its catalog describes.
+        """
+        shard, row = self._place(record)
+        return self._read(shard, *(catalog.place(row) if self._numbers[shard] >= 0 else row[:2]))
 
     def label(self, record: int) -> int | None:
         """The class index in the sample's `.cls` file, None without one.
 
         Raises:
             ValueError: see `parse_label`.
-            OSError: the shard cannot be read.
+            OSError, UserError: as `image`.
         """
-        offset, size = self._rows[record, 2:]
-        return parse_label(self._read(record, int(offset), min(int(size), LONGEST + 1))) if offset >= 0 else None
+        shard, row = self._place(record)
+        if self._numbers[shard] >= 0:
+            self._open(shard)  # or the catalog may be another's
+            return catalog.label(row)
+        offset, size = row[2:]
+        return parse_label(self._read(shard, offset, min(int(size), LONGEST + 1))) if offset >= 0 else None
+
+    def _number(self, name: str) -> int:
+        folder, base = os.path.split(name)
+        listing = self._catalogs[folder]
+        number = listing.number(base) if listing else None
+        return -1 if number is None else number
+
+    def _listed(self, shard: int) -> tuple[Catalog, int] | None:
+        """The catalog that lists a shard, and its number there."""
+        listing, number = self._listing[shard], int(self._numbers[shard])
+        return (listing, number) if listing and number >= 0 else None
+
+    def _rows_of(self, shard: int) -> np.ndarray:
+        """Of a catalog, or [records, 4]: image offset and size, label offset and size."""
+        listed = self._listed(shard)
+        return listed[0].of(listed[1]) if listed else self._rows[self._names[shard]]
+
+    def _bytes(self, shard: int) -> int:
+        listed = self._listed(shard)
+        return int(listed[0].sizes[listed[1]]) if listed else os.stat(self._names[shard]).st_size
 
     def _shard_number(self, record: int) -> int:
         return int(np.searchsorted(self._starts, record, side="right")) - 1
 
-    def _read(self, record: int, offset: int, size: int) -> bytearray:
-        file = self._open(self.shard(record))
-        data = bytearray(size)
-        if os.preadv(file.descriptor, [data], offset) != size:
-            raise OSError(f"{self.shard(record)} ends within a sample")
+    def _place(self, record: int) -> tuple[int, np.ndarray]:
+        """A record's shard and row."""
+        shard = self._shard_number(record)
+        return shard, self._rows_of(shard)[record - self._starts[shard]]
+
+    def _open_shard(self, shard: int) -> _File:
+        file, listed = _File(Path(self._names[shard])), self._listed(shard)
+        if listed:
+            listed[0].require(listed[1], os.fstat(file.descriptor).st_size, self._names[shard])
+        return file
+
+    def _read(self, shard: int, offset: int, size: int) -> bytearray:
+        data = bytearray(int(size))
+        if os.preadv(self._open(shard).descriptor, [data], int(offset)) != size:
+            raise OSError(f"{self._names[shard]} ends within a sample")
         return data
 
 
-def _warn_of_missing_indexes(paths: list[Path]) -> None:
-    bare = [path for path in paths if not indexes.has_index(path)]
+def _warn_of_missing_indexes(bare: list[Path], count: int) -> None:
     if bare:
         text = "%d of %d shards have no index and are read whole, beginning with %s (%s)"
-        _log.warning(text, len(bare), len(paths), bare[0], indexes.indexing(bare[0]))
+        _log.warning(text, len(bare), count, bare[0], indexes.indexing(bare[0]))
 
 
 def _contents(shard: Path) -> tars.Contents:
@@ -108,7 +167,7 @@ def _contents(shard: Path) -> tars.Contents:
 
 def _images_and_labels(shard: Path) -> np.ndarray:
     contents = _contents(shard)
-    places = [(*_place(image), *_place(sample.label)) for sample in contents.samples if (image := sample.image)]
+    places = [(*_member(image), *_member(sample.label)) for sample in contents.samples if (image := sample.image)]
     if not places:
         raise tars.no_image(shard, contents)
     if len(places) < len(contents.samples):
@@ -118,7 +177,7 @@ def _images_and_labels(shard: Path) -> np.ndarray:
     return np.array(places, dtype=np.int64)
 
 
-def _place(member: tars.Member | None) -> tuple[int, int]:
+def _member(member: tars.Member | None) -> tuple[int, int]:
     return (member.offset, member.size) if member else (-1, 0)
 
 

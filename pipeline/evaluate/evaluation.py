@@ -11,6 +11,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from pipeline.data.catalog import known_classes
 from pipeline.data.eval_images import MAX_PIXELS, EvalImages
 from pipeline.data.labels import Numbering, common_numbering
 from pipeline.data.patterns import expand_shards
@@ -80,7 +81,7 @@ class Evaluation:
         Raises:
             UserError: a shard is missing, or validation has classes that training lacks.
         """
-        return common_numbering(expand_shards(self.train), expand_shards(self.val))
+        return common_numbering(expand_shards(self.train), expand_shards(self.val), known_classes)
 
     def run(self, target: Target) -> Results:
         """Results by name of candidate.

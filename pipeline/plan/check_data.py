@@ -3,9 +3,10 @@
 import os
 
 from pipeline.config import ExperimentConfig
+from pipeline.data.catalog import known_classes
 from pipeline.data.decoders import check
 from pipeline.data.images import BadImage
-from pipeline.data.indexes import has_index, indexing
+from pipeline.data.indexes import indexing
 from pipeline.data.labels import common_numbering
 from pipeline.data.patterns import expand_shards
 from pipeline.data.reader import Dataset
@@ -19,8 +20,8 @@ def check_shards(config: ExperimentConfig, world_size: int) -> Check:
     """Are the shards there, indexed, and enough for the ranks?"""
 
     paths = expand_shards(config.data.train)
-    bare = [path for path in paths if not has_index(path)]
     dataset = Dataset(config.data.train)
+    bare = dataset.without_index
     _require_evaluation(config)
     batch = config.data.batch_size * world_size
     finding = f"{len(paths)} shards, {len(dataset)} images, global batch {batch}"
@@ -46,7 +47,7 @@ def _require_evaluation(config: ExperimentConfig) -> None:
     train, val = config.eval.train or config.data.train, config.eval.val or config.data.val
     if val is None:
         raise UserError("there is nothing to evaluate on", "eval.val", "name labelled shards, or unset every_steps")
-    common_numbering(expand_shards(train), expand_shards(val))
+    common_numbering(expand_shards(train), expand_shards(val), known_classes)
     for shards in (train, val):
         Dataset(shards)
 

@@ -52,9 +52,7 @@ def _require_same_stream(config: ExperimentConfig, path: Path, world_size: int) 
     if not (path / "manifest.json").exists():
         return
     manifest = read_json(path / "manifest.json", "restore it, or choose another run.dir")
-    dataset = Dataset(config.data.train)
-    sizes = zip(dataset.paths, dataset.shard_sizes, strict=True)
-    data = fingerprint((shard.name, shard.stat().st_size, int(samples)) for shard, samples in sizes)
+    data = fingerprint(Dataset(config.data.train).described())
     require_same_stream(manifest, data, config.data.batch_size * world_size, world_size, str(path))
 
 

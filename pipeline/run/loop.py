@@ -249,9 +249,8 @@ def _open_records(
     trainer: Trainer,
     console: Console,
 ) -> None:
-    dataset = trainer.dataset
-    assert dataset is not None, "a run has data"
-    shards = [(p.name, p.stat().st_size, int(n)) for p, n in zip(dataset.paths, dataset.shard_sizes, strict=True)]
-    run.record_start(config, progress.step, trainer.ranks.world_size, fingerprint(shards), settings)
+    assert trainer.dataset is not None, "a run has data"
+    data = fingerprint(trainer.dataset.described())
+    run.record_start(config, progress.step, trainer.ranks.world_size, data, settings)
     run.rewind(progress.step, progress.samples)
     console.starting(run.path, progress.step, config.engine, settings.changes)

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from pipeline.data import indexes, tars
-from pipeline.data.reader import Dataset, SampleOrder, SampleStream, expand_shards
+from pipeline.data.patterns import expand_shards
+from pipeline.data.reader import Dataset, SampleOrder, SampleStream
 from pipeline.errors import UserError
 
 SIZES = np.array([5, 1, 7, 3, 4])
