@@ -131,17 +131,6 @@ def open_catalog(folder: Path) -> Catalog | None:
     return Catalog(content, folder / ROWS, str(path))
 
 
-def known_classes(shard: Path) -> list[str] | None:
-    """Class names by label from the `classes.txt` beside a shard, else from its catalog; None without.
-
-    Raises:
-        UserError: one of them cannot be read.
-    """
-    names = class_names(shard)
-    listing = None if names else open_catalog(shard.parent)
-    return listing.classes if listing and listing.number(shard.name) is not None else names
-
-
 def rows_of(shard: Path, samples: Iterable[Sample]) -> np.ndarray | None:
     """The rows of the samples with an image, uint32 `[n, 3]`; None if an image or a label is too large for one.
 

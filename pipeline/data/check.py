@@ -212,21 +212,17 @@ def stats(shards: str | Sequence[str]) -> Statistics:
             rows.append((*header.size, len(data) / 1e3))
         except BadImage as error:
             formats[f"-{error.reason}"] += 1
-        except OSError:
-            formats["-read"] += 1
         try:
             label = dataset.label(record)
             if label is not None:
                 classes[label] += 1
         except ValueError as error:
             bad_labels[str(error)] += 1
-        except OSError:
-            bad_labels["cannot be read"] += 1
     height, width, kilobytes = np.percentile(rows, _PERCENTILES, axis=0).T.tolist() if rows else ([], [], [])
     return Statistics(
         shards=len(dataset.paths),
         samples=len(dataset),
-        bytes=sum(size for _, size, _ in dataset.described()),
+        bytes=sum(size for shards in dataset.described() for _, size, _ in shards),
         formats=dict(sorted(formats.items())),
         classes=dict(sorted(classes.items())),
         bad_labels=dict(bad_labels),

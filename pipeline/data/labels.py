@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -52,6 +52,16 @@ def class_names(shard: Path) -> list[str] | None:
     return names or None
 
 
+class _Shard(Protocol):
+    """A path or an address."""
+
+    @property
+    def parent(self) -> Any: ...
+
+
+S = TypeVar("S", bound=_Shard)
+
+
 class Numbering(NamedTuple):
     """One numbering of the classes of several sets of shards, that of the first training shards.
 
@@ -60,10 +70,10 @@ class Numbering(NamedTuple):
         doubt: why classes could not be compared by name, if they could not.
     """
 
-    tables: dict[Path, list[int]]
+    tables: dict[Any, list[int]]
     doubt: str | None = None
 
-    def of(self, shard: Path, label: int) -> int:
+    def of(self, shard: _Shard, label: int) -> int:
         """The common number of a shard's label.
 
         Raises:
@@ -78,7 +88,9 @@ class Numbering(NamedTuple):
 
 
 def common_numbering(
-    train: Sequence[Path], val: Sequence[Path], names: Callable[[Path], list[str] | None] = class_names
+    train: Sequence[S],
+    val: Sequence[S],
+    names: Callable[[S], list[str] | None] = class_names,  # type: ignore[assignment]
 ) -> Numbering:
     """Compare classes by their names, so that labels of sets built apart mean the same.
 
@@ -103,11 +115,11 @@ def common_numbering(
     for folder, own in known.items():
         if len(set(own)) < len(own):
             fix = "give every class a name of its own, or evaluate shards with equal files"
-            raise UserError("class names occur twice, and other shards have other names", str(folder / CLASSES), fix)
+            raise UserError("class names occur twice, and other shards have other names", f"{folder}/{CLASSES}", fix)
         strange = [name for name in own if name not in numbers]
         if strange and folder not in trained:
             shown = ", ".join(map(escape, strange[:_NAMED])) + (", ..." if len(strange) > _NAMED else "")
             what = f"{len(strange)} of {len(own)} classes are not among those of the training shards: {shown}"
-            raise UserError(what, str(folder / CLASSES), "name training shards with these classes")
+            raise UserError(what, f"{folder}/{CLASSES}", "name training shards with these classes")
         numbers |= {name: len(numbers) + i for i, name in enumerate(strange)}
     return Numbering({folder: [numbers[name] for name in names] for folder, names in known.items()})

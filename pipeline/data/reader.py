@@ -4,19 +4,23 @@ import functools
 import logging
 import os
 import shlex
-from collections.abc import Sequence
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from pipeline.config.schema import SourceConfig
 from pipeline.data import catalog, indexes, tars
-from pipeline.data.catalog import Catalog, open_catalog
+from pipeline.data.catalog import Catalog
+from pipeline.data.homes import OpenShard, ShardName, catalog_of, open_shard, shard_name
 from pipeline.data.images import BadImage, Header, hide_exif, inspect
 from pipeline.data.labels import LONGEST, parse_label
+from pipeline.data.mixing import ROWS, WHOLE, Mix, Segment, integer_shares
 from pipeline.data.names import escape
-from pipeline.data.patterns import list_shards
+from pipeline.data.patterns import Shards, list_shards
 from pipeline.data.philox import Purpose, philox
+from pipeline.data.remote.address import is_remote
 from pipeline.errors import UserError
 
 _log = logging.getLogger(__name__)
@@ -24,15 +28,43 @@ _MAX_SUBSTITUTES = 64
 _OPEN_FILES = 128
 
 
-class _File:
-    """An open file that is closed with its last reference, so that a reader may outlive its place in a cache."""
+class Source(NamedTuple):
+    """A part of the shards with a stream of its own.
 
-    def __init__(self, path: Path) -> None:
-        self.descriptor = os.open(path, os.O_RDONLY)
+    Attributes:
+        name: empty if the shards are not divided.
+        share: of every `mixing.ROWS` positions.
+        first: its first record.
+        shard_sizes: samples of each of its shards.
+    """
 
-    def __del__(self) -> None:
-        if hasattr(self, "descriptor"):
-            os.close(self.descriptor)
+    name: str
+    share: int
+    first: int
+    shard_sizes: np.ndarray
+
+    @property
+    def samples(self) -> int:
+        return int(self.shard_sizes.sum())
+
+    @property
+    def stream(self) -> int:
+        """A number for its random draws, which stays the same beside other sources."""
+        return 1 << 32 | zlib.crc32(self.name.encode()) if self.name else 0
+
+
+def _by_source(shards: Shards) -> dict[str, list[str]]:
+    """Names of shards by source."""
+    if isinstance(shards, str) or not any(isinstance(part, SourceConfig) for part in shards):
+        return {"": list_shards(shards)}
+    return {part.name: list_shards(part.url) for part in shards if isinstance(part, SourceConfig)}
+
+
+def _shares(shards: Shards) -> list[int]:
+    sources = [] if isinstance(shards, str) else [part for part in shards if isinstance(part, SourceConfig)]
+    if not sources:
+        return [ROWS]
+    return integer_shares([source.weight for source in sources], [source.name for source in sources])
 
 
 class Dataset:
@@ -42,6 +74,7 @@ class Dataset:
     walked, which is slow for large ones and said aloud.
 
     Attributes:
+        sources: that share the stream; a single one without a name, unless they are listed with their names.
         shard_sizes: samples of each shard.
         without_index: shards that had to be walked.
 
@@ -49,9 +82,10 @@ class Dataset:
         UserError: a shard is missing, damaged or empty, or an index describes another file.
     """
 
-    def __init__(self, shards: str | Sequence[str]) -> None:
-        self._names = list_shards(shards)
-        self._catalogs = {folder: open_catalog(Path(folder)) for folder in set(map(os.path.dirname, self._names))}
+    def __init__(self, shards: Shards) -> None:
+        named = _by_source(shards)
+        self._names = [name for names in named.values() for name in names]
+        self._catalogs = {folder: catalog_of(folder) for folder in set(map(os.path.dirname, self._names))}
         self._numbers = np.array([self._number(name) for name in self._names])  # in the catalog; -1: not listed
         self._listing = [self._catalogs[os.path.dirname(name)] for name in self._names]
         unlisted = [self._names[shard] for shard in np.flatnonzero(self._numbers < 0)]
@@ -60,35 +94,52 @@ class Dataset:
         self._rows = {name: _images_and_labels(Path(name)) for name in unlisted}
         self.shard_sizes = np.array([len(self._rows_of(shard)) for shard in range(len(self._names))])
         self._starts = np.concatenate([[0], np.cumsum(self.shard_sizes)])
+        ends = np.cumsum([len(names) for names in named.values()])
+        sizes = np.split(self.shard_sizes, ends[:-1])
+        shares = _shares(shards)
+        firsts = [0, *np.cumsum([part.sum() for part in sizes]).tolist()]
+        self.sources = [Source(*part) for part in zip(named, shares, firsts, sizes, strict=False)]
         self._open = functools.lru_cache(_OPEN_FILES)(self._open_shard)
 
     def __len__(self) -> int:
         return int(self._starts[-1])
 
     @property
-    def paths(self) -> list[Path]:
-        return [Path(name) for name in self._names]
+    def paths(self) -> list[ShardName]:
+        return [shard_name(name) for name in self._names]
 
-    def shard(self, record: int) -> Path:
-        return Path(self._names[self._shard_number(record)])
+    @property
+    def is_remote(self) -> bool:
+        """Whether some shards are in a store, where many reads at once cost little more than one."""
+        return any(is_remote(folder) for folder in self._catalogs)
 
-    def described(self) -> list[tuple[str, int, int]]:
-        """File name, bytes and samples of each shard; those that a catalog lists are not looked at."""
-        return [
+    def shard(self, record: int) -> ShardName:
+        return shard_name(self._names[self._shard_number(record)])
+
+    def described(self) -> list[list[tuple[str, int, int]]]:
+        """By source, file name, bytes and samples of each shard; those that a catalog lists are not looked at."""
+        rows = [
             (os.path.basename(name), self._bytes(shard), int(self.shard_sizes[shard]))
             for shard, name in enumerate(self._names)
         ]
+        ends = np.cumsum([len(source.shard_sizes) for source in self.sources]).tolist()
+        return [rows[begin:end] for begin, end in zip([0, *ends], ends, strict=False)]
 
     def key(self, record: int) -> str:
         """The sample's key, on one line; slow, since keys are not kept in memory."""
-        place = record - int(self._starts[self._shard_number(record)])
-        return escape([sample for sample in _contents(self.shard(record)).samples if sample.image][place].key)
+        shard = self._shard_number(record)
+        path = shard_name(self._names[shard])
+        if isinstance(path, Path):
+            samples = [sample for sample in _contents(path).samples if sample.image]
+            return escape(samples[record - int(self._starts[shard])].key)
+        _, row = self._place(record)
+        return escape(tars.key_at(functools.partial(self._read, shard), catalog.place(row)[0]))
 
     def image(self, record: int) -> bytearray:
         """The encoded image.
 
         Raises:
-            OSError: the shard cannot be read.
+            SourceError: the shard cannot be read.
             UserError: it is not the one that its catalog describes.
         """
         shard, row = self._place(record)
@@ -99,7 +150,7 @@ class Dataset:
 
         Raises:
             ValueError: see `parse_label`.
-            OSError, UserError: as `image`.
+            UserError: as `image`.
         """
         shard, row = self._place(record)
         if self._numbers[shard] >= 0:
@@ -136,17 +187,11 @@ class Dataset:
         shard = self._shard_number(record)
         return shard, self._rows_of(shard)[record - self._starts[shard]]
 
-    def _open_shard(self, shard: int) -> _File:
-        file, listed = _File(Path(self._names[shard])), self._listed(shard)
-        if listed:
-            listed[0].require(listed[1], os.fstat(file.descriptor).st_size, self._names[shard])
-        return file
+    def _open_shard(self, shard: int) -> OpenShard:
+        return open_shard(self._names[shard], self._listed(shard))
 
     def _read(self, shard: int, offset: int, size: int) -> bytearray:
-        data = bytearray(int(size))
-        if os.preadv(self._open(shard).descriptor, [data], int(offset)) != size:
-            raise OSError(f"{self._names[shard]} ends within a sample")
-        return data
+        return self._open(shard).read(int(offset), int(size))
 
 
 def _warn_of_missing_indexes(bare: list[Path], count: int) -> None:
@@ -187,8 +232,8 @@ class SampleOrder:
     Shards are permuted, then the samples within windows of consecutive shards, so that reads stay local.
     """
 
-    def __init__(self, shard_sizes: np.ndarray, window: int, seed: int) -> None:
-        self.shard_sizes, self.window, self.seed = np.asarray(shard_sizes), window, seed
+    def __init__(self, shard_sizes: np.ndarray, window: int, seed: int, source: int = 0) -> None:
+        self.shard_sizes, self.window, self.seed, self.source = np.asarray(shard_sizes), window, seed, source
         self.samples = int(self.shard_sizes.sum())
         self._starts = np.concatenate([[0], np.cumsum(self.shard_sizes)])
         self._shards = functools.lru_cache(4)(self._draw_shards)
@@ -202,7 +247,7 @@ class SampleOrder:
 
     def _draw_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The epoch's shard order and the place in the epoch at which each window starts."""
-        order = philox(self.seed, Purpose.SHARDS, epoch).permutation(len(self.shard_sizes))
+        order = philox(self.seed, Purpose.SHARDS, epoch, source=self.source).permutation(len(self.shard_sizes))
         ends = np.cumsum(self.shard_sizes[order])
         return order, np.concatenate([[0], ends[self.window - 1 : -1 : self.window]])
 
@@ -210,11 +255,11 @@ class SampleOrder:
         order, _ = self._shards(epoch)
         shards = order[window * self.window : (window + 1) * self.window]
         records = np.concatenate([np.arange(self._starts[s], self._starts[s + 1]) for s in shards])
-        return philox(self.seed, Purpose.SAMPLES, epoch, window).permutation(records)
+        return philox(self.seed, Purpose.SAMPLES, epoch, window, source=self.source).permutation(records)
 
 
 class Skip(NamedTuple):
-    """A sample that was left out: `reason` as in `images.inspect`, or `read` or `decode`."""
+    """A sample that was left out: `reason` as in `images.inspect`, or `decode`."""
 
     key: str
     shard: str
@@ -234,22 +279,29 @@ class Picked(NamedTuple):
 class SampleStream:
     """Usable images by global position.
 
-    A rejected sample is replaced by a record drawn from (seed, position, attempt). Rejection depends on the bytes
-    alone: `reject` records a verdict reached later, by decoding, that any other process would reach as well.
+    A rejected sample is replaced by a record of its source drawn from (seed, position, attempt). Rejection depends on
+    the bytes alone: `reject` records a verdict reached later, by decoding, that any other process would reach as well.
     """
 
-    def __init__(self, dataset: Dataset, *, window: int, seed: int, max_pixels: int) -> None:
+    def __init__(self, dataset: Dataset, *, window: int, seed: int, max_pixels: int, segment: Segment = WHOLE) -> None:
         self.dataset, self.seed, self.max_pixels = dataset, seed, max_pixels
-        self.order = SampleOrder(dataset.shard_sizes, window, seed)
+        self._mix = Mix([source.share for source in dataset.sources], seed, segment)
+        self._orders = [SampleOrder(s.shard_sizes, window, seed, s.stream) for s in dataset.sources]
         self._rejected: dict[int, str] = {}
 
     def reject(self, record: int, reason: str) -> None:
         self._rejected[record] = reason
 
+    def order(self, position: int) -> int:
+        """The record at a position."""
+        number, place = self._place(position)
+        return self.dataset.sources[number].first + self._orders[number](place)
+
     def pick(self, position: int) -> Picked:
         """The image for a position.
 
         Raises:
+            SourceError: a shard cannot be read: no fault of the sample, so nothing takes its place.
             UserError: too many substitutes in a row are unusable.
         """
         rejected: list[tuple[int, str]] = []
@@ -263,8 +315,6 @@ class SampleStream:
                     return Picked(record, data, header, tuple(rejected))
                 except BadImage as error:
                     self.reject(record, error.reason)
-                except OSError:
-                    self.reject(record, "read")
             rejected.append((record, self._rejected[record]))
         shard = str(self.dataset.shard(rejected[-1][0]))
         raise UserError(
@@ -274,4 +324,11 @@ class SampleStream:
     def _candidate(self, position: int, attempt: int) -> int:
         if attempt == 0:
             return self.order(position)
-        return int(philox(self.seed, Purpose.SUBSTITUTE, position, attempt).integers(len(self.dataset)))
+        source = self.dataset.sources[self._place(position)[0]]
+        return source.first + int(philox(self.seed, Purpose.SUBSTITUTE, position, attempt).integers(source.samples))
+
+    def _place(self, position: int) -> tuple[int, int]:
+        """Source and position in its stream; a single source from the start of the run has the run's positions."""
+        if len(self._orders) == 1 and not self._mix.segment.begin:
+            return 0, position
+        return self._mix(position)

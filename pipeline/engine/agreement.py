@@ -26,12 +26,14 @@ class Own:
         skipped: samples it left out since the last step.
         flops: of its networks in this step.
         band: cost band of its elastic student.
+        no_data: it could not get its batch and trained on something else.
     """
 
     stop: bool
     skipped: int
     flops: float
     band: int
+    no_data: bool = False
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Agreement:
         stop: some rank was asked to stop.
         skipped: samples left out on any rank.
         flops: of all ranks.
+        no_data: some rank had no batch, so the step must not count.
         band_steps, band_losses: elastic students trained and the sum of their DINO losses, over ranks, per cost band.
     """
 
@@ -58,6 +61,7 @@ class Agreement:
     flops: float
     band_steps: list[float]
     band_losses: list[float]
+    no_data: bool = False
 
 
 def agree(losses: StepLosses, gradient_squares: Tensor, own: Own) -> Agreement:
@@ -74,7 +78,9 @@ def agree(losses: StepLosses, gradient_squares: Tensor, own: Own) -> Agreement:
     finite = values.isfinite()
     values = values.where(finite, zero)
     band = torch.tensor([float(own.band == i) for i in range(len(BANDS))], dtype=torch.float64, device=device)
-    counts = torch.tensor([float(own.stop), float(own.skipped), own.flops], dtype=torch.float64, device=device)
+    counts = torch.tensor(
+        [float(own.stop), float(own.skipped), own.flops, float(own.no_data)], dtype=torch.float64, device=device
+    )
     sums = _Sums(
         losses=values,
         not_finite=~finite,
@@ -86,7 +92,7 @@ def agree(losses: StepLosses, gradient_squares: Tensor, own: Own) -> Agreement:
     norms = sums.on_device("squares").sqrt().float()
     squares = dict(zip(MODULES, sums.on_host("squares"), strict=True))
     infinite = {name for name, ranks in zip(_NAMES, sums.on_host("not_finite"), strict=True) if ranks}
-    stop, skipped, flops = sums.on_host("counts")
+    stop, skipped, flops, no_data = sums.on_host("counts")
     return Agreement(
         losses={
             name: math.nan if name in infinite else total / dist.get_world_size()
@@ -100,6 +106,7 @@ def agree(losses: StepLosses, gradient_squares: Tensor, own: Own) -> Agreement:
         flops=flops,
         band_steps=sums.on_host("band_steps"),
         band_losses=sums.on_host("band_losses"),
+        no_data=no_data > 0,
     )
 
 

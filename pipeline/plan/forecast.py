@@ -110,8 +110,9 @@ def data(config: ExperimentConfig, ranks: int) -> dict[str, Any]:
     """Batches, epochs and shards; `samples` is None where the shards are not at hand."""
     from braceexpand import braceexpand
 
-    patterns = [config.data.train] if isinstance(config.data.train, str) else config.data.train
-    shards = [Path(name) for pattern in patterns for name in braceexpand(pattern)]
+    from pipeline.data.patterns import patterns_of
+
+    shards = [Path(name) for pattern in patterns_of(config.data.train) for name in braceexpand(pattern)]
     batch = config.data.batch_size * ranks
     per_epoch = batch * config.optim.steps_per_epoch
     samples = _samples(shards)

@@ -10,7 +10,7 @@ from pipeline.errors import UserError
 
 FREE_KEYS = (
     *("run", "checkpoint", "engine", "metrics", "eval"),
-    *("data.train", "data.val", "data.threads", "data.batch_size"),
+    *("data.train", "data.segment", "data.val", "data.threads", "data.batch_size"),
 )
 """They change how or where a run is computed but not what it computes."""
 

@@ -2,11 +2,13 @@
 
 import copy
 import importlib
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, NoReturn
 
 from pipeline.config import ExperimentConfig
 from pipeline.engine import distributed
@@ -18,10 +20,11 @@ from pipeline.evaluate.online import OnlineEvaluation
 from pipeline.monitor.monitor import Monitor
 from pipeline.monitor.report import StepReport
 from pipeline.run.console import Console
-from pipeline.run.directory import RunDirectory, fingerprint
+from pipeline.run.directory import RunDirectory
 from pipeline.run.experiment import Settings
 from pipeline.run.policy import End, Policy, Save, after
 from pipeline.run.records import count, count_skipped, record
+from pipeline.run.segments import segment_of, sources_of
 from pipeline.run.slurm_job import Job, stop_signals
 from pipeline.run.step import Trainer
 from pipeline.run.threads import threads_that_fit
@@ -83,8 +86,10 @@ def _train(config: ExperimentConfig, ranks: Ranks, stop_requested: list[int], qu
                 if saved:
                     checkpoints.load(saved, trainer.engine, trainer.tri_branch.centering)
                 watchdog.beat("the start: data")
+                segments = ranks.agree(lambda: _settle_segments(run, config, progress, trainer))
+                trainer.segment = segment_of(segments[-1])
                 trainer.start_data(progress.samples)
-                ranks.agree(lambda: _open_records(run, config, settings, progress, trainer, console))
+                ranks.agree(lambda: _open_records(run, config, segments, settings, progress, trainer, console))
                 with Monitor(config, ranks, trainer.phases, trainer.bands, progress, policy.last_step) as monitor:
 
                     def alive() -> None:
@@ -161,6 +166,8 @@ class Run:
             if self.is_main:
                 self.directory.notice_take_over()
             report = self.trainer.step(progress.step, bool(stop_requested))
+            if report.agreed.no_data:
+                return self.stop_without_data(report)
             self.watchdog.beat(f"records of step {progress.step + 1}")
             count(progress, report, self.trainer.loader.next_sample)
             self.collect_skipped(report)
@@ -179,6 +186,21 @@ class Run:
                 self.console.ended(decision.end, progress, self.saved_step, report.agreed.bad, self.checkpoints.root)
                 return decision.end
         return End.DONE
+
+    def stop_without_data(self, report: StepReport) -> End:
+        """Save what is good and end, since some rank cannot get its data.
+
+        Raises:
+            SourceError: it will not come by waiting: an object is gone, forbidden or another.
+        """
+        self.save(Save.GOOD, report)
+        lost = [error for error in self.trainer.ranks.gather(self.trainer.lost) if error is not None]
+        first = min(lost, key=lambda error: error.passing)
+        if not first.passing:
+            self.trainer.ranks.agree(lambda: _raise(first))
+        if self.is_main:
+            print(f"error: {first}", file=sys.stderr)
+        return End.TRY_AGAIN
 
     @property
     def is_main(self) -> bool:
@@ -235,22 +257,32 @@ class Run:
         return True
 
 
+def _raise(error: Exception) -> NoReturn:
+    raise error
+
+
 def _tell_job(job: Job | None, end: End, requeue: bool) -> None:
     """Before any rank exits: the first exit code that is not 0 ends all tasks of a job step."""
     if job is not None:
         job.ended("stay" if end is End.STOPPED and not requeue else end.value)
 
 
+def _settle_segments(
+    run: RunDirectory, config: ExperimentConfig, progress: Progress, trainer: Trainer
+) -> list[dict[str, Any]]:
+    assert trainer.dataset is not None, "a run has data"
+    return run.segments(config, sources_of(trainer.dataset), progress.samples)
+
+
 def _open_records(
     run: RunDirectory,
     config: ExperimentConfig,
+    segments: list[dict[str, Any]],
     settings: Settings,
     progress: Progress,
     trainer: Trainer,
     console: Console,
 ) -> None:
-    assert trainer.dataset is not None, "a run has data"
-    data = fingerprint(trainer.dataset.described())
-    run.record_start(config, progress.step, trainer.ranks.world_size, data, settings)
+    run.record_start(config, progress.step, trainer.ranks.world_size, segments, settings)
     run.rewind(progress.step, progress.samples)
     console.starting(run.path, progress.step, config.engine, settings.changes)

@@ -9,9 +9,11 @@ import torch
 
 from kernels.dispatch import interpreted
 from pipeline.config import ExperimentConfig
-from pipeline.data.loader import Loader
+from pipeline.data.loader import Batch, Loader
 from pipeline.data.masks import block_masks
+from pipeline.data.mixing import Segment
 from pipeline.data.reader import Dataset, Skip
+from pipeline.data.remote.patience import SourceError
 from pipeline.elastic import Subnet, build, cost
 from pipeline.elastic.head import ProjectionHeads
 from pipeline.elastic.layers import recut_in_backward
@@ -83,6 +85,8 @@ class Trainer:
         self.dtype = working_dtype(config.engine)
         self.loader: Loader
         self.skips: list[Skip] = []
+        self.lost: SourceError | None = None
+        self.segment = Segment()
 
     def open_dataset(self) -> Dataset | None:
         """The shards, before anything large is built; None for a trainer that needs none."""
@@ -98,6 +102,7 @@ class Trainer:
             device=self.ranks.device,
             on_skip=self.skips.append,
             dataset=self.dataset,
+            segment=self.segment,
         )
 
     def step(self, step: int, stop_requested: bool = False) -> StepReport:
@@ -112,7 +117,7 @@ class Trainer:
         values = self.schedules.at(step)
         skipped_before = self.loader.skipped.total()
         self.phases.start()
-        batch = next(self.loader)
+        batch = self._next_batch()
         data_wait = self.phases.waited_for_data()
         crops = Crops.of(batch.global_crops.to(self.dtype), batch.local_crops.to(self.dtype), self._masks(step, values))
         subnet = self.draw(step)
@@ -132,10 +137,11 @@ class Trainer:
             skipped=self.loader.skipped.total() - skipped_before,
             flops=cost.step_flops(self.config, subnet, masked).total,
             band=self.bands.index(subnet),
+            no_data=self.lost is not None,
         )
         agreed = agree(losses, self.engine.gradient_squares(), own)
         self.phases.lap("reduce")
-        if agreed.bad:
+        if agreed.bad or agreed.no_data:
             self.engine.discard()
         else:
             self.enter(f"update of step {step + 1}")
@@ -144,6 +150,20 @@ class Trainer:
         timing = Timing(data_wait, time.perf_counter() - began)
         health = Health(probe.reduce(), self.tri_branch.centering.norms()) if probe else None
         return StepReport(agreed, values, subnet, timing, health)
+
+    def _next_batch(self) -> Batch:
+        """The next batch; one without a picture in it if the data cannot be had, which all ranks learn from this step.
+
+        A rank that stopped here by itself would leave the others waiting in the middle of the step, unable to save.
+        """
+        try:
+            return next(self.loader)
+        except SourceError as error:
+            self.lost = error
+        data, channels = self.config.data, self.config.model.in_chans
+        kinds = ((2, data.global_crops.size), (data.local_crops.count, data.local_crops.size))
+        shapes = [(crops * data.batch_size, channels, size, size) for crops, size in kinds]
+        return Batch(*(torch.zeros(shape, device=self.ranks.device) for shape in shapes))
 
     def draw(self, step: int) -> Subnet:
         """The elastic student of this rank."""

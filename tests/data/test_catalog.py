@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from pipeline.data import catalog, indexes, tars
-from pipeline.data.catalog import known_classes, open_catalog, write_catalog
+from pipeline.data.catalog import open_catalog, write_catalog
 from pipeline.data.check import verify
+from pipeline.data.homes import known_classes
 from pipeline.data.reader import Dataset
 from pipeline.data.shards import index
 from pipeline.errors import UserError

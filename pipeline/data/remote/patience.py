@@ -1,0 +1,77 @@
+"""What passes is waited for; what does not ends the run by name. Neither is a reason to leave a sample out."""
+
+import errno
+import random
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from pipeline.errors import UserError
+
+PATIENCE = 600.0  # seconds
+_FIRST_WAIT, _LONGEST_WAIT = 0.2, 20.0
+_PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR, errno.ECONNRESET, errno.ENFILE)
+
+T = TypeVar("T")
+
+
+class SourceError(UserError):
+    """Data cannot be had: an object is gone, forbidden or changed, or patience is spent.
+
+    Attributes:
+        passing: it may be there again later.
+    """
+
+    def __init__(self, what: str, where: str, fix: str, passing: bool = False) -> None:
+        super().__init__(what, where, fix)
+        self.passing = passing
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.what, self.where, self.fix, self.passing)
+
+
+class Passing(Exception):  # noqa: N818  named for what it is
+    """A fault that may pass. `reason` is one word, fit for a metric's label."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+
+
+def patiently(
+    attempt: Callable[[], T],
+    where: str,
+    patience: float | None = None,
+    on_retry: Callable[[str], object] = str,
+) -> T:
+    """What `attempt` gives, tried again after longer and longer waits while it raises `Passing`.
+
+    Args:
+        where: what is read, for messages.
+        patience: seconds until it is given up; `PATIENCE` by default.
+        on_retry: told the reason of each further attempt.
+
+    Raises:
+        SourceError: patience is spent.
+    """
+    patience = PATIENCE if patience is None else patience
+    give_up, wait = time.monotonic() + patience, _FIRST_WAIT
+    while True:
+        try:
+            return attempt()
+        except Passing as fault:
+            pause = wait * random.uniform(0.5, 1.5)  # ranks that failed together must not come back together
+            if time.monotonic() + pause > give_up:
+                what = f"cannot be read for {patience:.0f} s: {fault}"
+                fix = "start again when it can be reached"
+                raise SourceError(what, where, fix, passing=True) from fault
+            on_retry(fault.reason)
+            time.sleep(pause)
+            wait = min(2 * wait, _LONGEST_WAIT)
+
+
+def judge(error: OSError, where: str) -> Exception:
+    """What an error of a disk means: `Passing`, or a `SourceError` at once."""
+    if error.errno in _PASSING:
+        return Passing("disk", error.strerror or str(error))
+    return SourceError(f"cannot be read: {error.strerror or error}", where, "bring it back, and start again")
