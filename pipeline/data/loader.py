@@ -54,6 +54,7 @@ class Loader:
 
     Attributes:
         next_sample: samples consumed by all ranks together, the `start_sample` that resumes.
+        used: samples handed out by this rank so far, by name of their source.
         skipped: how often a sample was left out so far, by reason.
         samples: samples per epoch of the stream.
 
@@ -85,6 +86,7 @@ class Loader:
         )
         self.samples, self.next_sample = len(dataset), start_sample
         self.skipped: Counter[str] = Counter()
+        self.used: Counter[str] = Counter()
         self._reported: set[int] = set()
         self._handed_out: Any = None
         self._in_use: deque[tuple[torch.cuda.Event, Any]] = deque()
@@ -104,6 +106,7 @@ class Loader:
         assert (positions == position + np.arange(self.data.batch_size)).all(), "the pipeline lost a batch"
         self._report(prepared)
         self.next_sample += self._stride
+        self.used.update(self.dataset.source(record).name for record in prepared.records)
         crops = [torch.from_dlpack(output.as_tensor()).flatten(0, 1) for output in outputs[2:]]
         if len(crops) == 1:
             size = self.data.local_crops.size

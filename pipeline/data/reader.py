@@ -4,7 +4,9 @@ import functools
 import logging
 import os
 import shlex
+import time
 import zlib
+from bisect import bisect_right
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +23,7 @@ from pipeline.data.names import escape
 from pipeline.data.patterns import Shards, list_shards
 from pipeline.data.philox import Purpose, philox
 from pipeline.data.remote.address import is_remote
+from pipeline.data.remote.patience import WEATHER
 from pipeline.errors import UserError
 
 _log = logging.getLogger(__name__)
@@ -98,6 +101,7 @@ class Dataset:
         sizes = np.split(self.shard_sizes, ends[:-1])
         shares = _shares(shards)
         firsts = [0, *np.cumsum([part.sum() for part in sizes]).tolist()]
+        self._firsts = firsts[:-1]
         self.sources = [Source(*part) for part in zip(named, shares, firsts, sizes, strict=False)]
         self._open = functools.lru_cache(_OPEN_FILES)(self._open_shard)
 
@@ -143,7 +147,15 @@ class Dataset:
             UserError: it is not the one that its catalog describes.
         """
         shard, row = self._place(record)
-        return self._read(shard, *(catalog.place(row) if self._numbers[shard] >= 0 else row[:2]))
+        began = time.perf_counter()
+        data = self._read(shard, *(catalog.place(row) if self._numbers[shard] >= 0 else row[:2]))
+        if is_remote(self._names[shard]):
+            WEATHER.read(self.source(record).name, len(data), time.perf_counter() - began)
+        return data
+
+    def source(self, record: int) -> Source:
+        """The source that a record belongs to."""
+        return self.sources[bisect_right(self._firsts, record) - 1]
 
     def label(self, record: int) -> int | None:
         """The class index in the sample's `.cls` file, None without one.

@@ -90,7 +90,8 @@ def _train(config: ExperimentConfig, ranks: Ranks, stop_requested: list[int], qu
                 trainer.segment = segment_of(segments[-1])
                 trainer.start_data(progress.samples)
                 ranks.agree(lambda: _open_records(run, config, segments, settings, progress, trainer, console))
-                with Monitor(config, ranks, trainer.phases, trainer.bands, progress, policy.last_step) as monitor:
+                used = trainer.loader.used
+                with Monitor(config, ranks, trainer.phases, trainer.bands, progress, policy.last_step, used) as monitor:
 
                     def alive() -> None:
                         watchdog.alive()

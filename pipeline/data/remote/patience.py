@@ -2,7 +2,9 @@
 
 import errno
 import random
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -30,6 +32,35 @@ class SourceError(UserError):
         return type(self), (self.what, self.where, self.fix, self.passing)
 
 
+class Weather:
+    """What reading met in this process: told by metrics, of no influence on what is read.
+
+    Attributes:
+        retries: further attempts by reason.
+        waited: seconds that reads from stores took, over all threads.
+        fetched: bytes of samples from stores, by name of the source.
+    """
+
+    def __init__(self) -> None:
+        self.retries: Counter[str] = Counter()
+        self.waited = 0.0
+        self.fetched: Counter[str] = Counter()
+        self._lock = threading.Lock()
+
+    def retried(self, reason: str) -> None:
+        with self._lock:
+            self.retries[reason] += 1
+
+    def read(self, source: str, size: int, seconds: float) -> None:
+        """A sample was read from a store."""
+        with self._lock:
+            self.fetched[source] += size
+            self.waited += seconds
+
+
+WEATHER = Weather()
+
+
 class Passing(Exception):  # noqa: N818  named for what it is
     """A fault that may pass. `reason` is one word, fit for a metric's label."""
 
@@ -42,14 +73,12 @@ def patiently(
     attempt: Callable[[], T],
     where: str,
     patience: float | None = None,
-    on_retry: Callable[[str], object] = str,
 ) -> T:
     """What `attempt` gives, tried again after longer and longer waits while it raises `Passing`.
 
     Args:
         where: what is read, for messages.
         patience: seconds until it is given up; `PATIENCE` by default.
-        on_retry: told the reason of each further attempt.
 
     Raises:
         SourceError: patience is spent.
@@ -65,7 +94,7 @@ def patiently(
                 what = f"cannot be read for {patience:.0f} s: {fault}"
                 fix = "start again when it can be reached"
                 raise SourceError(what, where, fix, passing=True) from fault
-            on_retry(fault.reason)
+            WEATHER.retried(fault.reason)
             time.sleep(pause)
             wait = min(2 * wait, _LONGEST_WAIT)
 

@@ -6,8 +6,6 @@ is of a fixed range, of at most `PART` bytes, under the version that was seen fi
 
 import os
 import threading
-import time
-from collections import Counter
 from datetime import timedelta
 from typing import Any
 
@@ -30,17 +28,10 @@ class Store:
     Args:
         url: of a folder, without credentials: obstore takes them from the environment.
         patience: seconds to wait for what passes; see `patiently`.
-
-    Attributes:
-        fetched: bytes so far.
-        waited: seconds that reads took.
-        retries: further attempts by reason.
     """
 
     def __init__(self, url: str, patience: float | None = None) -> None:
         self.url, self.patience = url, patience
-        self.fetched, self.waited = 0, 0.0
-        self.retries: Counter[str] = Counter()
         self._lock = threading.Lock()
         self._opened: tuple[int, Any] | None = None
         self._seen: dict[str, tuple[int, str | None]] = {}
@@ -67,12 +58,7 @@ class Store:
             SourceError: it is gone, forbidden or not the one that was seen first, or patience is spent.
         """
         self.size(name)
-        began = time.perf_counter()
-        data = self._try(lambda: self._range(name, start, start + size), name) if size else b""
-        with self._lock:
-            self.fetched += size
-            self.waited += time.perf_counter() - began
-        return data
+        return self._try(lambda: self._range(name, start, start + size), name) if size else b""
 
     def _try(self, attempt: Any, name: str) -> Any:
         def checked() -> Any:
@@ -84,11 +70,7 @@ class Store:
                 raise _judge(error, exceptions, where) from error
 
         where = f"{self.url}/{name}"
-        return patiently(checked, where, self.patience, self._count)
-
-    def _count(self, reason: str) -> None:
-        with self._lock:
-            self.retries[reason] += 1
+        return patiently(checked, where, self.patience)
 
     def _head(self, name: str) -> tuple[int, str | None]:
         found = self._store().head(name)

@@ -119,6 +119,8 @@ def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(stores, "_CLIENT", {**stores._CLIENT, "read_timeout": stores.timedelta(seconds=1)})
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     open_remote.cache_clear()
+    patience.WEATHER.retries.clear()
+    patience.WEATHER.fetched.clear()
 
 
 @pytest.fixture

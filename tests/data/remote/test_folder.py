@@ -8,7 +8,7 @@ from pipeline.data.homes import known_classes
 from pipeline.data.patterns import list_shards
 from pipeline.data.reader import Dataset, SampleStream
 from pipeline.data.remote.folder import open_remote
-from pipeline.data.remote.patience import SourceError
+from pipeline.data.remote.patience import WEATHER, SourceError
 from pipeline.data.shards import index
 from pipeline.errors import UserError
 
@@ -137,6 +137,9 @@ def test_ledger_is_exact_over_three_epochs_and_any_history_of_ranks(folder: Path
                 share = batch // world_size
                 used += [stream.pick(sample + rank * share + i).record for i in range(share)]
             sample += batch
+    a_bytes, b_bytes = (sum(len(dataset.image(r)) for r in used if (r < 24) == first) for first in (True, False))
+    assert WEATHER.fetched == {"a": 2 * a_bytes, "b": 2 * b_bytes}, "once for the ranks and once for this sum"
+    assert WEATHER.retries.total() >= server.met.total() > 0
     whole = SampleStream(Dataset(train), window=2, seed=1, max_pixels=10**9)
     assert used == [whole.order(position) for position in range(sample)]
     a, b = [r for r in used if r < 24], [r for r in used if r >= 24]
