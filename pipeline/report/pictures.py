@@ -17,11 +17,11 @@ from pipeline.data.eval_images import EvalImages
 from pipeline.data.images import BadImage
 from pipeline.data.loader import Loader
 from pipeline.data.masks import block_masks
+from pipeline.data.segments import segment_at
 from pipeline.elastic import Subnet, build
 from pipeline.evaluate.online import representative_subnets
 from pipeline.models.loading import RunModels
 from pipeline.models.timm_format import preprocessing
-from pipeline.run.segments import segment_at
 
 IMAGES = 4
 SIDE = 128

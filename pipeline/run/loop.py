@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from pipeline.config import ExperimentConfig
+from pipeline.data.segments import segment_of
 from pipeline.engine import distributed
 from pipeline.engine.checkpoint import Checkpoints, Progress, Saved
 from pipeline.engine.distributed import Ranks
@@ -24,7 +25,7 @@ from pipeline.run.directory import RunDirectory
 from pipeline.run.experiment import Settings
 from pipeline.run.policy import End, Policy, Save, after
 from pipeline.run.records import count, count_skipped, record
-from pipeline.run.segments import segment_of, sources_of
+from pipeline.run.segments import sources_of
 from pipeline.run.slurm_job import Job, stop_signals
 from pipeline.run.step import Trainer
 from pipeline.run.threads import threads_that_fit

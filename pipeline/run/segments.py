@@ -3,13 +3,12 @@
 import hashlib
 import json
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
-from pipeline.data.mixing import ROWS, Mix, Segment
+from pipeline.data.mixing import ROWS, Mix
 from pipeline.data.reader import Dataset
+from pipeline.data.segments import recorded, segment_of
 from pipeline.errors import UserError
-from pipeline.files import read_json
 
 
 def sources_of(dataset: Dataset) -> list[dict[str, Any]]:
@@ -55,7 +54,7 @@ def settle_segments(
     Raises:
         UserError: sources or shares differ from those of the segment that `wanted` names.
     """
-    past = [segment for segment in _recorded(manifest) if segment["from_sample"] < max(samples, 1)] if samples else []
+    past = [segment for segment in recorded(manifest) if segment["from_sample"] < max(samples, 1)] if samples else []
     if not past:
         return [{"segment": wanted, "from_sample": samples, "sources": [{**s, "start": 0} for s in sources]}]
     last = past[-1]
@@ -74,26 +73,6 @@ def settle_segments(
         digest, count = before.get(source["name"], ("", 0))
         begun.append({**source, "start": count if digest == source["sha256"] else 0})
     return [*past, {"segment": wanted, "from_sample": samples, "sources": begun}]
-
-
-def segment_of(entry: dict[str, Any]) -> Segment:
-    """What the sample stream needs to know of a segment."""
-    return Segment(entry["segment"], entry["from_sample"], tuple(source["start"] for source in entry["sources"]))
-
-
-def segment_at(run: Path, sample: int) -> Segment:
-    """The segment that a sample of a run was in."""
-    path = run / "manifest.json"
-    recorded = _recorded(read_json(path, "restore it")) if path.exists() else []
-    past = [segment for segment in recorded if segment["from_sample"] <= sample]
-    return segment_of(past[-1]) if past else Segment()
-
-
-def _recorded(manifest: dict[str, Any]) -> list[dict[str, Any]]:
-    """The segments of a manifest; one of a version that knew none has one source without a name."""
-    if "segments" in manifest or "data" not in manifest:
-        return manifest.get("segments", [])
-    return [{"segment": 0, "from_sample": 0, "sources": [{"name": "", "share": ROWS, **manifest["data"], "start": 0}]}]
 
 
 def _difference(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> str | None:

@@ -5,9 +5,10 @@ from typing import Any
 import pytest
 
 from pipeline.data.mixing import Mix
+from pipeline.data.segments import segment_at, segment_of
 from pipeline.errors import UserError
 from pipeline.files import write_atomically
-from pipeline.run.segments import fingerprint, identity, segment_at, segment_of, settle_segments
+from pipeline.run.segments import fingerprint, identity, settle_segments
 
 
 def source(name: str, share: int, shards: int = 2) -> dict[str, Any]:
