@@ -89,9 +89,10 @@ class Dataset:
         named = _by_source(shards)
         self._names = [name for names in named.values() for name in names]
         self._catalogs = {folder: catalog_of(folder) for folder in set(map(os.path.dirname, self._names))}
-        self._numbers = np.array([self._number(name) for name in self._names])  # in the catalog; -1: not listed
+        self._numbers = [self._number(name) for name in self._names]  # in the catalog; -1: not listed
+        self._remote = [is_remote(name) for name in self._names]
         self._listing = [self._catalogs[os.path.dirname(name)] for name in self._names]
-        unlisted = [self._names[shard] for shard in np.flatnonzero(self._numbers < 0)]
+        unlisted = [self._names[shard] for shard, number in enumerate(self._numbers) if number < 0]
         self.without_index = [path for path in map(Path, unlisted) if not indexes.has_index(path)]
         _warn_of_missing_indexes(self.without_index, len(self._names))
         self._rows = {name: _images_and_labels(Path(name)) for name in unlisted}
@@ -115,7 +116,7 @@ class Dataset:
     @property
     def is_remote(self) -> bool:
         """Whether some shards are in a store, where many reads at once cost little more than one."""
-        return any(is_remote(folder) for folder in self._catalogs)
+        return any(self._remote)
 
     def shard(self, record: int) -> ShardName:
         return shard_name(self._names[self._shard_number(record)])
@@ -147,10 +148,12 @@ class Dataset:
             UserError: it is not the one that its catalog describes.
         """
         shard, row = self._place(record)
+        place = catalog.place(row) if self._numbers[shard] >= 0 else row[:2]
+        if not self._remote[shard]:
+            return self._read(shard, *place)
         began = time.perf_counter()
-        data = self._read(shard, *(catalog.place(row) if self._numbers[shard] >= 0 else row[:2]))
-        if is_remote(self._names[shard]):
-            WEATHER.read(self.source(record).name, len(data), time.perf_counter() - began)
+        data = self._read(shard, *place)
+        WEATHER.read(self.source(record).name, len(data), time.perf_counter() - began)
         return data
 
     def source(self, record: int) -> Source:
@@ -179,7 +182,7 @@ class Dataset:
 
     def _listed(self, shard: int) -> tuple[Catalog, int] | None:
         """The catalog that lists a shard, and its number there."""
-        listing, number = self._listing[shard], int(self._numbers[shard])
+        listing, number = self._listing[shard], self._numbers[shard]
         return (listing, number) if listing and number >= 0 else None
 
     def _rows_of(self, shard: int) -> np.ndarray:
