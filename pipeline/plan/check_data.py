@@ -8,6 +8,7 @@ from pipeline.data.homes import known_classes
 from pipeline.data.images import BadImage
 from pipeline.data.indexes import indexing
 from pipeline.data.labels import common_numbering
+from pipeline.data.mixing import ROWS
 from pipeline.data.patterns import name_shards
 from pipeline.data.reader import Dataset
 from pipeline.errors import UserError
@@ -24,6 +25,9 @@ def check_shards(config: ExperimentConfig, world_size: int) -> Check:
     _require_evaluation(config)
     batch = config.data.batch_size * world_size
     finding = f"{len(dataset.paths)} shards, {len(dataset)} images, global batch {batch}"
+    if dataset.sources[0].name:
+        parts = (f"{source.name} {source.samples} images, {source.share / ROWS:.1%}" for source in dataset.sources)
+        finding += f" ({'; '.join(parts)})"
     if len(dataset) < batch:
         return Check("shards", "fail", finding, "lower data.batch_size, or use fewer ranks")
     if bare:
