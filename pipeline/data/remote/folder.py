@@ -64,7 +64,7 @@ class RemoteFolder:
         aside = path.with_name(f"{path.name}.{os.getpid()}")
         try:
             with open(aside, "wb") as file:
-                for start in range(0, size, PART):
+                for start in range(0, size, PART):  # it may not fit into memory as one
                     file.write(self.store.read(ROWS, start, min(PART, size - start)))
             os.replace(aside, path)
         finally:

@@ -4,6 +4,7 @@ No client is trusted: with obstore, as with all others, an answer may be short a
 is of a fixed range, of at most `PART` bytes, under the version that was seen first, and its length is compared.
 """
 
+import functools
 import os
 import threading
 from datetime import timedelta
@@ -58,7 +59,9 @@ class Store:
             SourceError: it is gone, forbidden or not the one that was seen first, or patience is spent.
         """
         self.size(name)
-        return self._try(lambda: self._range(name, start, start + size), name) if size else b""
+        end = start + size
+        ranges = [(begin, min(begin + PART, end)) for begin in range(start, end, PART)]
+        return b"".join(self._try(functools.partial(self._range, name, *part), name) for part in ranges)
 
     def _try(self, attempt: Any, name: str) -> Any:
         def checked() -> Any:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from pipeline.data.remote import patience
+from pipeline.data.remote import store as stores
 from pipeline.data.remote.patience import WEATHER, SourceError
 from pipeline.data.remote.store import Store, _brief
 
@@ -64,3 +65,10 @@ def test_each_process_opens_the_store_itself(server) -> None:
 def test_error_holds_neither_the_body_of_the_answer_nor_a_secret() -> None:
     text = "Generic error: GET https://me:word@h/x?X-Amz-Signature=abc&y=1 failed: <?xml body\nDebug source: secret"
     assert _brief(Exception(text)) == "Generic error: GET https://h/x?... failed"
+
+
+def test_long_read_is_made_of_parts(server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stores, "PART", 1000)
+    server.rate, server.faults = 0.2, ("e503", "short", "cut")
+    assert Store(server.url).read("a.tar", 7, 4321) == CONTENT[7:4328]
+    assert server.sent["a.tar"] >= 4321
