@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from pipeline.config import ExperimentConfig
+from pipeline.data.remote.patience import WEATHER
 from pipeline.data.segments import segment_of
 from pipeline.engine import distributed
 from pipeline.engine.checkpoint import Checkpoints, Progress, Saved
@@ -58,6 +59,7 @@ def train(
     with stop_signals() if stop_requested is None else nullcontext(stop_requested) as stop:
         # collectives leave it to the watchdog to give up, which knows a suspended job from one that hangs
         ranks = distributed.initialize(1.5 * config.run.hang_timeout_seconds + 60, collective_seconds=_WEEK)
+        WEATHER.stop_requested = stop
         with threads_that_fit(config, ranks.device):
             return _train(config, ranks, stop, quiet, trainer).exit_code
 
@@ -192,7 +194,7 @@ class Run:
         return End.DONE
 
     def stop_without_data(self, report: StepReport) -> End:
-        """Save what is good and end, since some rank cannot get its data.
+        """Save what is good and end, since some rank cannot get its data, or may not wait for it any longer.
 
         Raises:
             SourceError: it will not come by waiting: an object is gone, forbidden or another.
@@ -204,7 +206,8 @@ class Run:
             self.trainer.ranks.agree(lambda: _raise(first))
         if self.is_main:
             print(f"error: {first}", file=sys.stderr)
-        return End.TRY_AGAIN
+        stopped = self.trainer.ranks.gather(bool(WEATHER.stop_requested))  # it may have come while a rank waited
+        return End.STOPPED if any(stopped) else End.TRY_AGAIN
 
     @property
     def is_main(self) -> bool:

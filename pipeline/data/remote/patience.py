@@ -5,13 +5,14 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from pipeline.errors import UserError
 
 PATIENCE = 600.0  # seconds
 _FIRST_WAIT, _LONGEST_WAIT = 0.2, 20.0
+_LOOK = 0.5  # seconds between two looks for a wish to stop
 _PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR, errno.ECONNRESET, errno.ENFILE)
 
 T = TypeVar("T")
@@ -39,12 +40,14 @@ class Weather:
         retries: further attempts by reason.
         waited: seconds that reads from stores took, over all threads.
         fetched: bytes of samples from stores, by name of the source.
+        stop_requested: not empty once the run was asked to stop; whoever waits then gives up.
     """
 
     def __init__(self) -> None:
         self.retries: Counter[str] = Counter()
         self.waited = 0.0
         self.fetched: Counter[str] = Counter()
+        self.stop_requested: Sequence[int] = ()
         self._lock = threading.Lock()
 
     def retried(self, reason: str) -> None:
@@ -81,22 +84,32 @@ def patiently(
         patience: seconds until it is given up; `PATIENCE` by default.
 
     Raises:
-        SourceError: patience is spent.
+        SourceError: patience is spent, or the run was asked to stop.
     """
     patience = PATIENCE if patience is None else patience
-    give_up, wait = time.monotonic() + patience, _FIRST_WAIT
+    began, wait = time.monotonic(), _FIRST_WAIT
+    give_up = began + patience
     while True:
         try:
             return attempt()
         except Passing as fault:
             pause = wait * random.uniform(0.5, 1.5)  # ranks that failed together must not come back together
-            if time.monotonic() + pause > give_up:
-                what = f"cannot be read for {patience:.0f} s: {fault}"
+            if time.monotonic() + pause > give_up or not _wait(pause):
+                what = f"cannot be read after {time.monotonic() - began:.0f} s: {fault}"
                 fix = "start again when it can be reached"
                 raise SourceError(what, where, fix, passing=True) from fault
             WEATHER.retried(fault.reason)
-            time.sleep(pause)
             wait = min(2 * wait, _LONGEST_WAIT)
+
+
+def _wait(seconds: float) -> bool:
+    """Let time pass; False as soon as the run is asked to stop, for then seconds count."""
+    until = time.monotonic() + seconds
+    while (left := until - time.monotonic()) > 0:
+        if WEATHER.stop_requested:
+            return False
+        time.sleep(min(left, _LOOK))
+    return not WEATHER.stop_requested
 
 
 def judge(error: OSError, where: str) -> Exception:

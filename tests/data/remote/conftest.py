@@ -101,9 +101,9 @@ class Handler(BaseHTTPRequestHandler):
                 self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.close_connection = True
             return None
-        self.wfile.write(data[:announced])
-        with self.server.lock:
+        with self.server.lock:  # before the client can know
             self.server.sent[name] += announced
+        self.wfile.write(data[:announced])
         return None
 
     def refuse(self, code: int) -> None:

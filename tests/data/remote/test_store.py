@@ -49,10 +49,21 @@ def test_patience_is_spent_at_last(server, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(patience, "PATIENCE", 0.2)
     server.always["a.tar"] = "e503"
     store = Store(server.url)
-    with pytest.raises(SourceError, match=r"cannot be read for 0 s: .*503.*a\.tar\): start again") as raised:
+    with pytest.raises(SourceError, match=r"cannot be read after 0 s: .*503.*a\.tar\): start again") as raised:
         store.size("a.tar")
     assert raised.value.passing
     assert WEATHER.retries["server"] >= 2
+
+
+def test_wish_to_stop_ends_the_waiting(server, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.always["a.tar"] = "e503"
+    received: list[int] = []
+    monkeypatch.setattr(WEATHER, "stop_requested", received)
+    monkeypatch.setattr(WEATHER, "retried", lambda _: received.append(15))  # it comes while the first wait ends
+    with pytest.raises(SourceError, match="cannot be read after") as raised:
+        Store(server.url).size("a.tar")
+    assert raised.value.passing
+    assert server.met["e503"] == 2
 
 
 def test_each_process_opens_the_store_itself(server) -> None:
@@ -71,4 +82,3 @@ def test_long_read_is_made_of_parts(server, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(stores, "PART", 1000)
     server.rate, server.faults = 0.2, ("e503", "short", "cut")
     assert Store(server.url).read("a.tar", 7, 4321) == CONTENT[7:4328]
-    assert server.sent["a.tar"] >= 4321
