@@ -11,6 +11,7 @@ import os
 import shlex
 import zlib
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -82,6 +83,10 @@ class Catalog:
         """The rows of a shard."""
         return self.rows[self.firsts[number] : self.firsts[number + 1]]
 
+    def is_sound(self, number: int) -> bool:
+        """Whether the rows of a shard are those that were written."""
+        return zlib.crc32(self.of(number).data) == self._checksums[number]
+
     def require(self, number: int, size: int, shard: str) -> None:
         """Refuse a shard of other bytes than the catalog says, and rows that are not those it was written with.
 
@@ -91,7 +96,7 @@ class Catalog:
         fix = f"poa shards index {shlex.quote(shard)}"
         if size != self.sizes[number]:
             raise UserError(f"the shard has {size} bytes and {CATALOG} says {self.sizes[number]}", shard, fix)
-        if zlib.crc32(self.of(number).data) != self._checksums[number]:
+        if not self.is_sound(number):
             raise UserError(f"{ROWS} is damaged, or belongs to another {CATALOG}", shard, fix)
 
 
@@ -171,7 +176,9 @@ def write_catalog(folder: Path, shards: Sequence[Path]) -> None:
         UserError: a shard or an index cannot be read.
         OSError: the catalog cannot be written; an older one is still there then.
     """
-    old = open_catalog(folder)
+    old = None
+    with suppress(UserError):  # one that cannot be used is what this one replaces
+        old = open_catalog(folder)
     new = {shard.name: shard for shard in shards}
     kept = [name for name in old.names if name not in new and (folder / name).exists()] if old else []
     columns: dict[str, list[Any]] = {column: [] for column in _COLUMNS}
@@ -186,7 +193,8 @@ def write_catalog(folder: Path, shards: Sequence[Path]) -> None:
                     assert old is not None
                     number = old.number(name)
                     assert number is not None
-                    rows, size = old.of(number), int(old.sizes[number])
+                    rows = old.of(number) if old.is_sound(number) else None
+                    size = int(old.sizes[number])
                 if rows is None:
                     continue
                 file.write(rows.tobytes())

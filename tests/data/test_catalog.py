@@ -86,6 +86,10 @@ def test_shard_or_rows_that_do_not_fit_are_refused_when_they_are_read(shards: li
     dataset.image(0)
     with pytest.raises(UserError, match=r"rows.npy is damaged.*train-000001.tar\): poa shards index"):
         dataset.image(4)
+    index(names[2])
+    assert open_catalog(rows.parent).names == [shards[0].name, shards[2].name], "damage is not written anew as sound"  # type: ignore[union-attr]
+    index(names)
+    rows.write_bytes(content)
     with open(shards[0], "ab") as file:
         file.write(bytes(512))
     for read in (Dataset(names).image, Dataset(names).label):
@@ -108,6 +112,12 @@ def test_catalog_that_is_cut_short_or_of_another_form_is_refused(shards: list[Pa
         path.write_text(text)
         with pytest.raises(UserError, match=r"not a catalog of shards.*shards\.json"):
             Dataset(names)
+    path.write_text(whole)
+    (path.parent / "rows.npy").unlink()
+    with pytest.raises(UserError, match=r"cannot read rows\.npy: No such file.*poa shards index"):
+        Dataset(names)
+    index(names)  # as it says
+    assert len(Dataset(names)) == 9
 
 
 def test_label_too_large_for_a_row_is_left_to_the_index(make_shard: Callable[..., Path], pictures: list[bytes]) -> None:
