@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from kernels.fused import attention, distillation, ema, reduce, residual
+from kernels.fused import attention, distillation, optimizer, reduce, residual
 
 ARCHITECTURES = (80, 90, 100)
 # What one thread block may have on the smallest device of an architecture, in bytes.
@@ -118,7 +118,7 @@ def cases(dtype: torch.dtype, presets_only: bool = False) -> Iterator[tuple[str,
         yield f"residual C={channels} LayerScale", partial(_residual, dtype, channels, True, False)
         yield f"residual C={channels}", partial(_residual, dtype, channels, False, False)
         yield f"residual C={channels} factors", partial(_residual, dtype, channels, True, True)
-    yield "ema", partial(_ema, dtype)
+    yield "optimizer", partial(_optimizer, dtype)
 
 
 def reports(dtype: torch.dtype, arch: int, presets_only: bool = False) -> Iterator[Report]:
@@ -186,9 +186,25 @@ def _residual(dtype: torch.dtype, channels: int, scaled: bool, per_row: bool) ->
     out.sum().backward()
 
 
-def _ema(dtype: torch.dtype) -> None:
-    shard = torch.zeros(4096)
-    ema.ema_update_(shard, shard.clone(), 0.01, None if dtype == torch.float32 else shard.to(dtype))
+def _optimizer(dtype: torch.dtype) -> None:
+    """With gradients reduced in fp32 and in `dtype`."""
+    master, first, second, ema = (torch.zeros(4096) for _ in range(4))
+    student, teacher = (None if dtype == torch.float32 else torch.zeros(4096, dtype=dtype) for _ in range(2))
+    looked_up = optimizer.tables([(0, 3000, 0, 1.0, True)], torch.device("cpu"))
+    for gradient in {torch.float32, dtype}:
+        optimizer.update_(
+            (master, first, second, ema),
+            (student, teacher),
+            torch.zeros(4096, dtype=gradient),
+            looked_up,
+            torch.ones(4),
+            lr=0.1,
+            weight_decay=0.1,
+            momentum=0.9,
+            betas=(0.9, 0.999),
+            eps=1e-8,
+            frozen=0,
+        )
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -15,12 +15,12 @@ from torch.nn.functional import layer_norm, scaled_dot_product_attention
 
 from kernels.attention import attention
 from kernels.distillation import Targets, cross_entropy
-from kernels.ema import ema_update_
+from kernels.optimizer import AdamWEma, Segment, Shard, Update
 from kernels.residual import add_rows, row_positions
 from kernels.sinkhorn import sinkhorn
 
 SCALES = ("full", "cpu", "tiny")
-OPERATIONS = ("loss", "sinkhorn", "attention", "residual", "norm", "ema")
+OPERATIONS = ("loss", "sinkhorn", "attention", "residual", "norm", "optimizer")
 TEMPERATURE, STUDENT_TEMPERATURE = 0.06, 0.1
 Contender = Callable[..., Tensor]
 
@@ -57,7 +57,7 @@ def cases(operation: str, scale: str, device: torch.device, dtype: torch.dtype) 
         "attention": _attention,
         "residual": _residual,
         "norm": _norm,
-        "ema": _ema,
+        "optimizer": _optimizer,
     }
     found = [builders[operation](*shape, device, dtype) for shape in SHAPES[operation][scale]]
     for case in found:
@@ -113,7 +113,7 @@ SHAPES: dict[str, dict[str, list]] = {
         "cpu": [("ViT-S", 2760, 256, 384), ("ViT-S", 2760, 256, 256)],
         "tiny": [("ViT", 9, 16, 24)],
     },
-    "ema": {"full": [(1 << 28,)], "cpu": [(1 << 23,)], "tiny": [(1 << 10,)]},
+    "optimizer": {"full": [(1 << 28,)], "cpu": [(1 << 23,)], "tiny": [(1 << 10,)]},
 }
 
 
@@ -324,29 +324,56 @@ def _norm(name: str, t: int, width: int, full: int, device: torch.device, dtype:
     return Case(f"{name} T={t} C={width} of {full}", inputs, contenders, 2 * values, 3 * values, missing=missing)
 
 
-def _ema(size: int, device: torch.device, dtype: torch.dtype) -> Case:
-    def inputs() -> tuple[Tensor, ...]:
-        copy = torch.empty(size, device=device, dtype=torch.bfloat16)
-        return torch.randn(size, device=device), torch.randn(size, device=device), copy
+def _optimizer(size: int, device: torch.device, dtype: torch.dtype) -> Case:
+    """AdamW, moving average and both bf16 copies of a shard of so many weights."""
+    segments = [
+        Segment(start, size // 16, 0, 0.9**i, bool(i % 2)) for i, start in enumerate(range(0, size, size // 16))
+    ]
+    factors, good = torch.ones(1, device=device), torch.ones((), device=device)
 
-    def plain(ema: Tensor, master: Tensor, copy: Tensor) -> Tensor:
-        ema.lerp_(master, 0.008)
-        return copy.copy_(ema)
+    def inputs() -> tuple[Tensor, ...]:
+        copies = (torch.empty(size, device=device, dtype=torch.bfloat16) for _ in range(2))
+        return *(torch.randn(size, device=device) for _ in range(3)), *copies
+
+    def plain(kind: str) -> Contender:
+        def run(master: Tensor, gradient: Tensor, ema: Tensor, student: Tensor, teacher: Tensor) -> Tensor:
+            optimizer = kept.setdefault(
+                id(master),
+                torch.optim.AdamW(
+                    [{"params": [master[s.start : s.stop]]} for s in segments],
+                    lr=1e-3,
+                    foreach=kind == "foreach",
+                    fused=kind == "fused",
+                ),
+            )
+            for group, segment in zip(optimizer.param_groups, segments, strict=True):
+                group["params"][0].grad = gradient[segment.start : segment.stop]
+            optimizer.step()
+            ema.lerp_(master, 0.008)
+            student.copy_(master)
+            return teacher.copy_(ema)
+
+        kept: dict[int, torch.optim.AdamW] = {}
+        return run
 
     def named(impl: str) -> Contender:
-        def run(ema: Tensor, master: Tensor, copy: Tensor) -> Tensor:
-            ema_update_([ema], [master], 0.992, [copy], impl=impl)
-            return copy
+        def run(master: Tensor, gradient: Tensor, ema: Tensor, student: Tensor, teacher: Tensor) -> Tensor:
+            one_pass = kept.setdefault(
+                id(master), AdamWEma(Shard.of(master, ema, student, teacher), segments, impl=impl)
+            )
+            one_pass([gradient], factors, good, Update(1e-3, 0.04, 0.992))
+            return teacher
 
+        kept: dict[int, AdamWEma] = {}
         return run
 
     contenders = {
-        "eager": plain,
-        "torch.compile": torch.compile(plain, dynamic=False),
-        "foreach": named("eager"),
+        "foreach": plain("foreach"),
+        "fused": plain("fused"),
+        "eager": named("eager"),
         "triton": named("triton"),
     }
-    return Case(f"shard of {size} weights, bf16 copy", inputs, contenders, 14 * size)
+    return Case(f"shard of {size} weights, 16 segments", inputs, contenders, 40 * size)
 
 
 def _matrix_sinkhorn(logits: Tensor) -> Tensor:

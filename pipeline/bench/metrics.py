@@ -176,9 +176,10 @@ def _block(
     with disturb(monitor):
         for _ in range(steps):
             began, thread = time.perf_counter(), time.thread_time()
-            report = trainer.step(progress.step)
+            step = trainer.step(progress.step)
+            report = step.report
             progress.step += 1
-            progress.samples = trainer.loader.next_sample
+            progress.samples = step.samples
             monitor.step(progress, report)
             if progress.step % log_every == 0:
                 monitor.logged(

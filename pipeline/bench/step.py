@@ -25,7 +25,7 @@ from pipeline.engine.layouts import working_dtype
 from pipeline.errors import UserError
 from pipeline.measure.metrics import PHASES
 from pipeline.measure.phases import Phases
-from pipeline.run.step import build_student
+from pipeline.run.step import Underway, build_student
 
 ENGINE = ("reduce", "optimizer", "ema")
 """Phases of what surrounds the networks: gradient reduction and norms, clip and AdamW, moving average."""
@@ -105,6 +105,7 @@ class StepBench:
     def __init__(self, config: ExperimentConfig, ranks: Ranks, synthetic: bool):
         self.config = config.model_copy(update={"loss": config.loss.model_copy(update={"ibot_start_epoch": 0})})
         self.ranks, self.step = ranks, 0
+        self._before: Underway | None = None
         before = self._held()
         self.trainer = BenchTrainer(self.config, ranks, synthetic)
         self.trainer.start_data(0)
@@ -204,7 +205,9 @@ class StepBench:
         self.trainer.close()
 
     def _run_ours(self, number: int) -> tuple[float, float]:
-        agreed = self.trainer.step(number).agreed
+        step = self.trainer.step(number)
+        before, self._before = self._before or step, step  # read one step late, as in training
+        agreed = before.report.agreed
         return agreed.losses["total"], agreed.flops
 
     def _turn(self, subnet: Subnet | None) -> None:

@@ -200,7 +200,7 @@ class KernelsConfig(Section):
     residual: Impl = Field("triton", description="stochastic depth, LayerScale and the sum of a block's branch")
     loss: Impl = Field("triton", description="cross-entropy, and the sums over logits that centering takes")
     sinkhorn: Impl = "triton"
-    ema: Impl = "triton"
+    optimizer: Impl = Field("triton", description="clipping, AdamW, moving average and the copies of both")
 
     @model_serializer
     def _one_word_if_one_will_do(self) -> str | dict[str, str]:
@@ -218,6 +218,9 @@ class EngineConfig(Section):
 
     zero_stage: Literal[0, 1, 2, 3] = 1
     precision: Literal["bf16", "fp32"] = "bf16"
+    reduce_dtype: Literal["bf16", "fp32"] = Field(
+        "fp32", description="in which gradients are added up over ranks and over both backward passes"
+    )
     kernels: KernelsConfig = KernelsConfig()
     compile: bool = True
     activation_checkpointing: bool = False
@@ -325,7 +328,7 @@ class ExperimentConfig(Section):
         if found["attention"] == "sdpa":
             found["attention"] = "eager"
         if self.engine.offload_optimizer:
-            found["ema"] = "eager"
+            found["optimizer"] = "eager"
         if self.loss.centering != "sinkhorn":
             del found["sinkhorn"]
         if self.model.family == "resnet":

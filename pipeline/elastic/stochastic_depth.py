@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from kernels.residual import add_rows, row_positions, take_rows
 from pipeline.elastic.layers import ElasticLayerScale
+from pipeline.elastic.transfer import to_device
 
 Layout = tuple[tuple[int, ...], ...]  # per crop group: images, then rows and columns, or tokens, of each
 
@@ -72,10 +73,7 @@ def keep_indices(
     for batch in batch_sizes:
         order = random.random((draws, batch), dtype=np.float32).argsort(axis=1)
         kept = np.sort(order[:, : kept_count(batch, rate)], axis=1)
-        host = torch.from_numpy(kept)
-        if torch.device(device).type == "cuda":
-            host = host.pin_memory()
-        indices.append(host.to(device, non_blocking=True))
+        indices.append(to_device(torch.from_numpy(kept), device))
     return indices
 
 

@@ -1,4 +1,7 @@
-"""What the ranks agree on in every step before anything is updated, in one all-reduce."""
+"""What the ranks agree on in every step before anything is updated, in one all-reduce.
+
+Whether there is an update is settled on the device; the host reads the values when the next step is under way.
+"""
 
 import math
 from collections.abc import Iterable
@@ -8,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pipeline.elastic.transfer import Late, to_device
 from pipeline.engine.groups import MODULES
 from pipeline.measure.metrics import BANDS
 from pipeline.method.tri_branch import TERMS, StepLosses
@@ -40,12 +44,11 @@ class Own:
 
 @dataclass(frozen=True)
 class Agreement:
-    """What every rank knows then.
+    """What every rank knows of a step.
 
     Attributes:
         losses: mean over ranks by "term/branch", and "total"; NaN where one is not finite.
-        norms: gradient norms before clipping, fp32 `[2]` on the device, in the order of `MODULES`.
-        gradient_norms: the same by module, on the host.
+        gradient_norms: before clipping, by module.
         bad: values that were not finite on some rank, the causes before what follows from them.
         stop: some rank was asked to stop.
         skipped: samples left out on any rank.
@@ -56,7 +59,6 @@ class Agreement:
     """
 
     losses: dict[str, float]
-    norms: Tensor
     gradient_norms: dict[str, float]
     bad: list[str]
     stop: bool
@@ -68,8 +70,53 @@ class Agreement:
     no_data: bool = False
 
 
-def agree(losses: StepLosses, gradient_squares: Tensor, own: Own) -> Agreement:
-    """Sum over the ranks what each found. Collective; the step's one wait for the device.
+class Agreed:
+    """What the ranks agree on, on the device at once, on the host when it is read.
+
+    Attributes:
+        norms: gradient norms before clipping, fp32 `[2]`, in the order of `MODULES`.
+        good: whether all values are finite on all ranks and all had data, 1 or 0, an fp32 scalar.
+    """
+
+    def __init__(self, **vectors: Tensor):
+        packed = torch.cat([vector.double() for vector in vectors.values()])
+        dist.all_reduce(packed)
+        self._names, self._sizes = list(vectors), [len(vector) for vector in vectors.values()]
+        sums = dict(zip(self._names, packed.split(self._sizes), strict=True))
+        self.norms = sums["squares"].sqrt().float()
+        finite = (sums["not_finite"] == 0).all() & sums["squares"].isfinite().all()
+        self.good = (finite & (sums["counts"][-1] == 0)).float()
+        self._packed = Late(packed)
+
+    def read(self) -> Agreement:
+        """Wait for the values, if need be."""
+        values = self._packed.tolist()
+        sums, start = {}, 0
+        for name, size in zip(self._names, self._sizes, strict=True):
+            sums[name] = values[start : start + size]
+            start += size
+        squares = dict(zip(MODULES, sums["squares"], strict=True))
+        infinite = {name for name, ranks in zip(_NAMES, sums["not_finite"], strict=True) if ranks}
+        stop, skipped, flops, parts_saved, no_data = sums["counts"]
+        return Agreement(
+            losses={
+                name: math.nan if name in infinite else total / dist.get_world_size()
+                for name, total in zip(_NAMES, sums["losses"], strict=True)
+            },
+            gradient_norms={module: math.sqrt(s) if s >= 0 else math.nan for module, s in squares.items()},
+            bad=_causes(infinite, squares),
+            stop=stop > 0,
+            skipped=round(skipped),
+            flops=flops,
+            parts_saved=round(parts_saved),
+            band_steps=sums["band_steps"],
+            band_losses=sums["band_losses"],
+            no_data=no_data > 0,
+        )
+
+
+def agree(losses: StepLosses, gradient_squares: Tensor, own: Own) -> Agreed:
+    """Sum over the ranks what each found. Collective; the host waits for nothing.
 
     Args:
         losses: of this rank.
@@ -81,39 +128,22 @@ def agree(losses: StepLosses, gradient_squares: Tensor, own: Own) -> Agreement:
     values = torch.stack([*(losses.terms.get(term, zero).double() for term in TERMS), losses.total.double()])
     finite = values.isfinite()
     values = values.where(finite, zero)
-    band = torch.tensor([float(own.band == i) for i in range(len(BANDS))], dtype=torch.float64, device=device)
-    counts = torch.tensor(
-        [float(own.stop), float(own.skipped), own.flops, float(own.parts_saved), float(own.no_data)],
-        dtype=torch.float64,
-        device=device,
+    drawn = [float(own.band == i) for i in range(len(BANDS))]
+    told = to_device(
+        torch.tensor(
+            [float(own.stop), float(own.skipped), own.flops, float(own.parts_saved), float(own.no_data), *drawn],
+            dtype=torch.float64,
+        ),
+        device,
     )
-    sums = _Sums(
+    counts, band = told.split([5, len(BANDS)])
+    return Agreed(
         losses=values,
         not_finite=~finite,
         squares=gradient_squares,
         counts=counts,
         band_steps=band,
         band_losses=values[TERMS.index(("dino", "elastic"))] * band,
-    )
-    norms = sums.on_device("squares").sqrt().float()
-    squares = dict(zip(MODULES, sums.on_host("squares"), strict=True))
-    infinite = {name for name, ranks in zip(_NAMES, sums.on_host("not_finite"), strict=True) if ranks}
-    stop, skipped, flops, parts_saved, no_data = sums.on_host("counts")
-    return Agreement(
-        losses={
-            name: math.nan if name in infinite else total / dist.get_world_size()
-            for name, total in zip(_NAMES, sums.on_host("losses"), strict=True)
-        },
-        norms=norms,
-        gradient_norms={module: math.sqrt(s) if s >= 0 else math.nan for module, s in squares.items()},
-        bad=_causes(infinite, squares),
-        stop=stop > 0,
-        skipped=round(skipped),
-        flops=flops,
-        parts_saved=round(parts_saved),
-        band_steps=sums.on_host("band_steps"),
-        band_losses=sums.on_host("band_losses"),
-        no_data=no_data > 0,
     )
 
 
@@ -122,22 +152,3 @@ def _causes(infinite: Iterable[str], squares: dict[str, float]) -> list[str]:
     infinite = set(infinite)
     causes = sorted(infinite - {"total"}) or sorted(infinite)
     return causes or [f"gradient/{module}" for module, s in squares.items() if not math.isfinite(s)]
-
-
-class _Sums:
-    """Sums over the ranks of named vectors, by one all-reduce and one copy to the host, in fp64."""
-
-    def __init__(self, **vectors: Tensor):
-        self._packed = torch.cat([vector.double() for vector in vectors.values()])
-        dist.all_reduce(self._packed)
-        self._host = self._packed.tolist()
-        self._places, start = {}, 0
-        for name, vector in vectors.items():
-            self._places[name] = slice(start, start + len(vector))
-            start += len(vector)
-
-    def on_device(self, name: str) -> Tensor:
-        return self._packed[self._places[name]]
-
-    def on_host(self, name: str) -> list[float]:
-        return self._host[self._places[name]]

@@ -7,14 +7,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kernels.ema import ema_update_
+from kernels.optimizer import AdamWEma, Shard
 from pipeline.config import EngineConfig, OptimConfig
-from pipeline.engine.groups import MODULES, FlatGroup, GroupSpec, parameter_groups
+from pipeline.engine.groups import FlatGroup, GroupSpec, parameter_groups
 from pipeline.engine.layouts import FlatShards, Layout, Replicated
+from pipeline.engine.optimizer import Decision, clip_factors, module_squares, update_of
 from pipeline.method.schedules import StepValues
 from pipeline.method.tri_branch import Branch
-
-_ADAM_STATE = ("exp_avg", "exp_avg_sq")
 
 
 class Engine:
@@ -25,7 +24,7 @@ class Engine:
         with engine.backward_window():
             ... engine.student(...); engine.backward(loss) ... twice
         squares = engine.gradient_squares()
-        engine.apply(values, norms) or engine.discard()
+        engine.apply(values, norms, good)
 
     Args:
         student: a `Branch` on the CPU; its weights are broadcast from rank 0.
@@ -40,21 +39,23 @@ class Engine:
 
     def __init__(self, student: Branch, optim: OptimConfig, config: EngineConfig, device: torch.device):
         self.config, self.device = config, device
-        self._clip = optim.clip_grad
+        self._optim = optim
         self._passes_left = 0
-        self._layout = _layout(student, parameter_groups(student, optim), config, device)
-        self.engine = self._layout.engine
-        self.student, self.teacher = self._layout.engine, self._layout.teacher
-        self.optimizer = self.engine.optimizer
-        self.groups = self._layout.groups
+        self._layout = layout = _layout(student, parameter_groups(student, optim), config, device)
+        # an offloaded shard is on the CPU, where no kernel but the eager one runs
+        impl = "eager" if config.offload_optimizer else config.kernels.optimizer
+        segments = [group.segment for group in layout.groups]
+        layout.optimizer.attach(AdamWEma(layout.shard, segments, impl=impl))
+        self.engine, self.optimizer, self.groups = layout.engine, layout.optimizer, layout.groups
+        self.student, self.teacher = layout.engine, layout.teacher
 
     @contextmanager
     def backward_window(self, passes: int = 2) -> Iterator[None]:
         """All backward passes of one step; gradients are averaged over the ranks when it closes."""
         self._passes_left = passes
-        with self._layout.window():
-            yield
+        yield
         assert self._passes_left == 0, "a step has a fixed number of backward passes"
+        self._layout.finish_backward()
 
     def backward(self, loss: Tensor) -> None:
         """One of the window's backward passes.
@@ -65,50 +66,33 @@ class Engine:
         if not self._passes_left:
             raise RuntimeError("backward outside of a backward_window: its gradients would be lost or counted twice")
         self._passes_left -= 1
-        self._layout.before_backward(last=self._passes_left == 0)
+        last = self._passes_left == 0
+        self._layout.before_backward(last)
         self.engine.backward(loss)
-        self._layout.after_backward()
+        self._layout.after_backward(last)
 
     @torch.no_grad()
     def gradient_squares(self) -> Tensor:
         """Squared gradient norm per entry of `MODULES`, fp32 `[2]`; its sum over the ranks is the global one."""
-        squares = torch.zeros(len(MODULES), device=self.device)
-        for group, gradients in zip(self.groups, self._layout.gradients(), strict=True):
-            if gradients:
-                norms = torch.stack(torch._foreach_norm([g.float() for g in gradients]))
-                squares[MODULES.index(group.spec.module)] += norms.square().sum().to(self.device)
+        squares = module_squares(self.groups, self._layout.gradients()).to(self.device)
         return squares / dist.get_world_size() if self.replicated else squares
 
     @torch.no_grad()
     def apply(
-        self, values: StepValues, gradient_norms: Tensor, lap: Callable[[str], None] = lambda phase: None
+        self, values: StepValues, norms: Tensor, good: Tensor, lap: Callable[[str], None] = lambda phase: None
     ) -> None:
-        """Clip, update the weights, then move the teacher.
+        """Clip, update the weights and the average, and rebuild student and teacher.
 
         Args:
             values: learning rate, weight decay and momentum of this step.
-            gradient_norms: global norm per entry of `MODULES`.
+            norms: global gradient norm per entry of `MODULES`, fp32 on the device.
+            good: fp32 scalar on the device; 0 leaves weights, moments and teacher as they are.
             lap: told the name of each part when it is done.
         """
-        factors = (self._clip / (gradient_norms + 1e-6)).clamp(max=1.0)
-        for group, gradients in zip(self.groups, self._layout.gradients(), strict=True):
-            if gradients:
-                factor = factors[MODULES.index(group.spec.module)]
-                torch._foreach_mul_(list(gradients), factor.to(gradients[0].device))
-        for group, settings in zip(self.groups, self.optimizer.param_groups, strict=True):
-            frozen = (group.spec.prototypes and values.prototypes_frozen) or (
-                group.spec.module == "backbone" and values.backbone_frozen
-            )
-            settings["lr"] = 0.0 if frozen else values.lr * group.spec.lr_scale
-            settings["weight_decay"] = values.weight_decay if group.spec.decayed and not frozen else 0.0
-        self.engine.step()
+        self._layout.update(Decision(clip_factors(norms, self._optim), good, update_of(values)))
         lap("optimizer")
-        self._update_teacher(values.momentum)
+        self._layout.publish_teacher()
         lap("ema")
-
-    def discard(self) -> None:
-        """Forget the gradients of a bad step; weights, moments and teacher stay as they were."""
-        self._layout.forget_gradients()
 
     @property
     def replicated(self) -> bool:
@@ -120,53 +104,35 @@ class Engine:
         return self._layout.whole_teacher()
 
     def moments(self, group: FlatGroup) -> dict[str, Tensor]:
-        """AdamW's moments of this rank's shard, as flat fp32 vectors; zeros before the first step."""
-        out = {}
-        for key in _ADAM_STATE:
-            out[key] = torch.zeros_like(group.master)
-            for parameter, place in group.params:
-                state = self._layout.adam.state.get(parameter, {})
-                if key in state:
-                    out[key][place] = state[key].reshape(-1)
-        return out
+        """AdamW's moments of this rank's part of a group, flat fp32; zeros before the first step."""
+        return group.moments
 
     def optimizer_steps(self) -> int:
         """Updates applied so far (bad steps are not counted)."""
-        for state in self._layout.adam.state.values():
-            if "step" in state:
-                return int(state["step"])
-        return 0
+        return int(self.shard.steps)
+
+    @property
+    def shard(self) -> Shard:
+        """What this rank holds."""
+        return self._layout.shard
 
     @torch.no_grad()
     def restore(self, index: int, shard: dict[str, Tensor], steps: int) -> None:
-        """Set the shard of group `index` from vectors `master`, `ema`, `exp_avg`, `exp_avg_sq`; then call `refresh`."""
+        """Set group `index` from vectors `master`, `ema`, `exp_avg`, `exp_avg_sq` of this rank; then call `refresh`."""
         group = self.groups[index]
-        group.master.copy_(shard["master"])
-        group.ema.copy_(shard["ema"])
-        device = group.master.device  # a fused AdamW wants its counter there, the plain one on the CPU
-        for parameter, place in group.params:
-            self._layout.adam.state[parameter] = {
-                "step": torch.tensor(float(steps), device=device),
-                **{key: shard[key][place].to(device).view_as(parameter).clone() for key in _ADAM_STATE},
-            }
+        for name, vector in {"master": group.master, "ema": group.ema, **group.moments}.items():
+            vector.copy_(shard[name])
+        self.shard.steps.fill_(steps)
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Rebuild student and teacher in the working precision from the fp32 shards."""
+        self._layout.fill_copies()
         self._layout.publish_student()
-        for group in self.groups:
-            group.teacher.copy_(group.ema)
         self._layout.publish_teacher()
 
     def destroy(self) -> None:
         self._layout.destroy()
-
-    def _update_teacher(self, momentum: float) -> None:
-        # an offloaded state is on the CPU, where no kernel but the eager one runs
-        impl = "eager" if self.config.offload_optimizer else self.config.kernels.ema
-        masters = [g.master.detach() for g in self.groups]
-        ema_update_([g.ema for g in self.groups], masters, momentum, [g.teacher for g in self.groups], impl=impl)
-        self._layout.publish_teacher()
 
 
 def _layout(student: Branch, specs: list[GroupSpec], config: EngineConfig, device: torch.device) -> Layout:

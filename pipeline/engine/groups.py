@@ -1,17 +1,23 @@
-"""Parameter groups, and the flat fp32 vectors that each of them is on every rank."""
+"""Parameter groups, and where they lie in the flat fp32 vectors of a rank.
+
+All groups, one after the other, are one vector, of which a rank holds a shard; so one pass updates them all, and one
+collective gathers them.
+"""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from kernels.optimizer import Segment, Shard
 from pipeline.config import OptimConfig
 from pipeline.method.tri_branch import Branch
 
 MODULES = ("backbone", "heads")  # gradients are clipped module by module
+PARTS = (*MODULES, "prototypes")  # and weights freeze part by part
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,11 @@ class GroupSpec:
     @property
     def numel(self) -> int:
         return sum(self.sizes)
+
+    @property
+    def part(self) -> int:
+        """Position in `PARTS`."""
+        return PARTS.index("prototypes" if self.prototypes else self.module)
 
 
 def parameter_groups(student: Branch, optim: OptimConfig) -> list[GroupSpec]:
@@ -91,20 +102,52 @@ class Piece(NamedTuple):
 
 @dataclass
 class FlatGroup:
-    """One parameter group on one rank: its shard of the group's flat fp32 vectors.
+    """One parameter group on one rank: its place in the rank's shard of everything.
 
     Attributes:
         spec: what the group is.
-        master: the shard of the weights, fp32; with the padding that DeepSpeed adds.
-        ema: the shard of the teacher's weights, laid out like `master`.
-        teacher: the same in the working precision, from where the teacher is rebuilt on every rank.
-        pieces: where the shard's elements belong in the flat vector, rising; padding is in none of them.
-        params: the optimizer's tensors that make up `master`, with their places in it.
+        shard: the rank's vectors, of all groups one after the other.
+        place: the group's elements of them.
+        pieces: where these belong in the group's flat vector, rising; padding is in none of them.
     """
 
     spec: GroupSpec
-    master: Tensor
-    ema: Tensor
-    teacher: Tensor
+    shard: Shard
+    place: slice
     pieces: Sequence[Piece]
-    params: list[tuple[Tensor, slice]] = field(default_factory=list)
+
+    @property
+    def master(self) -> Tensor:
+        """fp32 weights."""
+        return self.shard.master[self.place]
+
+    @property
+    def ema(self) -> Tensor:
+        """The teacher's, fp32."""
+        return self.shard.ema[self.place]
+
+    @property
+    def moments(self) -> dict[str, Tensor]:
+        """AdamW's, by the names that torch gives them; zeros before the first step."""
+        return {"exp_avg": self.shard.first[self.place], "exp_avg_sq": self.shard.second[self.place]}
+
+    @property
+    def segment(self) -> Segment:
+        spec = self.spec
+        return Segment(self.place.start, self.place.stop - self.place.start, spec.part, spec.lr_scale, spec.decayed)
+
+
+def offsets(specs: Sequence[GroupSpec]) -> list[int]:
+    """Where each group begins in the flat vector of everything, and where that ends."""
+    return [0, *accumulate(spec.numel for spec in specs)]
+
+
+def in_interval(specs: Sequence[GroupSpec], shard: Shard, start: int) -> list[FlatGroup]:
+    """The groups on a rank whose shard begins with element `start` of the flat vector of everything."""
+    groups = []
+    for spec, begin in zip(specs, offsets(specs), strict=False):
+        low = min(max(begin, start), start + len(shard.master))
+        high = max(min(begin + spec.numel, start + len(shard.master)), low)
+        pieces = [Piece(0, low - begin, high - low)] if high > low else []
+        groups.append(FlatGroup(spec, shard, slice(low - start, high - start), pieces))
+    return groups

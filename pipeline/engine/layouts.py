@@ -1,27 +1,30 @@
 """How each ZeRO stage lays out weights, gradients and optimizer state over the ranks.
 
-Everything the optimizer and the EMA hold is, per parameter group, one flat fp32 vector of which a rank owns a shard:
-under ZeRO-0 we lay it out and the shard is the whole, under ZeRO-1/2 it is an interval, under ZeRO-3 (`zero3`) it is an
-interval of every parameter. The checkpoint is made of these.
+All that optimizer and EMA hold is flat fp32 vectors of which a rank owns a shard: under ZeRO-0 we lay them out and the
+shard is the whole, under ZeRO-1/2 it is an interval, under ZeRO-3 (`zero3`) it is an interval of every parameter. One
+pass updates the shard (`optimizer`). The checkpoint is made of these vectors, parameter group by parameter group.
 """
 
 import copy
-import inspect
 import logging
 import os
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from typing import Any, cast
+from contextlib import contextmanager, suppress
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from kernels.optimizer import Shard
 from pipeline.config import EngineConfig
 from pipeline.elastic.compiler import compiler_deferred
-from pipeline.engine.groups import FlatGroup, GroupSpec, Piece
+from pipeline.engine import private
+from pipeline.engine.gradients import Reduction
+from pipeline.engine.groups import FlatGroup, GroupSpec, in_interval, offsets
+from pipeline.engine.optimizer import Decision, FlatAdamW
 from pipeline.engine.sizes import BUCKET
 from pipeline.method.tri_branch import Branch
 
@@ -35,46 +38,57 @@ class Layout(ABC):
     Attributes:
         engine: DeepSpeed's, around the student.
         teacher: called like the `Branch` it is or wraps.
-        groups: in the order of the optimizer's parameter groups.
+        optimizer: what updates the shard.
+        shard: what this rank holds of weights, average and moments.
+        groups: in the order of the flat vector of everything.
         replicated: every rank holds all of every vector, and of the averaged gradients.
     """
 
     engine: Any
     teacher: Any
+    optimizer: FlatAdamW
+    shard: Shard
     groups: list[FlatGroup]
     replicated = False
-
-    @property
-    def adam(self) -> torch.optim.Optimizer:
-        """torch's optimizer under DeepSpeed's."""
-        return self.engine.optimizer.optimizer
-
-    def window(self) -> AbstractContextManager[None]:
-        """Around all backward passes of a step."""
-        return nullcontext()
 
     def before_backward(self, last: bool) -> None:
         """Tell DeepSpeed whether the step's last backward pass comes."""
         self.engine.set_gradient_accumulation_boundary(last)
 
-    def after_backward(self) -> None:  # noqa: B027  (most stages have nothing to do)
+    def after_backward(self, last: bool) -> None:  # noqa: B027  (not every stage has something to do)
         """What is left to do when a backward pass is over."""
 
+    def finish_backward(self) -> None:  # noqa: B027
+        """Complete the reduction after the last backward pass: where a fast rank waits for a slow one."""
+
     @abstractmethod
-    def gradients(self) -> list[Sequence[Tensor]]:
-        """This rank's averaged gradients per group, after the last backward pass."""
+    def gradients(self) -> Sequence[Tensor]:
+        """Averaged gradients of this rank's shard, one after the other, after the last backward pass."""
 
     @abstractmethod
     def forget_gradients(self) -> None:
         """Begin the next step as if this one's backward passes had not been."""
 
+    def update(self, decision: Decision) -> None:
+        """Update the shard and rebuild every rank's student, or leave everything as it is."""
+        self.optimizer.decide(decision.to(self.shard.master.device), self.gradients())
+        self.optimizer.step()
+        self.forget_gradients()
+        self.publish_student()
+
     @abstractmethod
     def publish_student(self) -> None:
-        """Rebuild every rank's working weights of the student from the master shards."""
+        """Rebuild every rank's working weights of the student from the shards."""
 
     @abstractmethod
     def publish_teacher(self) -> None:
-        """Rebuild the teacher on every rank from `FlatGroup.teacher`."""
+        """Rebuild the teacher on every rank from the shards."""
+
+    def fill_copies(self) -> None:
+        """Round the shard anew, after its values were set."""
+        for copy_, exact in ((self.shard.student, self.shard.master), (self.shard.teacher, self.shard.ema)):
+            if copy_ is not None:
+                copy_.copy_(exact)
 
     @contextmanager
     def whole_teacher(self) -> Iterator[Branch]:
@@ -86,35 +100,27 @@ class Layout(ABC):
 
 
 class Replicated(Layout):
-    """ZeRO-0: fp32 weights in flat vectors of ours, whole on every rank."""
+    """ZeRO-0: fp32 weights in one flat vector of ours, whole on every rank. The average is the teacher."""
 
     replicated = True
 
     def __init__(self, student: Branch, specs: list[GroupSpec], config: EngineConfig, device: torch.device):
         student.to(device)
         teacher = copy.deepcopy(student).eval().requires_grad_(False)
-        initial = dict(student.named_parameters())
-        flats = [torch.cat([initial[name].detach().reshape(-1) for name in spec.names]) for spec in specs]
-        _make_views(student, specs, flats)
-        self.engine = initialize(student, adamw(student, specs, config, device), config, 0)
-        self._named: dict[str, nn.Parameter] = dict(self.engine.module.named_parameters())
-        self.groups = []
-        for spec, flat in zip(specs, flats, strict=True):
-            params: list[tuple[Tensor, slice]] = [
-                (self._named[name], slice(offset, offset + size))
-                for name, offset, size in zip(spec.names, spec.offsets, spec.sizes, strict=True)
-            ]
-            everything = [Piece(0, 0, spec.numel)]
-            self.groups.append(FlatGroup(spec, flat, flat.clone(), flat.clone(), everything, params))
-        _make_views(teacher, specs, [group.teacher for group in self.groups])
+        flat = _flattened(student, specs)
+        _make_views(student, specs, flat)
+        self.optimizer = flat_adamw(student, specs)
+        self.engine = initialize(student, self.optimizer, config, 0)
+        named = dict(self.engine.module.named_parameters())
+        self._parameters = [named[name] for spec in specs for name in spec.names]
+        self._none = flat.new_zeros(max(p.numel() for p in self._parameters))
+        self.shard = Shard.of(flat, flat.clone())
+        self.groups = in_interval(specs, self.shard, 0)
+        _make_views(teacher, specs, self.shard.ema)
         self.teacher = teacher
 
-    @property
-    def adam(self) -> torch.optim.Optimizer:
-        return self.engine.optimizer
-
-    def gradients(self) -> list[Sequence[Tensor]]:
-        return [[p.grad for n in g.spec.names if (p := self._named[n]).grad is not None] for g in self.groups]
+    def gradients(self) -> list[Tensor]:
+        return [self._none[: p.numel()] if p.grad is None else p.grad.reshape(-1) for p in self._parameters]
 
     def forget_gradients(self) -> None:
         self.engine.zero_grad()
@@ -123,96 +129,91 @@ class Replicated(Layout):
         """The masters are the weights."""
 
     def publish_teacher(self) -> None:
-        """The shard is the whole."""
+        """The average is the teacher."""
 
 
-class Sharded(Layout):
-    """ZeRO-1 to 3: DeepSpeed owns the masters and averages the gradients into shards."""
+class FlatShards(Layout):
+    """ZeRO-1/2: one flat vector in the working precision, of which a rank owns an interval; DeepSpeed lays it out.
 
-    def __init__(self, engine: Any, config: EngineConfig):
-        self.engine, self._zero = engine, engine.optimizer
-        self._offloaded = config.offload_optimizer is not None
-
-    def gradients(self) -> list[Sequence[Tensor]]:
-        if self._offloaded:
-            return [[cast(Tensor, group.master.grad)] for group in self.groups]
-        return [self._zero.averaged_gradients.get(i) or () for i in range(len(self.groups))]
-
-
-class FlatShards(Sharded):
-    """ZeRO-1/2: DeepSpeed's flat vector per group, of which a rank owns one interval."""
+    Gradients and updates go their own way: DeepSpeed's would reduce all gradients on all ranks, and read and write the
+    shard several times more.
+    """
 
     def __init__(self, student: Branch, specs: list[GroupSpec], config: EngineConfig, device: torch.device):
-        exact = fp32_weights(student) if working_dtype(config) != torch.float32 else None
+        dtype = working_dtype(config)
+        exact = fp32_weights(student) if dtype != torch.float32 else None
         student.to(device)
-        teacher = copy.deepcopy(student).to(working_dtype(config)).eval().requires_grad_(False)
-        optimizer = adamw(student, specs, config, device)
-        super().__init__(initialize(student, optimizer, config, config.effective_stage()), config)
-        self._student_flats: list[Tensor] = self._zero.bit16_groups_flat
-        self._teacher_flats = [flat.detach().clone() for flat in self._student_flats]
-        self.groups = [self._group(i, spec) for i, spec in enumerate(specs)]
+        teacher = copy.deepcopy(student).to(dtype).eval().requires_grad_(False)
+        self.optimizer = flat_adamw(student, specs)
+        self.engine = initialize(student, self.optimizer, config, config.effective_stage())
+        self._student, master = private.flat_shards(self.engine)
+        self._offloaded = config.offload_optimizer is not None
+        length = len(master)
+        self._own = slice(dist.get_rank() * length, (dist.get_rank() + 1) * length)
+        parameters = self._in_order(specs)
+        self._reduction = Reduction(
+            parameters, len(self._student), reduction_dtype(config), config.effective_stage() == 2
+        )
+        self._teacher = self._student.detach().clone()
+        if dtype == torch.float32 and dist.get_world_size() == 1 and not self._offloaded:
+            master.data = self._student  # the weights are the masters, as at stage 0
+            self.shard = Shard.of(master, self._teacher)
+        else:
+            self.shard = Shard.of(master, master.detach().clone(), *map(self._copy_of, (self._student, self._teacher)))
+        self.groups = in_interval(specs, self.shard, self._own.start)
         if exact:
             start_from(self.groups, exact, device)
-        _make_views(teacher, specs, self._teacher_flats)
+        _make_views(teacher, specs, self._teacher)
         self.teacher = teacher
 
-    def _group(self, index: int, spec: GroupSpec) -> FlatGroup:
-        named, flat = dict(self.engine.module.named_parameters()), self._student_flats[index]
-        for name, offset in zip(spec.names, spec.offsets, strict=True):
-            assert named[name].data_ptr() == flat[offset].data_ptr(), "DeepSpeed lays parameters out in our order"
-        master = self._zero.param_groups[index]["params"][0]
-        assert master.dtype == torch.float32
-        assert len(master) * dist.get_world_size() == len(flat)
-        start = dist.get_rank() * len(master)
-        length = min(len(master), spec.numel - start)
-        pieces = [Piece(0, start, length)] if length > 0 else []
-        teacher = self._teacher_flats[index][start : start + len(master)]
-        return FlatGroup(spec, master, master.detach().clone(), teacher, pieces, [(master, slice(None))])
+    def _in_order(self, specs: list[GroupSpec]) -> list[nn.Parameter]:
+        named = dict(self.engine.module.named_parameters())
+        parameters = [named[name] for spec in specs for name in spec.names]
+        begin = 0
+        for parameter in parameters:
+            assert parameter.data_ptr() == self._student[begin].data_ptr(), "DeepSpeed lays parameters out in our order"
+            begin += parameter.numel()
+        return parameters
 
-    def window(self) -> AbstractContextManager[None]:
-        """Reduce once at the end in a fixed order, so that ranks may train different blocks.
-
-        Two bare backward calls would be silently wrong.
-        """
-        return self.engine.coalesce_grad_reduction()
+    def _copy_of(self, flat: Tensor) -> Tensor | None:
+        """Where the pass rounds to: the rank's interval, or memory beside an offloaded shard; None: nowhere."""
+        if self._offloaded:
+            own = flat[self._own].detach()
+            return torch.empty_like(own, device="cpu", pin_memory=flat.is_cuda).copy_(own)
+        return flat[self._own].detach() if flat.dtype != torch.float32 else None
 
     def before_backward(self, last: bool) -> None:
-        """The window sees to it."""
+        """DeepSpeed reduces nothing."""
 
-    def gradients(self) -> list[Sequence[Tensor]]:
+    def after_backward(self, last: bool) -> None:
+        self._reduction.after_pass(last)
+
+    def finish_backward(self) -> None:
+        self._reduction.finish()
+
+    def gradients(self) -> list[Tensor]:
+        return self._reduction.gradients()
+
+    def update(self, decision: Decision) -> None:
         if self._offloaded:
-            self._zero._wait_for_offload_copies()  # they come from the device on a stream of their own
-        return super().gradients()
+            self._reduction.to(self.shard.master.device)
+        super().update(decision)
 
     def forget_gradients(self) -> None:
-        # what DeepSpeed's own overflow branch clears
-        zero = self._zero
-        zero.zero_grad(set_to_none=True)
-        zero._release_preflattened_grad_buffers()
-        if self._offloaded:
-            zero.reset_cpu_buffers()
-            zero.micro_step_id = -1  # or the next step's gradients would be added to these
-        for i in zero.averaged_gradients:
-            zero.averaged_gradients[i] = None
-            zero.all_grad_tensors[i] = None
+        self._reduction.forget()
 
     def publish_student(self) -> None:
-        for group, flat in zip(self.groups, self._student_flats, strict=True):
-            start = dist.get_rank() * len(group.master)
-            flat[start : start + len(group.master)].copy_(group.master)
-            _spread(flat, start, len(group.master))
+        self._publish(self._student, self.shard.student, self.shard.master)
 
     def publish_teacher(self) -> None:
-        for group, flat in zip(self.groups, self._teacher_flats, strict=True):
-            _spread(flat, dist.get_rank() * len(group.master), len(group.master))
+        self._publish(self._teacher, self.shard.teacher, self.shard.ema)
 
-
-class AdamW(torch.optim.AdamW):
-    """torch's, without its wrappers: they import torch's compiler, to tell it what not to compile."""
-
-    add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
-    zero_grad = inspect.unwrap(torch.optim.AdamW.zero_grad)
-    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+    def _publish(self, flat: Tensor, rounded: Tensor | None, exact: Tensor) -> None:
+        own = exact.detach() if rounded is None else rounded
+        if dist.get_world_size() > 1:
+            _all_gather(flat, own.to(flat.device, copy=own.data_ptr() == flat[self._own].data_ptr(), non_blocking=True))
+        elif own.data_ptr() != flat.data_ptr():
+            flat.copy_(own, non_blocking=True)
 
 
 def working_dtype(config: EngineConfig) -> torch.dtype:
@@ -220,16 +221,15 @@ def working_dtype(config: EngineConfig) -> torch.dtype:
     return torch.bfloat16 if config.precision == "bf16" else torch.float32
 
 
-def adamw(student: Branch, specs: list[GroupSpec], config: EngineConfig, device: torch.device) -> torch.optim.AdamW:
-    """AdamW over the groups; `Engine.apply` sets learning rates and weight decay before every step.
+def reduction_dtype(config: EngineConfig) -> torch.dtype:
+    """In which gradients are added up over ranks."""
+    return torch.bfloat16 if config.reduce_dtype == "bf16" else torch.float32
 
-    Its state is on `device`, or on the CPU if it is offloaded. There the fused one would take half the time, but leave
-    a ResNet twice as far from fp64.
-    """
+
+def flat_adamw(student: Branch, specs: list[GroupSpec]) -> FlatAdamW:
+    """The optimizer, over all parameters as one group."""
     named = dict(student.named_parameters())
-    fused = device.type == "cuda" and not config.offload_optimizer
-    groups = [{"params": [named[n] for n in spec.names], "lr": 0.0, "weight_decay": 0.0} for spec in specs]
-    return AdamW(groups, betas=(0.9, 0.999), fused=fused)
+    return FlatAdamW([named[name] for spec in specs for name in spec.names])
 
 
 @torch.no_grad()
@@ -266,11 +266,11 @@ def settings(config: EngineConfig, stage: int) -> dict[str, Any]:
         "zero_optimization": zero,
     }
     if config.precision == "bf16":
-        # `agree` has looked at every norm: another pass over the gradients, an all-reduce and a wait would find nothing
-        out["bf16"] = {"enabled": True, "check_grad_overflow": False}
-    if stage in (1, 2) and not config.offload_optimizer:
-        # ours are per module; DeepSpeed's take an all-reduce, a pass in fp64 and a wait for the device per group
-        zero["compute_grad_norm"] = False
+        out["bf16"] = {"enabled": True}
+    if stage in (0, 3):  # at the others we reduce ourselves
+        out["communication_data_type"] = config.reduce_dtype
+    if stage == 3 and (config.precision, config.reduce_dtype) == ("bf16", "fp32"):
+        out["data_types"] = {"grad_accum_dtype": "fp32"}
     if config.offload_optimizer:
         zero["offload_optimizer"] = {
             "device": config.offload_optimizer,
@@ -322,15 +322,15 @@ def deepspeed() -> Any:
     return deepspeed
 
 
-def _spread(flat: Tensor, start: int, length: int) -> None:
-    """All-gather each rank's interval of a flat vector."""
-    if dist.get_world_size() > 1:
-        _all_gather(flat, flat[start : start + length].clone())
-
-
-def _make_views(branch: Branch, specs: list[GroupSpec], flats: list[Tensor]) -> None:
-    """Make a branch's parameters views of flat vectors."""
+def _flattened(branch: Branch, specs: list[GroupSpec]) -> Tensor:
+    """A copy of a branch's parameters as one flat vector."""
     named = dict(branch.named_parameters())
-    for spec, flat in zip(specs, flats, strict=True):
+    return torch.cat([named[name].detach().reshape(-1) for spec in specs for name in spec.names])
+
+
+def _make_views(branch: Branch, specs: list[GroupSpec], flat: Tensor) -> None:
+    """Make a branch's parameters views of a flat vector."""
+    named = dict(branch.named_parameters())
+    for spec, begin in zip(specs, offsets(specs), strict=False):
         for name, shape, offset, size in zip(spec.names, spec.shapes, spec.offsets, spec.sizes, strict=True):
-            named[name].data = flat[offset : offset + size].view(shape)
+            named[name].data = flat[begin + offset : begin + offset + size].view(shape)

@@ -5,25 +5,29 @@ every block, since gathering is collective; see `ElasticBlock` and `pipeline.ela
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
+from kernels.optimizer import Shard
 from pipeline.config import EngineConfig
+from pipeline.engine import private
 from pipeline.engine.groups import FlatGroup, GroupSpec, Piece
 from pipeline.engine.layouts import (
-    Sharded,
-    adamw,
+    Layout,
     deepspeed,
+    flat_adamw,
     fp32_weights,
     initialize,
     settings,
     start_from,
     working_dtype,
 )
+from pipeline.engine.optimizer import Decision
 from pipeline.engine.sizes import BUCKET, PERSISTENT
 from pipeline.method.tri_branch import Branch
 
@@ -32,12 +36,12 @@ _GATHERING = {
     "stage3_param_persistence_threshold": PERSISTENT,
     "stage3_max_reuse_distance": 0,  # no weight stays gathered from the forward to the backward pass,
     "stage3_prefetch_bucket_size": 0,  # nor is fetched for the backward pass while the forward pass goes on
-    "sub_group_size": 10**15,  # one flat vector per parameter group
+    "sub_group_size": 10**15,  # one flat vector
     "memory_efficient_linear": False,  # it would replace torch's linear everywhere; our layers see to it themselves
 }
 
 
-class ParameterShards(Sharded):
+class ParameterShards(Layout):
     """The student and its teacher at stage 3.
 
     The weights are cut up where they were made, on the CPU; a device never holds a whole network.
@@ -50,70 +54,89 @@ class ParameterShards(Sharded):
         bucket = min(BUCKET, max(sum(p.numel() for p in b.parameters()) for b in student.backbone.elastic_blocks()))
         for branch in (student, teacher):
             _cut_up(branch.to(working_dtype(config)), config)
-        optimizer = adamw(student, specs, config, device)
+        self.optimizer = flat_adamw(student, specs)
         zero = {**_GATHERING, "reduce_bucket_size": bucket}
-        super().__init__(initialize(student, optimizer, config, _STAGE, **zero), config)
+        self.engine = initialize(student, self.optimizer, config, _STAGE, **zero)
         self._teacher_engine = initialize(teacher, None, config, _STAGE, **zero)
         self.teacher = self._teacher_engine
-        named = (dict(student.named_parameters()), dict(teacher.named_parameters()))
-        self.groups = [self._group(i, spec, *named) for i, spec in enumerate(specs)]
+        offloaded = config.offload_optimizer is not None
+        self._cut_up = private.CutUp(self.engine, offloaded)
+        self._lay_out(specs, dict(student.named_parameters()), dict(teacher.named_parameters()), offloaded)
         if exact:
             start_from(self.groups, exact, device)
         in_blocks = {id(p) for block in student.backbone.elastic_blocks() for p in block.parameters()}
-        self._late: list[Any] = [p for p in named[0].values() if id(p) not in in_blocks]
-        self._hold_back(True)
+        self._late: list[Any] = [p for n, p in student.named_parameters() if id(p) not in in_blocks]
+        self._cut_up.hold_back(self._late, True)
 
-    def _group(self, index: int, spec: GroupSpec, student: dict[str, Any], teacher: dict[str, Any]) -> FlatGroup:
-        params = [student[name] for name in spec.names]
-        assert [id(p) for p in self._zero.fp16_groups[index]] == [id(p) for p in params]
-        master = self._zero.fp32_partitioned_groups_flat[index]
-        pieces, local = [], 0
-        for offset, size, parameter in zip(spec.offsets, spec.sizes, params, strict=True):
-            share = parameter.ds_tensor.ds_numel
-            begin = dist.get_rank() * share
-            if begin < size:
-                pieces.append(Piece(local, offset + begin, min(share, size - begin)))
-            local += share
+    def _lay_out(
+        self, specs: list[GroupSpec], student: dict[str, Any], teacher: dict[str, Any], offloaded: bool
+    ) -> None:
+        names = [name for spec in specs for name in spec.names]
+        assert [id(p) for p in self._cut_up.parameters] == [id(student[name]) for name in names]
+        master, working = self._cut_up.master, self._cut_up.working
         assert master.dtype == torch.float32
-        assert len(master) == local
-        copies = self._zero.fp16_partitioned_groups_flat[index].detach().clone()
+        self._shards = working, working.detach().clone()  # of student and teacher, where they compute
         local = 0
-        for name in spec.names:
-            shard = teacher[name].ds_tensor
-            shard.data = copies[local : local + shard.ds_numel]
-            local += shard.ds_numel
-        return FlatGroup(spec, master, master.detach().clone(), copies, pieces, [(master, slice(None))])
+        for name in names:
+            length = private.length_of_shard(teacher[name])
+            private.place_shard(teacher[name], self._shards[1][local : local + length])
+            local += length
+        assert len(master) == local
+        copies = [
+            torch.empty_like(x, device="cpu", pin_memory=x.is_cuda).copy_(x) if offloaded else x for x in self._shards
+        ]
+        self.shard = Shard.of(master, master.detach().clone(), *copies)
+        self.groups, local = [], 0
+        for spec in specs:
+            self.groups.append(self._group(spec, [student[name] for name in spec.names], local))
+            local = self.groups[-1].place.stop
 
-    def after_backward(self) -> None:
+    def _group(self, spec: GroupSpec, parameters: list[Any], begin: int) -> FlatGroup:
+        pieces, local = [], 0
+        for offset, size, parameter in zip(spec.offsets, spec.sizes, parameters, strict=True):
+            share = private.length_of_shard(parameter)
+            start = dist.get_rank() * share
+            if start < size:
+                pieces.append(Piece(local, offset + start, min(share, size - start)))
+            local += share
+        return FlatGroup(spec, self.shard, slice(begin, begin + local), pieces)
+
+    def after_backward(self, last: bool) -> None:
         """Reduce the gradients outside of blocks, in one order on all ranks.
 
         DeepSpeed reduces a bucket when the next gradient does not fit. A block's gradients come in the order of its
         parameters, those of others as autograd gets to them, which slicing changes: ranks of different widths would
         fill their buckets with different parameters.
         """
-        self._hold_back(False)
-        for parameter in self._late:
-            self._zero.reduce_ready_partitions_and_remove_grads(parameter)
-        self._hold_back(True)
-        self._zero.independent_gradient_partition_epilogue()
+        self._cut_up.hold_back(self._late, False)
+        self._cut_up.reduce(self._late)
+        self._cut_up.hold_back(self._late, True)
 
-    def _hold_back(self, held: bool) -> None:
-        for parameter in self._late:
-            parameter.ds_grad_is_ready = not held
+    def gradients(self) -> Sequence[Tensor]:
+        return self._cut_up.gradients()
 
     def forget_gradients(self) -> None:
-        # what DeepSpeed's own step does when it finds an overflow
-        self._zero._pre_step()
-        self._zero._partition_all_parameters()
-        self._zero._overflow_clean_up(None)
+        self._cut_up.end_step()
+
+    def update(self, decision: Decision) -> None:
+        self._cut_up.let_go()
+        self.optimizer.decide(decision.to(self.shard.master.device), self.gradients())
+        self.optimizer.step()
+        self._place(0, self.shard.student)
+        self.forget_gradients()
 
     def publish_student(self) -> None:
-        for group, flat in zip(self.groups, self._zero.fp16_partitioned_groups_flat, strict=True):
-            flat.copy_(group.master.detach())
-        self._zero._partition_all_parameters()  # what is gathered is old
+        self._place(0, self.shard.student)
+        self._cut_up.let_go()
 
     def publish_teacher(self) -> None:
-        self._teacher_engine.optimizer.empty_partition_cache()
+        self._place(1, self.shard.teacher)
+        private.forget_gathered(self._teacher_engine)
+
+    def _place(self, branch: int, rounded: Tensor | None) -> None:
+        """Bring what an offloaded shard was rounded to to where it computes."""
+        if rounded is not None and rounded is not self._shards[branch]:
+            self._shards[branch].copy_(rounded, non_blocking=True)
 
     @contextmanager
     def whole_teacher(self) -> Iterator[Branch]:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kernels.distillation import Targets, row_logsumexp
+from pipeline.elastic.transfer import Late
 from pipeline.measure.metrics import BANDS
 
 SLOTS = ("teacher", "intact", *BANDS)
@@ -33,6 +34,23 @@ class BranchHealth(NamedTuple):
     used: float
     effective_rank: float
     deviation: float
+
+
+class Reduced(NamedTuple):
+    """Sums over the ranks, per slot, on their way to the host."""
+
+    slots: list[str]
+    sums: Late
+
+    def read(self) -> dict[str, BranchHealth]:
+        """Health by slot, "elastic" for all bands together; without slots that no rank trained in this step."""
+        health = {}
+        for slot, (ranks, _, kl, effective, deviation, entropy, used) in zip(
+            self.slots, self.sums.tolist(), strict=True
+        ):
+            if ranks:
+                health[slot] = BranchHealth(entropy, kl / ranks, used, effective / ranks, deviation / ranks)
+        return health
 
 
 class Probe:
@@ -69,11 +87,8 @@ class Probe:
         self._look(slot, predictions, cls)
 
     @torch.no_grad()
-    def reduce(self) -> dict[str, BranchHealth]:
-        """Health by slot, "elastic" standing for all bands together; collective over the ranks.
-
-        Slots that no rank trained in this step are left out.
-        """
+    def reduce(self) -> "Reduced":
+        """Join the ranks; collective."""
         if dist.is_initialized():
             dist.all_reduce(self._mass)
             dist.all_reduce(self._scalars)
@@ -82,11 +97,7 @@ class Probe:
         mass["elastic"] = self._mass[-len(BANDS) :].sum(0)
         scalars["elastic"] = self._scalars[-len(BANDS) :].sum(0)
         summary = torch.stack([torch.stack([*scalars[s], *self._spread(mass[s], scalars[s][1])]) for s in mass])
-        health = {}
-        for slot, (ranks, _, kl, effective, deviation, entropy, used) in zip(mass, summary.tolist(), strict=True):
-            if ranks:
-                health[slot] = BranchHealth(entropy, kl / ranks, used, effective / ranks, deviation / ranks)
-        return health
+        return Reduced(list(mass), Late(summary))
 
     def _look(self, slot: int, distributions: list[Targets], cls: Tensor) -> None:
         divergence = torch.zeros((), device=cls.device, dtype=torch.float64)

@@ -112,20 +112,21 @@ class Centering:
             )
         )
 
-    def commit(self) -> None:
-        """Let the last batch into the centers; called once the step is known to be good."""
+    def commit(self, good: Tensor) -> None:
+        """Let the last batch into the centers if the step was good.
+
+        Args:
+            good: scalar on the device, 1 or 0.
+        """
         for kind, means in (self._batch_mean or {}).items():
             for center, mean in zip(self.center[kind], means, strict=True):
                 # NaN: no masked patch on any rank, nothing to learn from
-                center.copy_(torch.where(mean.isfinite(), center.lerp(mean, 1 - self.momentum), center))
+                center.copy_(torch.where(mean.isfinite() & (good > 0), center.lerp(mean, 1 - self.momentum), center))
         self._batch_mean = None
 
-    def norms(self) -> dict[str, float]:
-        """Norm of the centers per kind of token, mean over the heads."""
-        return {
-            kind: float(torch.stack([center.norm() for center in centers]).mean())
-            for kind, centers in self.center.items()
-        }
+    def norms(self) -> Tensor:
+        """Norm of the centers per kind of token as in `center`, mean over the heads."""
+        return torch.stack([torch.stack([center.norm() for center in heads]).mean() for heads in self.center.values()])
 
     def _softmax(self, logits: Tensor, temperature: float, center: Tensor) -> Targets:
         col = None if self.method == "none" else -center / temperature

@@ -17,6 +17,7 @@ from pipeline.elastic.backbone import Backbone
 from pipeline.elastic.head import ProjectionHeads
 from pipeline.elastic.stochastic_depth import keep_indices
 from pipeline.elastic.subnet import Subnet
+from pipeline.elastic.transfer import to_device
 from pipeline.method import losses
 from pipeline.method.losses import Centering, Logits, Pairing, TeacherTargets
 from pipeline.method.schedules import StepValues
@@ -59,8 +60,9 @@ class Crops:
         masked = np.flatnonzero(masks)
         per_crop = masks.sum(1, keepdims=True).clip(min=1)
         weights = np.broadcast_to(1 / per_crop, masks.shape).reshape(-1)[masked].astype(np.float32)
-        to_device = [torch.from_numpy(x).to(device, non_blocking=True) for x in (masks, masked, weights)]
-        return cls(global_crops, local_crops, *to_device)
+        return cls(
+            global_crops, local_crops, *(to_device(torch.from_numpy(x), device) for x in (masks, masked, weights))
+        )
 
     @property
     def images(self) -> int:

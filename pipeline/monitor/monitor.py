@@ -170,8 +170,8 @@ class Monitor:
 
     def log(self, report: StepReport) -> dict[str, Any]:
         """At every log line: what to add to the record. Collective."""
-        shares = self.ranks.gather(self._share())
-        interval, self._interval = self._interval, _Interval(phases=dict(self.phases.seconds))
+        shares = self.ranks.gather(self._share(report.phases))
+        interval, self._interval = self._interval, _Interval(phases=report.phases)
         fields: dict[str, Any] = {}
         with self._carefully():
             if self._leads:
@@ -265,8 +265,8 @@ class Monitor:
         if report.health:
             self._later |= self._set_health(report.health)
 
-    def _share(self) -> Share:
-        interval, seconds = self._interval, self.phases.seconds
+    def _share(self, seconds: dict[str, float]) -> Share:
+        interval = self._interval
         steps = max(interval.steps, 1)
         spent = {phase: seconds[phase] - interval.phases[phase] for phase in PHASES}
         return Share(

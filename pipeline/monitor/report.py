@@ -10,7 +10,7 @@ from pipeline.method.schedules import StepValues
 
 
 class Timing(NamedTuple):
-    """Wall seconds of this rank."""
+    """Wall seconds of this rank; a step ends when its values are known, or what it was queued behind is over."""
 
     data_wait: float
     step: float
@@ -37,6 +37,7 @@ class StepReport:
         values: the schedules of this step.
         subnet: the elastic student of this rank.
         timing: of this rank.
+        phases: seconds by phase up to this step, since the process started, of this rank.
         health: at every `metrics.health_every_steps` steps, else None.
     """
 
@@ -44,4 +45,5 @@ class StepReport:
     values: StepValues
     subnet: Subnet
     timing: Timing
+    phases: dict[str, float]
     health: Health | None

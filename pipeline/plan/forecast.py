@@ -83,13 +83,15 @@ def stragglers(config: ExperimentConfig, ranks: int) -> dict[str, dict[str, floa
 
 
 def communication(config: ExperimentConfig, ranks: int, stage: int) -> dict[str, float]:
-    """Bytes that a GPU sends per step, by ring algorithms: 2 n (R-1)/R to all-reduce n bytes, half of it to gather.
+    """Bytes that a GPU sends per step, by ring algorithms: 2 n (R-1)/R to all-reduce n bytes, half of it to gather or
+    to reduce and scatter.
 
-    Up to stage 2 gradients are all-reduced once per step; with sharded masters the updated weights of student and
-    teacher are gathered. At stage 3 both students' gradients are scattered, and weights are gathered for every pass:
-    forward and backward of two students, forward of the teacher.
+    At stage 0 gradients are all-reduced once per step, at stage 1 scattered once, from stage 2 on after each student's
+    pass, in `engine.reduce_dtype`. With sharded masters the updated weights of student and teacher are gathered, at
+    stage 3 for every pass: forward and backward of two students, forward of the teacher.
     """
     low = 2 if config.engine.precision == "bf16" else 4
+    reduced = 2 if config.engine.reduce_dtype == "bf16" else 4
     weights = low * cost.trained_params(config).total
     share = (ranks - 1) / ranks
     stage = config.engine.effective_stage(stage)
@@ -97,7 +99,7 @@ def communication(config: ExperimentConfig, ranks: int, stage: int) -> dict[str,
     # Sinkhorn: 3 iterations, cls and patches, one fp64 sum per prototype; centering: one
     rounds = {"sinkhorn": 3, "softmax": 1, "none": 0}[config.loss.centering]
     return {
-        "gradients": 2.0 * weights * share,
+        "gradients": (1.0 if stage == 1 else 2.0) * reduced * cost.trained_params(config).total * share,
         "student weights": gathered * (4 if stage == 3 else 1),
         "teacher weights": gathered,
         "targets": 2.0 * share * rounds * 2 * 8 * sum(config.heads.prototypes),

@@ -31,7 +31,7 @@ def memory_estimate(config: ExperimentConfig, world_size: int = 1, stage: int | 
     return {
         "weights (student, teacher)": 2.0 * low * count / shards,
         "gathered weights (estimate)": 1.0 * low * block,  # one at a time
-        "gradients": 1.0 * low * (count / shards + bucket),
+        "gradients": _gradient_bytes(config, stage, count, world_size, bucket),
         "fp32 master, AdamW, EMA": 0.0 if config.engine.offload_optimizer else state_bytes(config, world_size, stage),
         "activations (estimate)": _activations(config, largest, low),
         # student's logits with their gradient, the intact student's copy, and the teacher's
@@ -39,11 +39,22 @@ def memory_estimate(config: ExperimentConfig, world_size: int = 1, stage: int | 
     }
 
 
+def _gradient_bytes(config: ExperimentConfig, stage: int, count: int, world_size: int, bucket: int) -> float:
+    """Of a backward pass in the working precision, and of the passes before it in the one they are added up in."""
+    low = 2 if config.engine.precision == "bf16" else 4
+    summed = max(low, 2 if config.engine.reduce_dtype == "bf16" else 4)
+    if stage == 3:
+        return 1.0 * summed * count / world_size + low * bucket
+    if stage == 2 and world_size > 1:
+        return 1.0 * low * count + summed * count / world_size
+    return 1.0 * low * count + (summed * count if summed > low else 0)
+
+
 def state_bytes(config: ExperimentConfig, world_size: int, stage: int) -> float:
     """Bytes of a rank's fp32 masters, moments and EMA, on the GPU or, offloaded, in the host's memory."""
     count = cost.trained_params(config).total
-    # ZeRO-0 trains the fp32 weights themselves: no master apart from them
-    return 4.0 * 3 * count if stage == 0 else 4.0 * 4 * count / world_size
+    # ZeRO-0 trains the fp32 weights themselves, and their average is the teacher: moments are left
+    return 4.0 * 2 * count if stage == 0 else 4.0 * 4 * count / world_size
 
 
 def host_bytes(config: ExperimentConfig, world_size: int) -> dict[str, float]:

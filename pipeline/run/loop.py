@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from pipeline.config import ExperimentConfig
+from pipeline.data.reader import Skip
 from pipeline.data.remote.patience import WEATHER
 from pipeline.data.segments import segment_of
 from pipeline.engine import distributed
@@ -24,12 +25,12 @@ from pipeline.monitor.report import StepReport
 from pipeline.run.console import Console
 from pipeline.run.directory import RunDirectory
 from pipeline.run.experiment import Settings
-from pipeline.run.policy import Decision, End, Policy, Save, after
+from pipeline.run.policy import Decision, End, Policy, Save, after, may_run_ahead
 from pipeline.run.records import count, count_skipped, record
 from pipeline.run.rehearsal import is_compiled, rehearse
 from pipeline.run.segments import sources_of
 from pipeline.run.slurm_job import Job, stop_signals
-from pipeline.run.step import Trainer
+from pipeline.run.step import Trainer, Underway
 from pipeline.run.threads import threads_that_fit
 from pipeline.run.watchdog import Watchdog
 
@@ -178,22 +179,29 @@ class Run:
     saved_step: int = field(init=False, default=0)
 
     def live(self, policy: Policy, stop_requested: list[int]) -> End:
-        """Step after step; every branch is taken by all ranks alike, since it follows from what they agreed on."""
+        """Step after step; every branch is taken by all ranks alike, since it follows from what they agreed on.
+
+        What came of a step is read when the next one has begun, so that the device never waits for the host.
+        """
         progress = self.progress
         self.saved_step, self.good = progress.step, copy.deepcopy(progress)
+        last: Underway | None = None
+        stop = False
         while progress.step < policy.last_step:
-            if self.is_main:
-                self.directory.notice_take_over()
-            report = self.trainer.step(progress.step, bool(stop_requested), self.checkpoints.parts_finished)
-            if report.agreed.no_data:
+            begun = progress.step + (last is not None)
+            before, last = last, None
+            if before is None or (not stop and may_run_ahead(policy, begun, progress.bad_in_a_row)):
+                if self.is_main:
+                    self.directory.notice_take_over()
+                last = self.trainer.step(begun, bool(stop_requested), self.checkpoints.parts_finished)
+            if before is None:
+                continue
+            report = self.read(before)
+            if report.agreed.no_data:  # nor did a step underway change anything: the rank without data has none for it
                 return self.stop_without_data(report)
-            self.watchdog.beat(f"records of step {progress.step + 1}")
-            count(progress, report, self.trainer.loader.next_sample)
-            self.collect_skipped(report)
-            if not report.agreed.bad:
-                self.good = copy.deepcopy(progress)
-            self.monitor.step(progress, report)
-            decision = after(policy, progress.step, progress.bad_in_a_row, report.agreed.stop)
+            stop = stop or report.agreed.stop
+            # a step underway changes the weights that would be saved: it comes to its end first
+            decision = after(policy, progress.step, progress.bad_in_a_row, stop and last is None)
             if decision.evaluate:
                 self.evaluate()
             if decision.log:
@@ -224,16 +232,30 @@ class Run:
         stopped = self.trainer.ranks.gather(bool(WEATHER.stop_requested))  # it may have come while a rank waited
         return End.STOPPED if any(stopped) else End.TRY_AGAIN
 
+    def read(self, step: Underway) -> StepReport:
+        """Wait for what came of a step, if need be, and count it."""
+        number = self.progress.step + 1
+        self.watchdog.beat(f"values of step {number}")
+        report = step.report
+        if report.agreed.no_data:
+            return report
+        self.watchdog.beat(f"records of step {number}")
+        count(self.progress, report, step.samples)
+        self.collect_skipped(report, step.skips)
+        if not report.agreed.bad:
+            self.good = copy.deepcopy(self.progress)
+        self.monitor.step(self.progress, report)
+        return report
+
     @property
     def is_main(self) -> bool:
         return self.trainer.ranks.is_main
 
-    def collect_skipped(self, report: StepReport) -> None:
+    def collect_skipped(self, report: StepReport, own: list[Skip]) -> None:
         """Bring the samples that ranks left out to rank 0; they communicate only if there are any."""
         if not report.agreed.skipped:
             return
-        skips = [skip for part in self.trainer.ranks.gather([s._asdict() for s in self.trainer.skips]) for skip in part]
-        self.trainer.skips.clear()
+        skips = [skip for part in self.trainer.ranks.gather([s._asdict() for s in own]) for skip in part]
         count_skipped(self.progress, skips)
         if self.is_main and skips:
             self.directory.log_skipped(skips)

@@ -49,6 +49,21 @@ class Policy:
         )
 
 
+def may_run_ahead(policy: Policy, begun: int, bad_in_a_row: int) -> bool:
+    """Whether another step may begin before the values of the last one are read.
+
+    It may not where the weights as they are then are wanted: for a checkpoint, an evaluation, or because the run ends.
+
+    Args:
+        policy: of the run.
+        begun: steps begun so far; the values of all but the last are known.
+        bad_in_a_row: how many of these, up to the last, were bad.
+    """
+    wanted = begun % policy.save_every == 0 or begun == policy.last_step
+    evaluated = policy.evaluate_every is not None and begun % policy.evaluate_every == 0
+    return not (wanted or evaluated or bad_in_a_row + 1 >= policy.max_bad_steps)
+
+
 class Save(Enum):
     """Which state to save, if it is not saved yet, and whether old checkpoints then go."""
 

@@ -51,7 +51,10 @@ def _discarded_step(trainer: Trainer, crops: Crops, values: StepValues, subnet: 
     targets = method.teacher_targets(engine.teacher, crops, values)
     with engine.backward_window():
         method.run(engine.student, engine.backward, crops, targets, subnet, 0, trainer.ranks.rank)
-    engine.discard()
+    squares = engine.gradient_squares()
+    bad = torch.zeros((), device=squares.device)
+    engine.apply(values, squares.sqrt(), bad)
+    method.centering.commit(bad)
 
 
 def _blank_crops(trainer: Trainer) -> Crops:

@@ -1,5 +1,6 @@
 """What a training step needs, built once; and the step itself, over all ranks."""
 
+import functools
 import time
 from collections.abc import Callable
 from functools import partial
@@ -20,18 +21,66 @@ from pipeline.elastic.layers import recut_in_backward
 from pipeline.elastic.pretrained import load_pretrained
 from pipeline.elastic.sampling import SubnetSampler
 from pipeline.elastic.subnet import Grid
-from pipeline.engine.agreement import Own, agree
+from pipeline.elastic.transfer import Late
+from pipeline.engine.agreement import Agreed, Own, agree
 from pipeline.engine.core import Engine
 from pipeline.engine.distributed import Ranks
 from pipeline.engine.layouts import working_dtype
 from pipeline.errors import UserError
 from pipeline.measure.bands import Bands
-from pipeline.measure.health import Probe
+from pipeline.measure.health import Probe, Reduced
 from pipeline.measure.phases import Phases
 from pipeline.method.losses import Centering
 from pipeline.method.schedules import Schedules, StepValues
 from pipeline.method.tri_branch import Branch, Crops, StochasticDepth, TriBranch
 from pipeline.monitor.report import Health, StepReport, Timing
+
+
+class Clock:
+    """When the last step was over."""
+
+    def __init__(self, device: torch.device):
+        self.waits = device.type == "cuda"
+        self.last = 0.0
+
+
+class Underway:
+    """A step that was handed to the device, and what the host knew of it then.
+
+    Attributes:
+        samples: consumed over all ranks with this step.
+        skips: samples that this rank left out for it.
+    """
+
+    def __init__(
+        self,
+        agreed: Agreed,
+        values: StepValues,
+        subnet: Subnet,
+        samples: int,
+        skips: list[Skip],
+        began: float,
+        data_wait: float,
+        clock: Clock,
+        phases: Phases,
+        health: tuple[Reduced, Late, list[str]] | None,
+    ):
+        self.samples, self.skips = samples, skips
+        self._agreed, self._values, self._subnet, self._health = agreed, values, subnet, health
+        self._began, self._data_wait, self._clock = began, data_wait, clock
+        self._phases = dict(phases.seconds)
+        self._ended = None if clock.waits else time.perf_counter()
+
+    @functools.cached_property
+    def report(self) -> StepReport:
+        """What came of it; waits until the device is through with it. Steps are read in their order."""
+        agreed, health = self._agreed.read(), None
+        if self._health:
+            reduced, norms, kinds = self._health
+            health = Health(reduced.read(), dict(zip(kinds, norms.tolist(), strict=True)))
+        ended = self._ended or time.perf_counter()
+        seconds, self._clock.last = ended - max(self._began, self._clock.last), ended
+        return StepReport(agreed, self._values, self._subnet, Timing(self._data_wait, seconds), self._phases, health)
 
 
 class Trainer:
@@ -90,6 +139,7 @@ class Trainer:
         self.skips: list[Skip] = []
         self.lost: SourceError | None = None
         self.segment = Segment()
+        self._clock = Clock(ranks.device)
 
     def open_dataset(self) -> Dataset | None:
         """The shards, before anything large is built; None for a trainer that needs none."""
@@ -108,11 +158,13 @@ class Trainer:
             segment=self.segment,
         )
 
-    def step(self, step: int, stop_requested: bool = False, parts_saved: int = 0) -> StepReport:
+    def step(self, step: int, stop_requested: bool = False, parts_saved: int = 0) -> "Underway":
         """Train on the next batch; the update is skipped on every rank if any value is not finite on one.
 
+        The host waits for nothing that the device computes: what came of it is read later, from what this returns.
+
         Args:
-            step: steps completed before this one.
+            step: steps before this one.
             stop_requested: this rank was asked to stop; all learn of it.
             parts_saved: `Checkpoints.parts_finished` of this rank; all learn their sum.
         """
@@ -146,25 +198,27 @@ class Trainer:
         )
         agreed = agree(losses, self.engine.gradient_squares(), own)
         self.phases.lap("reduce")
-        if agreed.bad or agreed.no_data:
-            self.engine.discard()
-        else:
-            self.enter(f"update of step {step + 1}")
-            self.engine.apply(values, agreed.norms, self.phases.lap)
-            self.tri_branch.centering.commit()
-        timing = Timing(data_wait, time.perf_counter() - began)
-        health = Health(probe.reduce(), self.tri_branch.centering.norms()) if probe else None
-        return StepReport(agreed, values, subnet, timing, health)
+        self.enter(f"update of step {step + 1}")
+        self.engine.apply(values, agreed.norms, agreed.good, self.phases.lap)
+        self.tri_branch.centering.commit(agreed.good)
+        health = None
+        if probe:
+            health = probe.reduce(), Late(self.tri_branch.centering.norms()), list(self.tri_branch.centering.center)
+        skips, self.skips[:] = list(self.skips), []
+        return Underway(
+            agreed, values, subnet, self.loader.next_sample, skips, began, data_wait, self._clock, self.phases, health
+        )
 
     def _next_batch(self) -> Batch:
         """The next batch; one without a picture in it if the data cannot be had, which all ranks learn from this step.
 
         A rank that stopped here by itself would leave the others waiting in the middle of the step, unable to save.
         """
-        try:
-            return next(self.loader)
-        except SourceError as error:
-            self.lost = error
+        if self.lost is None:
+            try:
+                return next(self.loader)
+            except SourceError as error:
+                self.lost = error
         data, channels = self.config.data, self.config.model.in_chans
         kinds = ((2, data.global_crops.size), (data.local_crops.count, data.local_crops.size))
         shapes = [(crops * data.batch_size, channels, size, size) for crops, size in kinds]

@@ -18,7 +18,9 @@ HERE = Path(__file__).parent
 
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(interpreted(), reason="this process is interpreted already")
-@pytest.mark.parametrize("name", ["distillation", "sinkhorn", "attention", "ema", "residual", "operators", "package"])
+@pytest.mark.parametrize(
+    "name", ["distillation", "sinkhorn", "attention", "optimizer", "residual", "operators", "package"]
+)
 def test_triton_kernels_pass_under_the_interpreter(name: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / f"test_{name}.py")]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}

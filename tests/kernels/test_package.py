@@ -11,7 +11,7 @@ import kernels
 from kernels.attention import attention
 from kernels.dispatch import interpreted
 from kernels.distillation import column_sum
-from kernels.ema import ema_update_
+from kernels.optimizer import AdamWEma, Shard
 from kernels.residual import add_rows, row_positions
 from kernels.sinkhorn import sinkhorn
 
@@ -26,7 +26,7 @@ def test_eager_needs_neither_triton_nor_the_pipeline() -> None:
     program = """
 import sys, torch
 before = set(sys.modules)
-from kernels import attention, dispatch, distillation, ema, residual, sinkhorn
+from kernels import attention, dispatch, distillation, optimizer, residual, sinkhorn
 from kernels.distillation import column_sum
 column_sum(torch.zeros(2, 3), impl="eager")
 new = set(sys.modules) - before
@@ -49,7 +49,7 @@ def test_triton_on_the_cpu_is_refused_with_the_way_out() -> None:
         lambda: sinkhorn([torch.zeros(2, 3)], 0.1, impl="triton"),
         lambda: attention(torch.zeros(1, 2, 3, 1, 16), impl="triton"),
         lambda: add_rows(x, x, rows, row_positions(rows, 2), 1.0, impl="triton"),
-        lambda: ema_update_([torch.zeros(2)], [torch.zeros(2)], 0.9, impl="triton"),
+        lambda: AdamWEma(Shard.of(torch.zeros(2), torch.zeros(2)), [], impl="triton"),
     )
     for call in calls:
         with pytest.raises(

@@ -19,7 +19,7 @@ def softmax_targets(logits, temperature=1.0):
 def look(targets, cls):
     probe = Probe(K, 0, 0.1, torch.device("cpu"), "eager")
     probe.teacher(targets, cls)
-    return probe.reduce()["teacher"]
+    return probe.reduce().read()["teacher"]
 
 
 def test_effective_rank_is_one_for_equal_rows_and_counts_orthogonal_ones():
@@ -86,7 +86,7 @@ def test_students_are_seen_apart_by_branch_and_band():
     logits = [torch.randn(10, k, generator=torch.Generator().manual_seed(k)) for k in K]
     probe.student("intact", [torch.zeros(10, k) for k in K], torch.eye(10))
     probe.student("elastic", logits, torch.ones(10, 4))
-    health = probe.reduce()
+    health = probe.reduce().read()
     assert set(health) == {"intact", "q3", "elastic"}
     assert health["elastic"] == health["q3"]
     assert health["elastic"].effective_rank == pytest.approx(1.0)

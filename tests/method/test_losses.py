@@ -19,6 +19,7 @@ def test_pairs_are_image_major():
 
 
 def test_dino_of_uniform_students_is_the_entropy_bound():
+    torch.manual_seed(0)
     k, images, local = 8, 3, 2
     student = Logits([torch.zeros(images * local, k)], [torch.zeros(2 * images, k)], [])
     sharp = torch.randn(2 * images, k) * 100
@@ -67,7 +68,10 @@ def test_centers_move_only_when_the_step_is_committed():
     before = centering.targets(logits, 0.1).cls[0]
     assert torch.equal(before.col, torch.zeros(4))
     assert torch.equal(centering.center["cls"][0], torch.zeros(4))
-    centering.commit()
+    centering.commit(torch.tensor(0.0))
+    assert torch.equal(centering.center["cls"][0], torch.zeros(4))
+    centering.targets(logits, 0.1)
+    centering.commit(torch.tensor(1.0))
     assert torch.allclose(centering.center["cls"][0], 0.1 * torch.tensor([2.0, 2.0, 2.0, 2.0]))
     assert torch.equal(centering.center["patch"][0], torch.zeros(4))  # no masked patch: nothing learnt, no NaN
 

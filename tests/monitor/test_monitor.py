@@ -17,6 +17,7 @@ from pipeline.engine.checkpoint import Progress
 from pipeline.engine.distributed import Ranks
 from pipeline.measure.bands import Bands
 from pipeline.measure.health import BranchHealth
+from pipeline.measure.metrics import PHASES
 from pipeline.measure.peak import Peak
 from pipeline.measure.phases import Phases
 from pipeline.method.schedules import StepValues
@@ -32,7 +33,6 @@ STEP_VALUES = StepValues(
 REPORT = StepReport(
     Agreement(
         losses={"/".join(term): 1.0 for term in TERMS} | {"total": 8.0},
-        norms=torch.tensor([3.0, 4.0]),
         gradient_norms={"backbone": 3.0, "heads": 4.0},
         bad=[],
         stop=False,
@@ -45,6 +45,7 @@ REPORT = StepReport(
     values=STEP_VALUES,
     subnet=Subnet(32, (2,)),
     timing=Timing(data_wait=0.25, step=1.0),
+    phases=dict.fromkeys(PHASES, 0.0),
     health=None,
 )
 
@@ -95,11 +96,9 @@ def test_a_start_describes_the_run_and_counts_from_zero(made, tmp_path):
 def test_steps_and_log_lines_give_rates_of_the_interval(made):
     monitor, progress = made
     for _ in range(4):
-        monitor.phases.add("data_wait", 0.25)
-        monitor.phases.add("backward", 0.5)
-        monitor.phases.add("reduce", 0.125)
         monitor.step(progress, REPORT)
-    fields = monitor.log(REPORT)
+    spent = dict.fromkeys(PHASES, 0.0) | {"data_wait": 1.0, "backward": 2.0, "reduce": 0.5}
+    fields = monitor.log(replace(REPORT, phases=spent))
     values = monitor.values
     assert values.get("poa_images_total") == 16
     assert values.get("poa_images_per_second") == 4
@@ -114,7 +113,7 @@ def test_steps_and_log_lines_give_rates_of_the_interval(made):
     assert fields["backward_seconds_per_step"] == 0.5
     assert fields["mfu"] == 0.5
     monitor.step(progress, REPORT)
-    assert monitor.log(REPORT)["backward_seconds_per_step"] == 0.0  # a new interval
+    assert monitor.log(replace(REPORT, phases=spent))["backward_seconds_per_step"] == 0.0  # a new interval
 
 
 def test_faults_are_counted_since_this_start(made):

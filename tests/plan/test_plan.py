@@ -98,9 +98,12 @@ def test_traffic_counts_what_a_ring_sends():
     config = load_config(VIT_L, ["engine.precision=fp32"])
     weights = 4 * (303_350_784 + 58_737_664)
     two, many = communication(config, 2, 1), communication(config, 1000, 1)
-    assert two["gradients"] == weights  # 2 (R-1)/R = 1
+    assert two["gradients"] == weights / 2  # (R-1)/R
+    assert communication(config, 2, 0)["gradients"] == communication(config, 2, 2)["gradients"] == weights
+    halved = load_config(VIT_L, ["engine.precision=fp32", "engine.reduce_dtype=bf16"])
+    assert communication(halved, 2, 1)["gradients"] == weights / 4
     assert two["student weights"] == two["teacher weights"] == weights / 2
-    assert many["gradients"] == pytest.approx(2 * weights, rel=2e-3)
+    assert many["gradients"] == pytest.approx(weights, rel=2e-3)
     assert communication(config, 2, 0)["student weights"] == 0  # replicas update themselves
     assert sum(communication(config, 1, 1).values()) == 0
 
@@ -125,10 +128,25 @@ def test_the_host_holds_the_snapshot_of_a_checkpoint_and_what_is_offloaded(capsy
 
 def test_implementations_are_said_as_they_resolve(capsys):
     assert main(["plan", str(VIT_L), "engine.kernels.attention=sdpa", "--gpus", "1", "--gpu", "h100"]) == 0
-    words = "attention eager, residual triton, loss triton, sinkhorn triton, ema triton"
+    words = "attention eager, residual triton, loss triton, sinkhorn triton, optimizer triton"
     assert f"kernels      {words}\n" in capsys.readouterr().out
     assert main(["train", str(VIT_L), "engine.kernels.attention=sdpa", "--dry-run"]) == 0
     assert f"kernels: {words}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("precision", "reduced", "stage", "expected"),
+    [
+        ("fp32", "fp32", 1, 4),  # both passes add up where autograd leaves them
+        ("bf16", "bf16", 1, 2),
+        ("bf16", "fp32", 1, 2 + 4),  # the pass at hand, and the sum
+        ("bf16", "fp32", 2, 2 + 4 / 4),  # of which a rank keeps its share
+        ("fp32", "bf16", 0, 4),
+    ],
+)
+def test_gradients_take_the_bytes_of_a_pass_and_of_the_sum(precision, reduced, stage, expected):
+    config = load_config(VIT_L, [f"engine.precision={precision}", f"engine.reduce_dtype={reduced}"])
+    assert memory_estimate(config, 4, stage)["gradients"] == expected * (303_350_784 + 58_737_664)
 
 
 def test_fp32_is_planned_without_the_matrix_units(capsys):

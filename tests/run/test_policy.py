@@ -3,7 +3,7 @@
 import pytest
 
 from pipeline.config import parse_config
-from pipeline.run.policy import Decision, End, Policy, Save, after
+from pipeline.run.policy import Decision, End, Policy, Save, after, may_run_ahead
 
 POLICY = Policy(last_step=20, log_every=4, save_every=6, evaluate_every=5, max_bad_steps=3)
 
@@ -30,6 +30,16 @@ POLICY = Policy(last_step=20, log_every=4, save_every=6, evaluate_every=5, max_b
 )
 def test_decision_after_a_step(step, bad_in_a_row, stop, expected):
     assert after(POLICY, step, bad_in_a_row, stop) == expected
+
+
+def test_no_step_is_underway_when_the_weights_of_the_one_before_are_wanted():
+    ahead = {(begun, bad): may_run_ahead(POLICY, begun, bad) for begun in range(1, 21) for bad in range(3)}
+    for (begun, bad), allowed in ahead.items():
+        decisions = [after(POLICY, begun, outcome, False) for outcome in (0, bad + 1)]
+        if allowed:
+            assert all((d.evaluate, d.save, d.end) == (False, None, None) for d in decisions)
+    assert [begun for begun in range(1, 21) if not ahead[begun, 1]] == [5, 6, 10, 12, 15, 18, 20]
+    assert not any(ahead[begun, 2] for begun in range(1, 21))  # the third bad one would be the last
 
 
 def test_a_run_without_evaluation_never_evaluates():

@@ -31,7 +31,7 @@ def poisoned_ibot(*args, **kwargs):
 
 
 def state(engine: Engine) -> list[torch.Tensor]:
-    tensors = [t for g in engine.groups for t in (g.master, g.ema, g.teacher, *engine.moments(g).values())]
+    tensors = [*engine.shard.vectors, engine.shard.steps]
     weights = [getattr(p, "ds_tensor", p) for p in engine.engine.module.parameters()]  # ZeRO-3 holds a shard
     return [t.detach().clone() for t in [*tensors, *weights]]
 

@@ -36,7 +36,7 @@ def train(config: ExperimentConfig, ranks: distributed.Ranks, rehearsed: bool) -
     if rehearsed:
         rehearse(trainer, lambda *words: told.append(words))
     graphs = counters["stats"]["unique_graphs"]
-    losses = [trainer.step(step).agreed.losses for step in range(STEPS)]
+    losses = [trainer.step(step).report.agreed.losses for step in range(STEPS)]
     steps_graphs = counters["stats"]["unique_graphs"] - graphs
     trainer.close()
     return {"losses": losses, "before": graphs, "during": steps_graphs, "told": told}

@@ -53,7 +53,7 @@ def by_engine(config: ExperimentConfig, ranks: Ranks) -> dict:
 
     trainer._masks = MethodType(masks, trainer)
     with mock.patch("torch.distributed.all_reduce", wraps=torch.distributed.all_reduce) as all_reduce:
-        losses = [trainer.step(step).agreed.losses for step in range(config.run.max_steps or STEPS)]
+        losses = [trainer.step(step).report.agreed.losses for step in range(config.run.max_steps or STEPS)]
     weights = {"student": {}, "teacher": {}}
     for group in trainer.engine.groups:
         spec = group.spec

@@ -15,7 +15,7 @@ def watch(path: Path, ranks: distributed.Ranks, steps: int) -> dict:
     trainer.start_data(0)
     seen = []
     for step in range(steps):
-        report = trainer.step(step)
+        report = trainer.step(step).report
         health = {slot: branch._asdict() for slot, branch in (report.health.branches if report.health else {}).items()}
         seen.append({"losses": report.agreed.losses, "health": health, "flops": report.agreed.flops})
     digest = hashlib.sha256()

@@ -10,8 +10,8 @@ from kernels.bench.rivals import cases
 from kernels.bench.timing import Result, environment, heading, measure, section
 from pipeline.bench.gpu.stage import Stage
 
-OPERATIONS = ("loss", "sinkhorn", "attention", "residual", "ema")
-_REHEARSED = ("ema",)  # of the rivals that compile
+OPERATIONS = ("loss", "sinkhorn", "attention", "residual", "optimizer")
+_REHEARSED = ("optimizer",)  # of the rivals that compile
 _COMPILED = ("torch.compile", "FlexAttention")  # take seconds each before their first result
 _NEEDED = {False: 4.0, True: 15.0}  # seconds that a case of either kind may take
 

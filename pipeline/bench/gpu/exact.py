@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kernels.attention import attention
 from kernels.distillation import Targets, column_sum, cross_entropy, row_logsumexp
-from kernels.ema import ema_update_
+from kernels.optimizer import AdamWEma, Segment, Shard, Update
 from kernels.residual import add_rows, row_positions
 from kernels.sinkhorn import sinkhorn
 from pipeline.bench.gpu.stage import Stage
@@ -106,7 +106,7 @@ def cases(shrunk: int) -> Iterator[tuple[str, Callable[[Checks], None]]]:
         ("Swin", 34000, 27200, 512, False, False),
     ):
         yield f"residual {name}", partial(_residual, less(tokens), less(kept), channels, scaled, per_row)
-    yield "moving average", partial(_ema, less(1 << 26) + 3)
+    yield "optimizer", partial(_optimizer, less(1 << 26) + 3)
 
 
 def _attention(batch: int, tokens: int, heads: int, dim: int, biased: bool, windows: int, checks: Checks) -> None:
@@ -222,10 +222,32 @@ def _residual(tokens: int, kept: int, channels: int, scaled: bool, per_row: bool
         checks.compare(f"{name}, gradient of LayerScale", gamma.grad, (gradient * wide_branch).sum(0), ROUNDED)
 
 
-def _ema(size: int, checks: Checks) -> None:
-    ema, master = (checks.random(size, dtype=torch.float32) for _ in range(2))
-    copy = torch.empty_like(ema, dtype=torch.bfloat16)
-    reference = ema.double().lerp(master.double(), 1 - 0.992)
-    ema_update_([ema], [master], 0.992, [copy], impl=checks.stage.impl)
-    checks.compare(f"moving average of {size}", ema, reference, 1e-6)
-    checks.compare(f"moving average of {size}, copy", copy, reference, ROUNDED)
+def _optimizer(size: int, checks: Checks) -> None:
+    """Two steps, between them one that is not to be."""
+    masters, averages, gradients = (checks.random(size, dtype=torch.float32) for _ in range(3))
+    segments = [Segment(0, size // 3, 0, 1.0, True), Segment(size // 3, size - size // 3, 1, 0.5, False)]
+    factors = torch.tensor([0.5, 1.0], device=checks.stage.device)
+    update = Update(1e-3, 0.1, 0.992)
+    copies = (torch.empty(size, device=checks.stage.device, dtype=torch.bfloat16) for _ in range(2))
+    shard = Shard.of(masters, averages, *copies)
+    wide = [masters[s.start : s.stop].double() for s in segments]
+    average = averages.double()
+    reference = torch.optim.AdamW(
+        [
+            {"params": [weights], "lr": lr, "weight_decay": decay}
+            for weights, (lr, decay) in zip(wide, map(update.of, segments), strict=True)
+        ]
+    )
+    one_pass = AdamWEma(shard, segments, impl=checks.stage.impl)
+    for good in (1.0, 0.0, 1.0):
+        one_pass([gradients], factors, torch.tensor(good, device=checks.stage.device), update)
+        if good:
+            for weights, segment in zip(wide, segments, strict=True):
+                weights.grad = gradients[segment.start : segment.stop].double() * factors[segment.part]
+            reference.step()
+            average.lerp_(torch.cat(wide), 1 - update.momentum)
+    checks.compare(f"weights of {size}", shard.master, torch.cat(wide), 1e-6)
+    checks.compare(f"moving average of {size}", shard.ema, average, 1e-6)
+    for name, copy, exact in (("student", shard.student, torch.cat(wide)), ("teacher", shard.teacher, average)):
+        assert copy is not None
+        checks.compare(f"{name} of {size}", copy, exact, ROUNDED)

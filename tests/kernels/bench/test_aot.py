@@ -38,7 +38,7 @@ def test_the_command_prints_and_stores_its_table(tmp_path: Path) -> None:
     table = tmp_path / "aot.json"
     script = """
 import sys, torch, kernels.bench.aot as aot
-aot.cases = lambda *_: [("ema", lambda: aot._ema(torch.bfloat16))]
+aot.cases = lambda *_: [("optimizer", lambda: aot._optimizer(torch.bfloat16))]
 sys.exit(aot.main())
 """
     command = [sys.executable, "-c", script, "--arch", "90", "--dtype", "bf16", "--json", str(table)]

@@ -1,0 +1,89 @@
+"""All that we use of DeepSpeed's insides, in one place: names that no documentation promises.
+
+`tests/engine/test_private.py` fails by name where a version of DeepSpeed lacks one.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+ENGINE = ("enable_backward_allreduce",)
+FLAT = ("bit16_groups_flat", "single_partition_of_fp32_groups", "_coalesce_grad_reduction")
+CUT_UP = (
+    "fp16_groups",
+    "fp16_partitioned_groups_flat",
+    "fp32_partitioned_groups_flat",
+    "averaged_gradients",
+    "reduce_ready_partitions_and_remove_grads",
+    "independent_gradient_partition_epilogue",
+    "_pre_step",
+    "_partition_all_parameters",
+    "_overflow_clean_up",
+    "_post_step",
+)
+PARAMETER = ("ds_tensor", "ds_grad_is_ready")
+SHARD = ("ds_numel",)
+TEACHER = ("empty_partition_cache",)
+
+
+def flat_shards(engine: Any) -> tuple[Tensor, Tensor]:
+    """The vector of an engine at stage 1 or 2, and this rank's fp32 masters. DeepSpeed reduces nothing any more."""
+    zero = engine.optimizer
+    engine.enable_backward_allreduce = False
+    zero._coalesce_grad_reduction = True  # its hooks leave gradients where they are
+    (flat,), (master,) = zero.bit16_groups_flat, zero.single_partition_of_fp32_groups
+    master.grad = None  # a place for gradients that will not come
+    return flat, master
+
+
+class CutUp:
+    """An engine at stage 3, of one parameter group."""
+
+    def __init__(self, engine: Any, offloaded: bool):
+        self._zero, self._offloaded = engine.optimizer, offloaded
+        (self.master,) = self._zero.fp32_partitioned_groups_flat
+        (self.working,) = self._zero.fp16_partitioned_groups_flat
+        (self.parameters,) = self._zero.fp16_groups
+        if not offloaded:
+            self.master.grad = None  # a place for gradients that will not come
+
+    def gradients(self) -> Sequence[Tensor]:
+        """Averaged, of this rank's shards of the parameters, one after the other."""
+        return [self.master.grad] if self._offloaded else self._zero.averaged_gradients[0]
+
+    def hold_back(self, parameters: Sequence[Any], held: bool) -> None:
+        """Whether gradients of these parameters are left where they are."""
+        for parameter in parameters:
+            parameter.ds_grad_is_ready = not held
+
+    def reduce(self, parameters: Sequence[Any]) -> None:
+        """Reduce the gradients of these parameters and all that wait in the bucket."""
+        for parameter in parameters:
+            self._zero.reduce_ready_partitions_and_remove_grads(parameter)
+        self._zero.independent_gradient_partition_epilogue()
+
+    def let_go(self) -> None:
+        """Forget what is gathered of the weights, which are about to change."""
+        self._zero._partition_all_parameters()
+
+    def end_step(self) -> None:
+        """Forget the gradients, and gather the small weights that stay gathered."""
+        self._zero._pre_step()
+        self._zero._overflow_clean_up(None)
+        self._zero._post_step(())
+
+
+def length_of_shard(parameter: Any) -> int:
+    """Elements of a rank's shard of a parameter at stage 3, with padding."""
+    return parameter.ds_tensor.ds_numel
+
+
+def place_shard(parameter: Any, memory: Tensor) -> None:
+    """Let a rank's shard of a parameter be this memory."""
+    parameter.ds_tensor.data = memory
+
+
+def forget_gathered(engine: Any) -> None:
+    """The same as `CutUp.let_go` for an engine without optimizer."""
+    engine.optimizer.empty_partition_cache()
