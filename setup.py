@@ -62,6 +62,7 @@ setup(
         "nvidia-nvimgcodec-cu13>=0.8" if dali_wheel() == "cuda130" else "nvidia-nvimgcodec-cu12>=0.8",
         "braceexpand>=0.1.7",
         "numpy>=1.26",
+        "obstore>=0.12.1,<1",
         "pillow>=10",
         "prometheus-client>=0.21",
         "psutil>=5.9.8",

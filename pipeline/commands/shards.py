@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_json(build)
     build.set_defaults(action=_build)
     for name, run, text in (
-        ("index", _index, "write the index beside each shard"),
+        ("index", _index, "write the index beside each shard, and the catalog of its folder"),
         ("verify", _verify, "decode every image, check index and checksum; exit 1 if anything is wrong"),
         ("stats", _stats, "counts, sizes, formats and classes"),
     ):

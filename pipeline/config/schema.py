@@ -1,9 +1,9 @@
 """The schema of an experiment: every key, its default (the paper's ViT run) and the checks between keys."""
 
 import re
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, field_validator, model_serializer, model_validator
+from pydantic import Field, ValidationError, field_validator, model_serializer, model_validator
 
 from pipeline.config.model import ModelConfig, is_bundle
 from pipeline.config.section import Changeable, Free, PathText, Section, Shards, expand_path
@@ -89,10 +89,21 @@ class LocalCropConfig(CropConfig):
     scale: Changeable[Fraction] = (0.05, 0.32)
 
 
+class SourceConfig(Section):
+    """One of several sets of shards that are trained on together."""
+
+    name: str = Field(pattern=r"^[\w.-]{1,64}$")
+    url: PathText
+    weight: float = Field(1, gt=0)
+
+
 class DataConfig(Section):
     """Shards, crops and augmentation. `batch_size` counts images per rank."""
 
-    train: Free[Shards] = "shards/train-{000000..000999}.tar"
+    train: Free[Shards | Annotated[list[SourceConfig], Field(min_length=1)]] = Field(
+        "shards/train-{000000..000999}.tar", description="patterns of shards, or several sources with weights"
+    )
+    segment: Free[int] = Field(0, ge=0, description="raised by one, the run goes on with other sources or weights")
     val: Free[Shards | None] = None
     batch_size: Free[int] = Field(50, gt=0)
     global_crops: CropConfig = CropConfig()
@@ -106,12 +117,38 @@ class DataConfig(Section):
         (0.0, 0.9, 0.5), description="probability: global 1, global 2, local"
     )
 
+    @field_validator("train", mode="before")
+    @classmethod
+    def _sources(cls, value: Any) -> Any:
+        """Read sources one by one, so that a mistake in one is named and not all that `train` could have been."""
+        if not isinstance(value, list) or not any(isinstance(item, dict) for item in value):
+            return value
+        sources = [_source(number, item) for number, item in enumerate(value)]
+        names = [source.name for source in sources]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"two sources are called {twice[0]}: give each a name of its own")
+        return sources
+
     @field_validator("blur")
     @classmethod
     def _probabilities(cls, value: tuple[float, ...]) -> tuple[float, ...]:
         if not all(0 <= p <= 1 for p in value):
             raise ValueError("blur holds three probabilities within [0, 1]")
         return value
+
+
+def _source(number: int, item: Any) -> SourceConfig:
+    if isinstance(item, SourceConfig):
+        return item
+    try:
+        return SourceConfig.model_validate(item)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"])) or "entry"
+        message = first["msg"].removeprefix("Value error, ")
+        if "extra" in first["type"]:
+            message = f"there is no such key: use {', '.join(SourceConfig.model_fields)}"
+        raise ValueError(f"{key} of source {number + 1}, {message}") from error
 
 
 class OptimConfig(Section):

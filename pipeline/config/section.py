@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, 
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
+from pipeline.config.address import holds_secret
 from pipeline.config.plain import numbers
 
 _LARGEST = (1 << 63) - 1
@@ -82,7 +83,8 @@ def takes_text(section: type[BaseModel], key: str) -> bool:
 def is_section(section: type[BaseModel], key: str) -> bool:
     """Whether a key has keys of its own."""
     field = section.model_fields.get(key)
-    return field is not None and any(isinstance(k, type) and issubclass(k, BaseModel) for k in _kinds(field.annotation))
+    kinds = _kinds(field.annotation) if field and not takes_text(section, key) else ()  # a list of sections is a value
+    return any(isinstance(kind, type) and issubclass(kind, BaseModel) for kind in kinds)
 
 
 def marked_keys(section: type[BaseModel], mark: Resume, prefix: str = "") -> Iterator[str]:
@@ -105,6 +107,8 @@ def expand_path(text: str) -> str:
         raise ValueError("an empty path: name one")
     if "\0" in text:
         raise ValueError("no path holds a NUL: write another")
+    if "://" in text and holds_secret(text):
+        raise ValueError("an address with credentials in it: leave them out, the environment holds them")
     if _TEMPLATE.search(text):
         raise ValueError(f"{text!r} holds an unrendered template: fill it in")
     expanded = _VARIABLE.sub(_variable, text)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.data import indexes, tars
+from pipeline.data.catalog import CATALOG, Catalog, open_catalog, rows_of
 from pipeline.data.decoders import NO_LIMIT, check
 from pipeline.data.images import EXTENSIONS, BadImage, inspect
 from pipeline.data.labels import CLASSES, LONGEST, class_names, parse_label
@@ -71,6 +72,7 @@ def verify(shards: str | Sequence[str], *, progress: bool = True) -> list[ShardV
     """
     verdicts = []
     keys: dict[str, str] = {}
+    catalogs: dict[Path, Catalog | None] = {}
     with ThreadPoolExecutor(os.cpu_count()) as pool, progress_bar(progress, unit=" images") as bar:
         for shard in expand_shards(shards):
             verdict = ShardVerdict(str(shard))
@@ -78,9 +80,11 @@ def verify(shards: str | Sequence[str], *, progress: bool = True) -> list[ShardV
             bar.set_description(shard.name, refresh=False)
             try:
                 contents = tars.scan(shard)
-                named = class_names(shard)
+                if shard.parent not in catalogs:
+                    catalogs[shard.parent] = open_catalog(shard.parent)
+                named, listing = class_names(shard), catalogs[shard.parent]
                 with open(shard, "rb", buffering=0) as file:
-                    _verify(verdict, file.fileno(), contents, named, pool, keys, bar)
+                    _verify(verdict, file.fileno(), contents, listing, named, pool, keys, bar)
             except UserError as error:
                 verdict.problems.append(("", error.what))
             except OSError as error:
@@ -92,6 +96,7 @@ def _verify(
     verdict: ShardVerdict,
     descriptor: int,
     contents: tars.Contents,
+    listing: Catalog | None,
     classes: list[str] | None,
     pool: ThreadPoolExecutor,
     keys: dict[str, str],
@@ -99,7 +104,8 @@ def _verify(
 ) -> None:
     """Fill the verdict on an open shard; `keys` are those of all shards so far, with the shard's name."""
     shard, samples = Path(verdict.shard), contents.samples
-    verdict.problems += [("", problem) for problem in (*_index_problems(shard, samples), *_manifest_problems(shard))]
+    found = (*_index_problems(shard, samples), *_catalog_problems(shard, samples, listing), *_manifest_problems(shard))
+    verdict.problems += [("", problem) for problem in found]
     for name, why in contents.passed_over:
         lost = Path(name).suffix.lower().removeprefix(".") in EXTENSIONS and not Path(name).name.startswith(".")
         (verdict.problems if lost else verdict.left_out).append((name, why))
@@ -127,6 +133,20 @@ def _index_problems(shard: Path, samples: list[tars.Sample]) -> Iterator[str]:
         return
     if list(tars.image_places(indexed)) != list(tars.image_places(samples)):
         yield "the index does not list the images of the shard"
+
+
+def _catalog_problems(shard: Path, samples: list[tars.Sample], listing: Catalog | None) -> Iterator[str]:
+    number = listing.number(shard.name) if listing else None
+    if listing is None or number is None:
+        return
+    try:
+        listing.require(number, shard.stat().st_size, str(shard))
+    except UserError as error:
+        yield error.what
+        return
+    rows = rows_of(shard, samples)
+    if rows is None or not np.array_equal(rows, listing.of(number)):
+        yield f"{CATALOG} does not list the images and labels of the shard"
 
 
 def _manifest_problems(shard: Path) -> Iterator[str]:
@@ -192,21 +212,17 @@ def stats(shards: str | Sequence[str]) -> Statistics:
             rows.append((*header.size, len(data) / 1e3))
         except BadImage as error:
             formats[f"-{error.reason}"] += 1
-        except OSError:
-            formats["-read"] += 1
         try:
             label = dataset.label(record)
             if label is not None:
                 classes[label] += 1
         except ValueError as error:
             bad_labels[str(error)] += 1
-        except OSError:
-            bad_labels["cannot be read"] += 1
     height, width, kilobytes = np.percentile(rows, _PERCENTILES, axis=0).T.tolist() if rows else ([], [], [])
     return Statistics(
         shards=len(dataset.paths),
         samples=len(dataset),
-        bytes=sum(path.stat().st_size for path in dataset.paths),
+        bytes=sum(size for shards in dataset.described() for _, size, _ in shards),
         formats=dict(sorted(formats.items())),
         classes=dict(sorted(classes.items())),
         bad_labels=dict(bad_labels),

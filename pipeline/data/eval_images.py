@@ -1,6 +1,6 @@
 """Images of shards as a model wants them in evaluation: timm's own transform, samples by record number."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 from pipeline.config import DataConfig
 from pipeline.data.images import BadImage, decode, inspect
 from pipeline.data.labels import Numbering
+from pipeline.data.patterns import Shards
 from pipeline.data.reader import Dataset
 
 MAX_PIXELS = DataConfig().max_pixels  # where no run's config says otherwise
@@ -29,7 +30,7 @@ class EvalImages:
 
     def __init__(
         self,
-        shards: str | Sequence[str],
+        shards: Shards,
         preprocessing: Mapping[str, Any],
         max_pixels: int = MAX_PIXELS,
         numbering: Numbering | None = None,
@@ -51,10 +52,7 @@ class EvalImages:
         Raises:
             BadImage: it cannot be used, for the reason given.
         """
-        try:
-            data = self.dataset.image(record)
-        except OSError as error:
-            raise BadImage("read") from error
+        data = self.dataset.image(record)
         inspect(data, self.max_pixels)
         return self.transform(decode(data))
 
@@ -70,8 +68,6 @@ class EvalImages:
                 return self.numbering.of(self.dataset.shard(record), label)
         except ValueError as error:
             raise BadImage("label") from error
-        except OSError as error:
-            raise BadImage("read") from error
         raise BadImage("unlabelled")
 
     def normalize(self, images: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
 """Class labels: what a `.cls` member may hold, and which class of another set of shards a label means."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -12,6 +12,8 @@ from pipeline.errors import UserError
 
 CLASSES = "classes.txt"
 LONGEST = 64  # bytes of a label file; what is longer holds no number
+NO_NUMBER, BEYOND = "label is no number", "label is beyond 64 bits"
+"""What may be wrong with a label file."""
 _NUMBER = re.compile(rb"[ \t\r\n]*([0-9]+)[ \t\r\n]*", re.ASCII)
 _NAMED = 3  # classes that a message lists
 
@@ -24,10 +26,10 @@ def parse_label(content: bytes | bytearray) -> int:
     """
     match = _NUMBER.fullmatch(bytes(content)) if len(content) <= LONGEST else None
     if match is None:
-        raise ValueError("label is no number")
+        raise ValueError(NO_NUMBER)
     label = int(match[1])
     if label > np.iinfo(np.int64).max:
-        raise ValueError("label is beyond 64 bits")
+        raise ValueError(BEYOND)
     return label
 
 
@@ -50,6 +52,16 @@ def class_names(shard: Path) -> list[str] | None:
     return names or None
 
 
+class _Shard(Protocol):
+    """A path or an address."""
+
+    @property
+    def parent(self) -> Any: ...
+
+
+S = TypeVar("S", bound=_Shard)
+
+
 class Numbering(NamedTuple):
     """One numbering of the classes of several sets of shards, that of the first training shards.
 
@@ -58,10 +70,10 @@ class Numbering(NamedTuple):
         doubt: why classes could not be compared by name, if they could not.
     """
 
-    tables: dict[Path, list[int]]
+    tables: dict[Any, list[int]]
     doubt: str | None = None
 
-    def of(self, shard: Path, label: int) -> int:
+    def of(self, shard: _Shard, label: int) -> int:
         """The common number of a shard's label.
 
         Raises:
@@ -75,17 +87,22 @@ class Numbering(NamedTuple):
         return table[label]
 
 
-def common_numbering(train: Sequence[Path], val: Sequence[Path]) -> Numbering:
+def common_numbering(
+    train: Sequence[S],
+    val: Sequence[S],
+    names: Callable[[S], list[str] | None] = class_names,  # type: ignore[assignment]
+) -> Numbering:
     """Compare classes by their names, so that labels of sets built apart mean the same.
 
     Args:
-        train, val: shards; a folder's `classes.txt` names the classes of all shards in it.
+        train, val: shards; those of one folder have the same classes.
+        names: of a shard's classes.
 
     Raises:
         UserError: validation has classes that training lacks, or names that occur twice stand in another order.
     """
     folders = {shard.parent: shard for shard in (*train, *val)}  # in order, training first
-    named = {folder: class_names(shard) for folder, shard in folders.items()}
+    named = {folder: names(shard) for folder, shard in folders.items()}
     known = {folder: names for folder, names in named.items() if names}
     bare = [folder for folder, names in named.items() if not names]
     if known and bare:
@@ -95,14 +112,14 @@ def common_numbering(train: Sequence[Path], val: Sequence[Path]) -> Numbering:
         return Numbering({folder: list(range(len(names))) for folder, names in known.items()})
     numbers: dict[str, int] = {}
     trained = {shard.parent for shard in train}
-    for folder, names in known.items():
-        if len(set(names)) < len(names):
+    for folder, own in known.items():
+        if len(set(own)) < len(own):
             fix = "give every class a name of its own, or evaluate shards with equal files"
-            raise UserError("class names occur twice, and other shards have other names", str(folder / CLASSES), fix)
-        strange = [name for name in names if name not in numbers]
+            raise UserError("class names occur twice, and other shards have other names", f"{folder}/{CLASSES}", fix)
+        strange = [name for name in own if name not in numbers]
         if strange and folder not in trained:
             shown = ", ".join(map(escape, strange[:_NAMED])) + (", ..." if len(strange) > _NAMED else "")
-            what = f"{len(strange)} of {len(names)} classes are not among those of the training shards: {shown}"
-            raise UserError(what, str(folder / CLASSES), "name training shards with these classes")
+            what = f"{len(strange)} of {len(own)} classes are not among those of the training shards: {shown}"
+            raise UserError(what, f"{folder}/{CLASSES}", "name training shards with these classes")
         numbers |= {name: len(numbers) + i for i, name in enumerate(strange)}
     return Numbering({folder: [numbers[name] for name in names] for folder, names in known.items()})

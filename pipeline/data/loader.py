@@ -11,9 +11,11 @@ import torch
 from pipeline.config import DataConfig
 from pipeline.data.augment import make_pipeline, parameters, undecodable
 from pipeline.data.images import Header
+from pipeline.data.mixing import WHOLE, Segment
 from pipeline.data.reader import Dataset, SampleStream, Skip
 
 _READ_AHEAD = 4  # batches whose bytes and parameters are prepared before the pipeline asks for them
+_REQUESTS = 32  # in flight at once to a store
 _DTYPES = (torch.float32, torch.float16)
 
 
@@ -48,9 +50,11 @@ class Loader:
         dtype: torch.float32 or torch.float16. For bfloat16 take float32 and cast: DALI cannot write it.
         on_skip: called once per sample left out, with its key, shard, reason and first position.
         dataset: `data.train`, if it is open already.
+        segment: of the run, if its sources or weights have changed.
 
     Attributes:
         next_sample: samples consumed by all ranks together, the `start_sample` that resumes.
+        used: samples handed out by this rank so far, by name of their source.
         skipped: how often a sample was left out so far, by reason.
         samples: samples per epoch of the stream.
 
@@ -70,19 +74,24 @@ class Loader:
         dtype: torch.dtype = torch.float32,
         on_skip: Callable[[Skip], None] | None = None,
         dataset: Dataset | None = None,
+        segment: Segment = WHOLE,
     ) -> None:
         if dtype not in _DTYPES:
             raise ValueError(f"dtype {dtype}: expected one of {_DTYPES}")
         self.data, self.rank, self.world_size, self.on_skip = data, rank, world_size, on_skip
         self.device_id, self._half = _device_id(torch.device(device)), dtype == torch.float16
         self.dataset = dataset = dataset or Dataset(data.train)
-        self._stream = SampleStream(dataset, window=data.window, seed=data.seed, max_pixels=data.max_pixels)
+        self._stream = SampleStream(
+            dataset, window=data.window, seed=data.seed, max_pixels=data.max_pixels, segment=segment
+        )
         self.samples, self.next_sample = len(dataset), start_sample
         self.skipped: Counter[str] = Counter()
+        self.used: Counter[str] = Counter()
         self._reported: set[int] = set()
         self._handed_out: Any = None
         self._in_use: deque[tuple[torch.cuda.Event, Any]] = deque()
         self._pool = ThreadPoolExecutor(_READ_AHEAD, thread_name_prefix="poa-reader")
+        self._requests = ThreadPoolExecutor(_REQUESTS, "poa-fetch") if dataset.is_remote else None
         self._start_pipeline()
 
     def __iter__(self) -> "Loader":
@@ -97,6 +106,7 @@ class Loader:
         assert (positions == position + np.arange(self.data.batch_size)).all(), "the pipeline lost a batch"
         self._report(prepared)
         self.next_sample += self._stride
+        self.used.update(self.dataset.source(record).name for record in prepared.records)
         crops = [torch.from_dlpack(output.as_tensor()).flatten(0, 1) for output in outputs[2:]]
         if len(crops) == 1:
             size = self.data.local_crops.size
@@ -105,7 +115,8 @@ class Loader:
 
     def close(self) -> None:
         """Stop the reading threads and free the pipeline; tensors handed out stay valid."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        for pool in filter(None, (self._pool, self._requests)):
+            pool.shutdown(wait=True, cancel_futures=True)
         del self._pipeline
 
     @property
@@ -131,7 +142,8 @@ class Loader:
 
     def _prepare(self, sample: int) -> _Prepared:
         position = sample + self.rank * self.data.batch_size
-        picked = [self._stream.pick(position + i) for i in range(self.data.batch_size)]
+        positions = range(position, position + self.data.batch_size)
+        picked = list((self._requests.map if self._requests else map)(self._stream.pick, positions))
         headers = [p.header for p in picked]
         return _Prepared(
             [np.frombuffer(p.data, np.uint8) for p in picked],

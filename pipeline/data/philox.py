@@ -14,13 +14,17 @@ class Purpose(IntEnum):
     SUBSTITUTE = 4
     MASKS = 5
     PACK = 6
+    MIX = 7
 
 
-def philox(seed: int, purpose: Purpose, a: int = 0, b: int = 0, *, block: int = 0) -> np.random.Generator:
+def philox(
+    seed: int, purpose: Purpose, a: int = 0, b: int = 0, *, source: int = 0, block: int = 0
+) -> np.random.Generator:
     """A generator for one place of one stream.
 
     Args:
         a, b: the place, e.g. (epoch, window) or (position, attempt).
+        source: streams of their own for several sources.
         block: blocks of four 64-bit draws to skip; consecutive blocks continue one another.
     """
-    return np.random.Generator(np.random.Philox(key=[seed, purpose], counter=[block, 0, b, a]))
+    return np.random.Generator(np.random.Philox(key=[seed, purpose], counter=[block, source, b, a]))

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from pipeline.data import indexes, tars
 from pipeline.data.aside import new_folder
+from pipeline.data.catalog import CATALOG, write_catalog
 from pipeline.data.encode import encode
 from pipeline.data.images import BadImage
 from pipeline.data.items import Item, Source
@@ -118,6 +119,7 @@ def build(
             raise UserError(f"none of {count} images can be decoded", escape(source), _why_none(report))
         if report.classes:
             write_atomically(folder / CLASSES, "".join(f"{name}\n" for name in report.classes))
+        write_catalog(folder, [folder / entry.name for entries in report.shards.values() for entry in entries])
         write_atomically(folder / MANIFEST, json.dumps(asdict(report), indent=1) + "\n")
     return report
 
@@ -129,12 +131,20 @@ def _why_none(report: BuildReport) -> str:
 
 
 def index(shards: str | Sequence[str]) -> list[IndexReport]:
-    """Write the index beside each shard; samples without an image are left out of it.
+    """Write the index beside each shard, and the catalog of each folder; samples without an image are left out.
 
     Raises:
         UserError: a shard is missing, damaged or without any image, or its folder cannot be written.
     """
-    return [_index(path) for path in expand_shards(shards)]
+    paths = expand_shards(shards)
+    reports = [_index(path) for path in paths]
+    for folder in dict.fromkeys(path.parent for path in paths):
+        try:
+            write_catalog(folder, [path for path in paths if path.parent == folder])
+        except OSError as error:
+            where = str(folder / CATALOG)
+            raise UserError(f"cannot write the catalog: {error.strerror}", where, "check rights and space") from error
+    return reports
 
 
 def _index(shard: Path) -> IndexReport:

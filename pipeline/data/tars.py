@@ -1,9 +1,10 @@
 """What a WebDataset shard holds: where each sample's members lie, so that any of them is one `pread` away."""
 
+import io
 import os
 import re
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -13,6 +14,7 @@ from pipeline.errors import UserError
 
 BLOCK = 512
 _CHUNK = 1 << 20  # bytes read at once behind the end
+_LONG_HEADERS = 3  # blocks: of the member that holds a long name, the name, and the header proper
 _COMPRESSED = {
     b"\x1f\x8b": "gzip",
     b"\x28\xb5\x2f\xfd": "zstd",
@@ -198,6 +200,31 @@ def _why(info: tarfile.TarInfo, stem: str, dot: str, extension: str) -> str:
     if not stem:
         return "nothing before the first dot"
     return "white space in its extension" if extension.strip() else "no extension behind the first dot"
+
+
+def key_at(read: Callable[[int, int], bytes | bytearray], offset: int) -> str:
+    """The key of the sample whose member begins at an offset, from the headers before it.
+
+    Args:
+        read: gives the bytes at an offset.
+    """
+    for blocks in (_LONG_HEADERS, 1):  # a long name stands in a member of its own before
+        start = max(offset - blocks * BLOCK, 0)
+        try:
+            with tarfile.open(fileobj=io.BytesIO(read(start, offset - start) + bytes(2 * BLOCK)), mode="r:") as tar:
+                info = tar.next()
+        except tarfile.TarError:
+            continue
+        if info is not None and start + info.offset_data == offset:
+            return _key(info.name)[0]
+    return f"at byte {offset}"
+
+
+def _key(name: str) -> tuple[str, str]:
+    """A member's key, and its extension: all behind the first dot of the last part."""
+    folder, _, base = name.rpartition("/")
+    stem, _, extension = base.partition(".")
+    return (f"{folder}/{stem}" if folder else stem), extension
 
 
 def image_places(samples: Iterable[Sample]) -> Iterator[tuple[int, int]]:

@@ -31,6 +31,7 @@ class Own:
         flops: of its networks in this step.
         band: cost band of its elastic student.
         parts_saved: `Checkpoints.parts_finished`.
+        no_data: it could not get its batch and trained on something else.
     """
 
     stop: bool
@@ -38,6 +39,7 @@ class Own:
     flops: float
     band: int
     parts_saved: int
+    no_data: bool = False
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class Agreement:
         skipped: samples left out on any rank.
         flops: of all ranks.
         parts_saved: parts of checkpoints that they have finished.
+        no_data: some rank had no batch, so the step must not count.
         band_steps, band_losses: elastic students trained and the sum of their DINO losses, over ranks, per cost band.
     """
 
@@ -64,6 +67,7 @@ class Agreement:
     parts_saved: int
     band_steps: list[float]
     band_losses: list[float]
+    no_data: bool = False
 
 
 class Agreed:
@@ -71,7 +75,7 @@ class Agreed:
 
     Attributes:
         norms: gradient norms before clipping, fp32 `[2]`, in the order of `MODULES`.
-        good: whether all values are finite on all ranks, 1 or 0, an fp32 scalar.
+        good: whether all values are finite on all ranks and all had data, 1 or 0, an fp32 scalar.
     """
 
     def __init__(self, **vectors: Tensor):
@@ -80,7 +84,8 @@ class Agreed:
         self._names, self._sizes = list(vectors), [len(vector) for vector in vectors.values()]
         sums = dict(zip(self._names, packed.split(self._sizes), strict=True))
         self.norms = sums["squares"].sqrt().float()
-        self.good = ((sums["not_finite"] == 0).all() & sums["squares"].isfinite().all()).float()
+        finite = (sums["not_finite"] == 0).all() & sums["squares"].isfinite().all()
+        self.good = (finite & (sums["counts"][-1] == 0)).float()
         self._packed = Late(packed)
 
     def read(self) -> Agreement:
@@ -92,7 +97,7 @@ class Agreed:
             start += size
         squares = dict(zip(MODULES, sums["squares"], strict=True))
         infinite = {name for name, ranks in zip(_NAMES, sums["not_finite"], strict=True) if ranks}
-        stop, skipped, flops, parts_saved = sums["counts"]
+        stop, skipped, flops, parts_saved, no_data = sums["counts"]
         return Agreement(
             losses={
                 name: math.nan if name in infinite else total / dist.get_world_size()
@@ -106,6 +111,7 @@ class Agreed:
             parts_saved=round(parts_saved),
             band_steps=sums["band_steps"],
             band_losses=sums["band_losses"],
+            no_data=no_data > 0,
         )
 
 
@@ -125,11 +131,12 @@ def agree(losses: StepLosses, gradient_squares: Tensor, own: Own) -> Agreed:
     drawn = [float(own.band == i) for i in range(len(BANDS))]
     told = to_device(
         torch.tensor(
-            [float(own.stop), float(own.skipped), own.flops, float(own.parts_saved), *drawn], dtype=torch.float64
+            [float(own.stop), float(own.skipped), own.flops, float(own.parts_saved), float(own.no_data), *drawn],
+            dtype=torch.float64,
         ),
         device,
     )
-    counts, band = told.split([4, len(BANDS)])
+    counts, band = told.split([5, len(BANDS)])
     return Agreed(
         losses=values,
         not_finite=~finite,

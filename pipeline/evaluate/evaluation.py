@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from pipeline.data.eval_images import MAX_PIXELS, EvalImages
+from pipeline.data.homes import known_classes
 from pipeline.data.labels import Numbering, common_numbering
-from pipeline.data.patterns import expand_shards
+from pipeline.data.patterns import Shards, name_shards, patterns_of
 from pipeline.data.reader import Dataset
 from pipeline.elastic import Subnet
 from pipeline.engine.distributed import Ranks
@@ -26,7 +27,6 @@ from pipeline.files import require_writable, write_atomically
 from pipeline.models.loading import RunModels, run_config
 from pipeline.models.results import Results, read_results
 
-Shards = str | Sequence[str]
 T = TypeVar("T")
 _GROUP_BYTES = 4 << 30
 
@@ -80,7 +80,7 @@ class Evaluation:
         Raises:
             UserError: a shard is missing, or validation has classes that training lacks.
         """
-        return common_numbering(expand_shards(self.train), expand_shards(self.val))
+        return common_numbering(name_shards(self.train), name_shards(self.val), known_classes)
 
     def run(self, target: Target) -> Results:
         """Results by name of candidate.
@@ -190,7 +190,7 @@ def evaluate(request: Request, ranks: Ranks | None = None, progress: bool = Fals
         yardstick = evaluation.run(pixels_target())[PIXELS]["accuracy"]
         for entry in results.values():
             entry["pixels_accuracy"] = yardstick
-    data = {"train": _names(evaluation.train), "val": _names(evaluation.val)}
+    data = {"train": patterns_of(evaluation.train), "val": patterns_of(evaluation.val)}
     results = {name: {**entry, **data} for name, entry in results.items()}
     if keeps:
         _record(request.path / "eval" / f"{request.method}.json", results)
@@ -243,10 +243,6 @@ def _named(name: str, shards: Shards | None) -> Shards:
     if not shards:
         raise UserError(f"no {name} shards are named", f"--{name}", f"name labelled shards, or set eval.{name}")
     return shards
-
-
-def _names(shards: Shards) -> list[str]:
-    return [shards] if isinstance(shards, str) else list(shards)
 
 
 def _require_samples(features: LabelledFeatures, dataset: Dataset) -> None:

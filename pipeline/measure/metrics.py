@@ -55,6 +55,9 @@ _NODE = (
         "poa_phase_seconds_total", "Time per part of the step, mean of the node's ranks", "phase", everywhere=True
     ),
     _gauge("poa_data_wait_ratio", "Share of the step spent waiting for data, mean of its ranks", everywhere=True),
+    _counter("poa_fetched_bytes_total", "Bytes of samples read from stores", "source", everywhere=True),
+    _counter("poa_fetch_retries_total", "Reads from stores and disks that were tried again", "reason", everywhere=True),
+    _counter("poa_fetch_wait_seconds_total", "Time that reads from stores took, over all threads", everywhere=True),
     _gauge("poa_device_memory_bytes", "Memory of the fullest device (or process)", "kind", everywhere=True),
 )
 _PROGRESS = (
@@ -86,6 +89,7 @@ _OPTIMISATION = (
 )
 _FAULTS = (
     _counter("poa_skipped_samples_total", "Samples left out and replaced", "reason"),
+    _counter("poa_source_samples_total", "Samples trained on, by source of the data", "source"),
     _gauge("poa_checkpoint_seconds", "Time the last checkpoint took, most of it beside training"),
     _gauge("poa_checkpoint_timestamp_seconds", "When the last checkpoint was complete, Unix time"),
     _gauge("poa_checkpoint_bytes", "Size of the last checkpoint"),

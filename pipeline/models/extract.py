@@ -13,6 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from pipeline.config import ExperimentConfig
+from pipeline.data.patterns import Shards
 from pipeline.elastic import Subnet
 from pipeline.errors import UserError
 from pipeline.files import require_writable, save_tensors, sha256, sync, write_atomically
@@ -60,7 +61,7 @@ def extract(
     out: str | Path,
     branch: str = "teacher",
     proof_images: int = PROOF_IMAGES,
-    proof_shards: str | Sequence[str] | None = None,
+    proof_shards: Shards | None = None,
     progress: bool = False,
 ) -> list[Extracted]:
     """Write each sub-network to a directory `out/NAME` that timm loads without this project.
@@ -94,7 +95,7 @@ def extract(
     return [_extract_one(models, subnet, out, branch, images, measured.get(subnet.name)) for subnet in bar]
 
 
-def _images(config: ExperimentConfig, shards: str | Sequence[str] | None, count: int) -> ProofImages:
+def _images(config: ExperimentConfig, shards: Shards | None, count: int) -> ProofImages:
     if shards:
         return load_proof_images(config, shards, count)
     try:

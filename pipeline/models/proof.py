@@ -1,6 +1,5 @@
 """The proof of an extraction: the model, loaded back through timm, computes what its sub-network computes in place."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor
 from pipeline.config import ExperimentConfig
 from pipeline.data.eval_images import EvalImages
 from pipeline.data.images import BadImage
+from pipeline.data.patterns import Shards
 from pipeline.elastic import Subnet
 from pipeline.errors import UserError
 from pipeline.measure.provenance import code_revision
@@ -34,7 +34,7 @@ class ProofImages:
     skipped: int
 
 
-def load_proof_images(config: ExperimentConfig, shards: str | Sequence[str], count: int) -> ProofImages:
+def load_proof_images(config: ExperimentConfig, shards: Shards, count: int) -> ProofImages:
     """Images spread evenly over shards, at the training size, as timm prepares them for evaluation.
 
     Raises:

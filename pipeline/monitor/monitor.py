@@ -5,13 +5,16 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from pipeline.config import ExperimentConfig
+from pipeline.data.remote.patience import WEATHER
 from pipeline.elastic import Grid, cost
 from pipeline.engine.agreement import BAD_VALUES
 from pipeline.engine.checkpoint import Progress
@@ -30,6 +33,8 @@ from pipeline.monitor.tensorboard import EventFile
 from pipeline.monitor.values import Values
 
 SKIP_REASONS = ("decode", "empty", "format", "header", "huge", "precision", "read", "truncated")
+FETCH_REASONS = ("connection", "disk", "range", "server", "short", "throttled", "timeout")
+_UNNAMED = "train"  # a source without a name, as a label
 _STATS = ("min", "mean", "max")
 
 
@@ -55,6 +60,10 @@ class Share(NamedTuple):
         total: seconds by phase since the process started.
         per_step: seconds by phase and step.
         memory: bytes by kind; the last kind is the peak.
+        used: samples by source since the process started.
+        fetched: bytes from stores by source.
+        retries: reads tried again by reason.
+        fetch_wait: seconds that reads from stores took.
     """
 
     busy: float
@@ -63,6 +72,10 @@ class Share(NamedTuple):
     total: dict[str, float]
     per_step: dict[str, float]
     memory: dict[str, int]
+    used: dict[str, int]
+    fetched: dict[str, int]
+    retries: dict[str, int]
+    fetch_wait: float
 
 
 class Monitor:
@@ -78,6 +91,7 @@ class Monitor:
         bands: cost bands of the sub-networks.
         progress: where the run starts.
         last_step: where it ends.
+        used: samples of this rank by source, counted on by its loader.
 
     Attributes:
         complete: the run got there, so that whoever reads the metrics should see the last values.
@@ -91,8 +105,10 @@ class Monitor:
         bands: Bands,
         progress: Progress,
         last_step: int,
+        used: Mapping[str, int] = MappingProxyType({}),
     ):
         self.config, self.ranks, self.phases = config, ranks, phases
+        self._used = used
         self.values = Values()
         self._interval = _Interval(phases=dict(phases.seconds))
         self._later: dict[str, Any] = {}
@@ -107,6 +123,8 @@ class Monitor:
         with self._carefully():
             self._peak = device_peak(ranks.device, working_dtype(config.engine))
             if self._leads:
+                for reason in FETCH_REASONS:
+                    self.values.add("poa_fetch_retries_total", 0, reason)
                 self._exporter = Exporter(config.metrics, Path(config.run.dir), node, ranks.is_main, elsewhere)
             if ranks.is_main:
                 self._describe(bands, progress, last_step)
@@ -258,6 +276,10 @@ class Monitor:
             total=dict(seconds),
             per_step={phase: spent[phase] / steps for phase in PHASES},
             memory=memory_bytes(self.ranks.device),
+            used=dict(self._used),
+            fetched=dict(WEATHER.fetched),
+            retries=dict(WEATHER.retries),
+            fetch_wait=WEATHER.waited,
         )
 
     def _set_node(self, shares: list[Share]) -> None:
@@ -265,6 +287,11 @@ class Monitor:
         values.set("poa_data_wait_ratio", _mean(share.wait_ratio for share in shares))
         for phase in PHASES:
             values.set("poa_phase_seconds_total", _mean(share.total[phase] for share in shares), phase)
+        values.set("poa_fetch_wait_seconds_total", sum(share.fetch_wait for share in shares))
+        for source, size in _total(share.fetched for share in shares).items():
+            values.set("poa_fetched_bytes_total", size, source or _UNNAMED)
+        for reason, count in _total(share.retries for share in shares).items():
+            values.set("poa_fetch_retries_total", count, reason)
         for kind in shares[0].memory:
             values.set("poa_device_memory_bytes", max(share.memory[kind] for share in shares), kind)
 
@@ -276,6 +303,8 @@ class Monitor:
         ):
             for stat, value in zip(_STATS, (min(numbers), _mean(numbers), max(numbers)), strict=True):
                 values.set(name, value, stat)
+        for source, samples in _total(share.used for share in shares).items():
+            values.set("poa_source_samples_total", samples, source or _UNNAMED)
         slowest = max(range(len(shares)), key=lambda rank: shares[rank].busy)
         images = interval.steps * self.config.data.batch_size * self.ranks.world_size
         seconds = max(interval.seconds, 1e-9)
@@ -327,6 +356,11 @@ class Monitor:
             values_by_name["feature_std"] = branch.deviation
             fields |= {f"{name}_{slot}": value for name, value in values_by_name.items()}
         return fields
+
+
+def _total(counts: Iterable[Mapping[str, int]]) -> Counter[str]:
+    """Sums by name."""
+    return sum(map(Counter, counts), Counter())
 
 
 def _mean(numbers: "Iterator[float] | list[float]") -> float:

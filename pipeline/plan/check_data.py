@@ -4,10 +4,12 @@ import os
 
 from pipeline.config import ExperimentConfig
 from pipeline.data.decoders import check
+from pipeline.data.homes import known_classes
 from pipeline.data.images import BadImage
-from pipeline.data.indexes import has_index, indexing
+from pipeline.data.indexes import indexing
 from pipeline.data.labels import common_numbering
-from pipeline.data.patterns import expand_shards
+from pipeline.data.mixing import ROWS
+from pipeline.data.patterns import name_shards
 from pipeline.data.reader import Dataset
 from pipeline.errors import UserError
 from pipeline.plan.check import Check
@@ -18,17 +20,19 @@ _SAMPLES = 64  # images that are decoded, spread over the shards
 def check_shards(config: ExperimentConfig, world_size: int) -> Check:
     """Are the shards there, indexed, and enough for the ranks?"""
 
-    paths = expand_shards(config.data.train)
-    bare = [path for path in paths if not has_index(path)]
     dataset = Dataset(config.data.train)
+    bare = dataset.without_index
     _require_evaluation(config)
     batch = config.data.batch_size * world_size
-    finding = f"{len(paths)} shards, {len(dataset)} images, global batch {batch}"
+    finding = f"{len(dataset.paths)} shards, {len(dataset)} images, global batch {batch}"
+    if dataset.sources[0].name:
+        parts = (f"{source.name} {source.samples} images, {source.share / ROWS:.1%}" for source in dataset.sources)
+        finding += f" ({'; '.join(parts)})"
     if len(dataset) < batch:
         return Check("shards", "fail", finding, "lower data.batch_size, or use fewer ranks")
     if bare:
         return Check("shards", "warn", f"{finding}; {len(bare)} have no index", f"{indexing(bare[0])} ...")
-    if world_size > len(paths):
+    if world_size > len(dataset.paths):
         fix = "many ranks read from one file at a time: build more, smaller shards (poa shards build --per-shard)"
         return Check("shards", "warn", f"{finding}; fewer shards than {world_size} ranks", fix)
     cores = len(os.sched_getaffinity(0))
@@ -46,7 +50,7 @@ def _require_evaluation(config: ExperimentConfig) -> None:
     train, val = config.eval.train or config.data.train, config.eval.val or config.data.val
     if val is None:
         raise UserError("there is nothing to evaluate on", "eval.val", "name labelled shards, or unset every_steps")
-    common_numbering(expand_shards(train), expand_shards(val))
+    common_numbering(name_shards(train), name_shards(val), known_classes)
     for shards in (train, val):
         Dataset(shards)
 
@@ -62,8 +66,6 @@ def check_images(config: ExperimentConfig) -> Check:
             check(bytes(dataset.image(record)), config.data.max_pixels)
         except BadImage as error:
             bad[record] = error.reason
-        except OSError:
-            bad[record] = "read"
     finding = f"{count - len(bad)} of {count} images are sound"
     if not bad:
         return Check("images", "pass", finding)

@@ -8,14 +8,15 @@ from pathlib import Path
 
 from pipeline.config import ExperimentConfig, load_config
 from pipeline.data.reader import Dataset
-from pipeline.engine.saved import find_problem, list_checkpoints
+from pipeline.engine.saved import find_problem, list_checkpoints, read_manifest
 from pipeline.errors import UserError
 from pipeline.files import read_json, require_writable
 from pipeline.plan.check import Check
 from pipeline.plan.memory import checkpoint_bytes
-from pipeline.run.directory import RunDirectory, fingerprint, require_same_stream
+from pipeline.run.directory import RunDirectory, require_same_batch
 from pipeline.run.experiment import require_same_experiment
 from pipeline.run.ownership import locks_work
+from pipeline.run.segments import settle_segments, sources_of
 
 _GIB = 1 << 30
 _PROBE_BYTES = 32 << 20
@@ -34,8 +35,9 @@ def check_directory(config: ExperimentConfig, world_size: int) -> Check:
         if not saved:
             RunDirectory(path).require_no_past()
         else:
-            _require_same_stream(config, path, world_size)
-            if problem := find_problem(saved[0], checksums=False):
+            problem = find_problem(saved[0], checksums=False)
+            _require_same_stream(config, path, world_size, 1 if problem else read_manifest(saved[0])["samples"])
+            if problem:
                 return Check(
                     "run directory", "warn", f"{saved[0]} is damaged: {problem}", "training takes the one before"
                 )
@@ -46,15 +48,14 @@ def check_directory(config: ExperimentConfig, world_size: int) -> Check:
     return Check("run directory", "pass", finding)
 
 
-def _require_same_stream(config: ExperimentConfig, path: Path, world_size: int) -> None:
-    """Refuse what training would: other shards or another global batch than the run began with."""
+def _require_same_stream(config: ExperimentConfig, path: Path, world_size: int, samples: int) -> None:
+    """Refuse what training would: other shards, sources or another global batch than the run began with."""
     if not (path / "manifest.json").exists():
         return
     manifest = read_json(path / "manifest.json", "restore it, or choose another run.dir")
-    dataset = Dataset(config.data.train)
-    sizes = zip(dataset.paths, dataset.shard_sizes, strict=True)
-    data = fingerprint((shard.name, shard.stat().st_size, int(samples)) for shard, samples in sizes)
-    require_same_stream(manifest, data, config.data.batch_size * world_size, world_size, str(path))
+    sources = sources_of(Dataset(config.data.train))
+    settle_segments(manifest, sources, config.data.segment, samples, config.data.seed, str(path))
+    require_same_batch(manifest, config.data.batch_size * world_size, world_size, str(path))
 
 
 def check_disk(config: ExperimentConfig) -> Check:

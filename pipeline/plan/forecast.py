@@ -110,8 +110,9 @@ def data(config: ExperimentConfig, ranks: int) -> dict[str, Any]:
     """Batches, epochs and shards; `samples` is None where the shards are not at hand."""
     from braceexpand import braceexpand
 
-    patterns = [config.data.train] if isinstance(config.data.train, str) else config.data.train
-    shards = [Path(name) for pattern in patterns for name in braceexpand(pattern)]
+    from pipeline.data.patterns import patterns_of
+
+    shards = [Path(name) for pattern in patterns_of(config.data.train) for name in braceexpand(pattern)]
     batch = config.data.batch_size * ranks
     per_epoch = batch * config.optim.steps_per_epoch
     samples = _samples(shards)
@@ -128,12 +129,22 @@ def data(config: ExperimentConfig, ranks: int) -> dict[str, Any]:
 
 
 def _samples(shards: list[Path]) -> int | None:
+    from pipeline.data.catalog import open_catalog
     from pipeline.data.indexes import has_index, read_index
 
     try:
-        if not all(has_index(shard) for shard in shards):
-            return None
-        return sum(1 for shard in shards for sample in read_index(shard) if sample.image)
+        catalogs = {folder: open_catalog(folder) for folder in {shard.parent for shard in shards}}
+        total = 0
+        for shard in shards:
+            listing = catalogs[shard.parent]
+            number = listing.number(shard.name) if listing else None
+            if listing is not None and number is not None:
+                total += int(listing.samples[number])
+            elif has_index(shard):
+                total += sum(1 for sample in read_index(shard) if sample.image)
+            else:
+                return None
+        return total
     except (OSError, UserError):
         return None
 

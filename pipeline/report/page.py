@@ -217,7 +217,7 @@ def _pictures(directory: Path, config: ExperimentConfig, records: Records, manif
     step = records[-1]["step"] - 1
     crops = _if_possible(
         f"Crops of rank 0 at step {step + 1}, as the model saw them; dark patches were masked for the students.",
-        lambda: pictures.crops_as_seen(config, step, manifest["world_size"] or 1),
+        lambda: pictures.crops_as_seen(config, step, manifest["world_size"] or 1, directory),
     )
     components = _if_possible(
         "First three principal components of the teacher's patch features, per sub-network.",

@@ -3,6 +3,7 @@
 import base64
 import io
 from html import escape
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from pipeline.data.eval_images import EvalImages
 from pipeline.data.images import BadImage
 from pipeline.data.loader import Loader
 from pipeline.data.masks import block_masks
+from pipeline.data.segments import segment_at
 from pipeline.elastic import Subnet, build
 from pipeline.evaluate.online import representative_subnets
 from pipeline.models.loading import RunModels
@@ -26,7 +28,7 @@ SIDE = 128
 _MASKED = 0.15  # brightness left under a mask
 
 
-def crops_as_seen(config: ExperimentConfig, step: int, world_size: int) -> str:
+def crops_as_seen(config: ExperimentConfig, step: int, world_size: int, run: Path) -> str:
     """Crops of the first images of rank 0 at a step, with the masks laid over them, as HTML.
 
     Raises:
@@ -35,7 +37,8 @@ def crops_as_seen(config: ExperimentConfig, step: int, world_size: int) -> str:
     batch = config.data.batch_size
     count = min(IMAGES, batch)
     data = config.data.model_copy(update={"batch_size": count, "threads": 1})
-    loader = Loader(data, start_sample=step * batch * world_size)
+    sample = step * batch * world_size
+    loader = Loader(data, start_sample=sample, segment=segment_at(run, sample))
     try:
         crops = next(loader)
         globals_, locals_ = crops.global_crops.clone(), crops.local_crops.clone()

@@ -1,6 +1,5 @@
 """A run directory: what it describes and what it records."""
 
-import hashlib
 import json
 import os
 import platform
@@ -16,6 +15,7 @@ from pipeline.files import Journal, read_json_lines, write_atomically, write_jso
 from pipeline.measure.provenance import code_revision, environment, versions
 from pipeline.run.experiment import Settings, require_same_experiment, settle
 from pipeline.run.ownership import Ownership
+from pipeline.run.segments import identity, settle_segments
 from pipeline.run.slurm_job import Job
 from pipeline.run.watchdog import clear
 
@@ -115,12 +115,22 @@ class RunDirectory:
         except (ValueError, TypeError) as error:
             raise UserError(f"not a manifest: {error}", str(self._manifest), "restore it") from error
 
+    def segments(
+        self, config: ExperimentConfig, sources: list[dict[str, Any]], samples: int, forked: bool = False
+    ) -> list[dict[str, Any]]:
+        """The segments of the run's data, the last one for what follows here or, `forked`, in another run that begins
+        from it; see `settle_segments`."""
+        with self._usable():
+            manifest = self._read_manifest()
+        data, where = config.data, str(self.path)
+        return settle_segments(manifest, sources, data.segment, samples, data.seed, where, forked)
+
     def record_start(
         self,
         config: ExperimentConfig,
         step: int,
         world_size: int,
-        data: dict[str, Any],
+        segments: list[dict[str, Any]],
         settings: Settings,
         origin: dict[str, Any] | None = None,
     ) -> None:
@@ -130,18 +140,18 @@ class RunDirectory:
             config: as the user gave it.
             step: where the run goes on.
             world_size: its ranks.
-            data: what identifies the training data; a resumed run must find the same.
+            segments: of the training data.
             settings: values of the keys that may change.
             origin: the run and step that it is forked from, if it begins so.
 
         Raises:
-            UserError: the data or the global batch is not what the run began with.
+            UserError: the global batch is not what the run began with.
         """
         with self._usable():
             previous = self._read_manifest()
         batch = config.data.batch_size * world_size
         if step > 0:
-            require_same_stream(previous, data, batch, world_size, str(self.path))
+            require_same_batch(previous, batch, world_size, str(self.path))
         start = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "step": step,
@@ -154,7 +164,8 @@ class RunDirectory:
         manifest = {
             "versions": versions(),
             "code": code_revision(),
-            "data": data,
+            "data": identity(segments[-1]["sources"]),
+            "segments": segments,
             "seed": config.data.seed,
             "world_size": world_size,
             "global_batch": batch,
@@ -181,13 +192,7 @@ class RunDirectory:
             self._log_skipped.append(record)
 
 
-def require_same_stream(
-    previous: dict[str, Any], data: dict[str, Any], batch: int, world_size: int, where: str
-) -> None:
-    if previous.get("data", data) != data:
-        raise UserError(
-            "the training shards are not those the run began with", where, "restore them, or start a new run directory"
-        )
+def require_same_batch(previous: dict[str, Any], batch: int, world_size: int, where: str) -> None:
     before = previous.get("global_batch", batch)
     if before != batch:
         way_out = (
@@ -196,14 +201,3 @@ def require_same_stream(
             else f"use a number of ranks that divides {before}"
         )
         raise UserError(f"the global batch was {before} images and would be {batch}", where, way_out)
-
-
-def fingerprint(shards: Iterable[tuple[str, int, int]]) -> dict[str, Any]:
-    """What identifies a data set: its shards' names, bytes and sample counts.
-
-    Args:
-        shards: (file name, bytes, samples) of each.
-    """
-    entries = sorted(shards)
-    digest = hashlib.sha256(json.dumps(entries).encode()).hexdigest()
-    return {"shards": len(entries), "samples": sum(n for _, _, n in entries), "sha256": digest}

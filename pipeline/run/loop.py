@@ -2,15 +2,18 @@
 
 import copy
 import importlib
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from pipeline.config import ExperimentConfig
 from pipeline.data.reader import Skip
+from pipeline.data.remote.patience import WEATHER
+from pipeline.data.segments import segment_of
 from pipeline.engine import distributed
 from pipeline.engine.checkpoint import Checkpoints, Progress, Saved, SaveError, Written
 from pipeline.engine.distributed import Ranks
@@ -20,12 +23,13 @@ from pipeline.evaluate.online import OnlineEvaluation
 from pipeline.monitor.monitor import Monitor
 from pipeline.monitor.report import StepReport
 from pipeline.run.console import Console
-from pipeline.run.directory import RunDirectory, fingerprint
+from pipeline.run.directory import RunDirectory
 from pipeline.run.experiment import Settings
 from pipeline.run.fork import Fork
 from pipeline.run.policy import Decision, End, Policy, Save, after, may_run_ahead
 from pipeline.run.records import count, count_skipped, record
 from pipeline.run.rehearsal import is_compiled, rehearse
+from pipeline.run.segments import sources_of
 from pipeline.run.slurm_job import Job, stop_signals
 from pipeline.run.step import Trainer, Underway
 from pipeline.run.threads import threads_that_fit
@@ -60,6 +64,7 @@ def train(
     with stop_signals() if stop_requested is None else nullcontext(stop_requested) as stop:
         # collectives leave it to the watchdog to give up, which knows a suspended job from one that hangs
         ranks = distributed.initialize(1.5 * config.run.hang_timeout_seconds + 60, collective_seconds=_WEEK)
+        WEATHER.stop_requested = stop
         with threads_that_fit(config, ranks.device):
             return _train(config, ranks, stop, quiet, trainer, fork).exit_code
 
@@ -97,11 +102,16 @@ def _train(
                 if saved:
                     checkpoints.load(saved, trainer.engine, trainer.tri_branch.centering)
                 watchdog.beat("the start: data")
+                segments = ranks.agree(
+                    lambda: _settle_segments(run, fork if origin else None, config, progress, trainer)
+                )
+                trainer.segment = segment_of(segments[-1])
                 trainer.start_data(progress.samples)
-                ranks.agree(lambda: _open_records(run, config, settings, progress, trainer, console, origin))
+                ranks.agree(lambda: _open_records(run, config, segments, settings, progress, trainer, console, origin))
                 if is_compiled(config):
                     _compile(trainer, watchdog, console)
-                with Monitor(config, ranks, trainer.phases, trainer.bands, progress, policy.last_step) as monitor:
+                used = trainer.loader.used
+                with Monitor(config, ranks, trainer.phases, trainer.bands, progress, policy.last_step, used) as monitor:
 
                     def alive() -> None:
                         watchdog.alive()
@@ -215,6 +225,8 @@ class Run:
             if before is None:
                 continue
             report = self.read(before)
+            if report.agreed.no_data:  # nor did a step underway change anything: the rank without data has none for it
+                return self.stop_without_data(report)
             stop = stop or report.agreed.stop
             # a step underway changes the weights that would be saved: it comes to its end first
             decision = after(policy, progress.step, progress.bad_in_a_row, stop and last is None)
@@ -232,11 +244,29 @@ class Run:
                 return decision.end
         return End.DONE
 
+    def stop_without_data(self, report: StepReport) -> End:
+        """Save what is good and end, since some rank cannot get its data, or may not wait for it any longer.
+
+        Raises:
+            SourceError: it will not come by waiting: an object is gone, forbidden or another.
+        """
+        self.save(Decision(evaluate=False, log=False, save=Save.GOOD, end=End.TRY_AGAIN), report)
+        lost = [error for error in self.trainer.ranks.gather(self.trainer.lost) if error is not None]
+        first = min(lost, key=lambda error: error.passing)
+        if not first.passing:
+            self.trainer.ranks.agree(lambda: _raise(first))
+        if self.is_main:
+            print(f"error: {first}", file=sys.stderr)
+        stopped = self.trainer.ranks.gather(bool(WEATHER.stop_requested))  # it may have come while a rank waited
+        return End.STOPPED if any(stopped) else End.TRY_AGAIN
+
     def read(self, step: Underway) -> StepReport:
         """Wait for what came of a step, if need be, and count it."""
         number = self.progress.step + 1
         self.watchdog.beat(f"values of step {number}")
         report = step.report
+        if report.agreed.no_data:
+            return report
         self.watchdog.beat(f"records of step {number}")
         count(self.progress, report, step.samples)
         self.collect_skipped(report, step.skips)
@@ -315,24 +345,34 @@ class Run:
             self.console.saved_in(seconds, self.config.checkpoint.signal_lead_seconds)
 
 
+def _raise(error: Exception) -> NoReturn:
+    raise error
+
+
 def _tell_job(job: Job | None, end: End, requeue: bool) -> None:
     """Before any rank exits: the first exit code that is not 0 ends all tasks of a job step."""
     if job is not None:
         job.ended("stay" if end is End.STOPPED and not requeue else end.value)
 
 
+def _settle_segments(
+    run: RunDirectory, fork: Fork | None, config: ExperimentConfig, progress: Progress, trainer: Trainer
+) -> list[dict[str, Any]]:
+    assert trainer.dataset is not None, "a run has data"
+    before = RunDirectory(fork.source) if fork else run
+    return before.segments(config, sources_of(trainer.dataset), progress.samples, forked=fork is not None)
+
+
 def _open_records(
     run: RunDirectory,
     config: ExperimentConfig,
+    segments: list[dict[str, Any]],
     settings: Settings,
     progress: Progress,
     trainer: Trainer,
     console: Console,
     origin: dict[str, Any] | None,
 ) -> None:
-    dataset = trainer.dataset
-    assert dataset is not None, "a run has data"
-    shards = [(p.name, p.stat().st_size, int(n)) for p, n in zip(dataset.paths, dataset.shard_sizes, strict=True)]
-    run.record_start(config, progress.step, trainer.ranks.world_size, fingerprint(shards), settings, origin)
+    run.record_start(config, progress.step, trainer.ranks.world_size, segments, settings, origin)
     run.rewind(progress.step, progress.samples)
     console.starting(run.path, progress.step, config.engine, settings, origin)

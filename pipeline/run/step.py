@@ -10,9 +10,11 @@ import torch
 
 from kernels.dispatch import interpreted
 from pipeline.config import ExperimentConfig
-from pipeline.data.loader import Loader
+from pipeline.data.loader import Batch, Loader
 from pipeline.data.masks import block_masks
+from pipeline.data.mixing import Segment
 from pipeline.data.reader import Dataset, Skip
+from pipeline.data.remote.patience import SourceError
 from pipeline.elastic import Subnet, build, cost
 from pipeline.elastic.head import ProjectionHeads
 from pipeline.elastic.layers import recut_in_backward
@@ -139,6 +141,8 @@ class Trainer:
         self.dtype = working_dtype(config.engine)
         self.loader: Loader
         self.skips: list[Skip] = []
+        self.lost: SourceError | None = None
+        self.segment = Segment()
         self._clock = Clock(ranks.device)
 
     def open_dataset(self) -> Dataset | None:
@@ -155,6 +159,7 @@ class Trainer:
             device=self.ranks.device,
             on_skip=self.skips.append,
             dataset=self.dataset,
+            segment=self.segment,
         )
 
     def step(self, step: int, stop_requested: bool = False, parts_saved: int = 0) -> "Underway":
@@ -172,7 +177,7 @@ class Trainer:
         values = self.schedules.at(step)
         skipped_before = self.loader.skipped.total()
         self.phases.start()
-        batch = next(self.loader)
+        batch = self._next_batch()
         data_wait = self.phases.waited_for_data()
         crops = Crops.of(batch.global_crops.to(self.dtype), batch.local_crops.to(self.dtype), self._masks(step, values))
         subnet = self.draw(step)
@@ -193,6 +198,7 @@ class Trainer:
             flops=cost.step_flops(self.config, subnet, masked).total,
             band=self.bands.index(subnet),
             parts_saved=parts_saved,
+            no_data=self.lost is not None,
         )
         agreed = agree(losses, self.engine.gradient_squares(), own)
         self.phases.lap("reduce")
@@ -206,6 +212,21 @@ class Trainer:
         return Underway(
             agreed, values, subnet, self.loader.next_sample, skips, began, data_wait, self._clock, self.phases, health
         )
+
+    def _next_batch(self) -> Batch:
+        """The next batch; one without a picture in it if the data cannot be had, which all ranks learn from this step.
+
+        A rank that stopped here by itself would leave the others waiting in the middle of the step, unable to save.
+        """
+        if self.lost is None:
+            try:
+                return next(self.loader)
+            except SourceError as error:
+                self.lost = error
+        data, channels = self.config.data, self.config.model.in_chans
+        kinds = ((2, data.global_crops.size), (data.local_crops.count, data.local_crops.size))
+        shapes = [(crops * data.batch_size, channels, size, size) for crops, size in kinds]
+        return Batch(*(torch.zeros(shape, device=self.ranks.device) for shape in shapes))
 
     def draw(self, step: int) -> Subnet:
         """The elastic student of this rank."""

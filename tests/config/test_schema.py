@@ -1,9 +1,11 @@
 """Keys of `model` that depend on the family."""
 
+from pathlib import Path
+
 import pytest
 import yaml
 
-from pipeline.config import dump_config, parse_config
+from pipeline.config import dump_config, load_config, parse_config
 from pipeline.errors import UserError
 
 
@@ -59,3 +61,28 @@ def test_channels_that_the_data_path_does_not_deliver_are_refused(family, channe
     with pytest.raises(UserError, match=rf"model.in_chans={channels}.*only 3 works"):
         parse_config({"model": {"family": family, "in_chans": channels}})
     assert parse_config({"model": {"family": family, "in_chans": 3}}).model.in_chans == 3
+
+
+def test_sources_are_read_one_by_one_and_a_mistake_names_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+
+    def load(train: str):
+        path.write_text(f"data:\n  train: {train}\n")
+        return load_config(path).data.train
+
+    sources = load("[{name: a, url: 'a/{0..9}.tar', weight: 3}, {name: 010, url: b.tar}]")
+    assert [(s.name, s.url, s.weight) for s in sources] == [("a", "a/{0..9}.tar", 3), ("010", "b.tar", 1)]
+    path.write_text(dump_config(load_config(path)))
+    assert load_config(path).data.train == sources
+    for train, message in {
+        "[{name: a, url: a.tar, wieght: 3}]": r"wieght of source 1, there is no such key \(.*use name, url, weight",
+        "[{name: a, url: a.tar}, {name: a, url: b.tar}]": "two sources are called a",
+        "[{name: a, url: a.tar}, b.tar]": "entry of source 2",
+        "[{name: a, url: a.tar, weight: 0}]": "weight of source 1",
+        "[{name: 'a b', url: a.tar}]": "name of source 1",
+        "null": r"data\.train: got null",
+    }.items():
+        with pytest.raises(UserError, match=message) as raised:
+            load(train)
+        assert "data.train" in str(raised.value)
+        assert "\n" not in str(raised.value)

@@ -9,7 +9,9 @@ import pytest
 from PIL import Image
 
 from pipeline.data import indexes, tars
-from pipeline.data.reader import Dataset, SampleOrder, SampleStream, expand_shards
+from pipeline.data.patterns import expand_shards
+from pipeline.data.reader import Dataset, SampleOrder, SampleStream
+from pipeline.data.remote.patience import SourceError
 from pipeline.errors import UserError
 
 SIZES = np.array([5, 1, 7, 3, 4])
@@ -152,10 +154,13 @@ def test_exif_is_hidden_from_the_decoder_that_may_crash_on_it(
         assert not Image.open(io.BytesIO(picked.data)).getexif()
 
 
-def test_shard_that_vanishes_is_a_rejected_read(make_shard: Callable[..., Path], pictures: list[bytes]) -> None:
+def test_shard_that_vanishes_ends_the_stream_and_leaves_no_sample_out(
+    make_shard: Callable[..., Path], pictures: list[bytes]
+) -> None:
     gone, kept = make_shard({"a.jpg": pictures[0]}, "1.tar"), make_shard({"b.jpg": pictures[1]}, "2.tar")
     dataset = Dataset([str(gone), str(kept)])
     gone.unlink()
-    picked = [stream(dataset).pick(position) for position in range(2)]
-    assert [p.record for p in picked] == [1, 1]
-    assert {reason for p in picked for _, reason in p.rejected} == {"read"}
+    positions = {stream(dataset).order(position): position for position in range(2)}
+    assert not stream(dataset).pick(positions[1]).rejected
+    with pytest.raises(SourceError, match=r"cannot be read: No such file or directory \(.*1\.tar\): bring it back"):
+        stream(dataset).pick(positions[0])

@@ -1,6 +1,7 @@
 """What a rank tells about itself, from reports made by hand; and that no failure of it reaches training."""
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -9,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.config import parse_config
+from pipeline.data.remote.patience import Weather
 from pipeline.elastic import Grid, Subnet
 from pipeline.engine.agreement import Agreement
 from pipeline.engine.checkpoint import Progress
@@ -168,3 +170,26 @@ def test_only_a_complete_run_waits_for_its_last_scrape(made):
     monitor.complete = True
     monitor.__exit__()
     assert monitor._exporter.lingered is True
+
+
+def test_weather_of_the_store_is_counted_per_node_and_samples_per_source(ranks, experiment, tmp_path, monkeypatch):
+    monkeypatch.setattr(monitor_module, "Exporter", _Exporter)
+    monkeypatch.setattr(monitor_module, "device_peak", lambda device, dtype: Peak(1e10, "measured"))
+    weather = Weather()
+    monkeypatch.setattr(monitor_module, "WEATHER", weather)
+    config = parse_config(experiment(run={"dir": str(tmp_path)}, metrics={"port": 0}))
+    (tmp_path / "manifest.json").write_text(json.dumps({"starts": [1], "code": "abc"}))
+    used = Counter({"": 3})
+    bands = Bands(config.model, Grid(config.model))
+    monitor = Monitor(config, ranks, Phases(ranks.device), bands, Progress(0, 0, {}, 0, {}), 20, used)
+    get = monitor.values.get
+    assert get("poa_fetch_retries_total", "server") == 0
+    used["street"] += 5
+    weather.retried("server")
+    for source, size in (("street", 100), ("", 7), ("street", 1)):
+        weather.read(source, size, 0.25)
+    monitor.step(Progress(1, 4, {}, 0, {}), REPORT)
+    monitor.log(REPORT)
+    assert (get("poa_source_samples_total", "street"), get("poa_source_samples_total", "train")) == (5, 3)
+    assert (get("poa_fetched_bytes_total", "street"), get("poa_fetched_bytes_total", "train")) == (101, 7)
+    assert (get("poa_fetch_retries_total", "server"), get("poa_fetch_wait_seconds_total")) == (1, 0.75)

@@ -21,6 +21,8 @@ from PIL import Image
 
 from pipeline.cli import main
 from pipeline.config import load_config
+from pipeline.data import tars
+from pipeline.data.reader import Dataset
 from pipeline.data.shards import build
 from pipeline.engine import distributed
 from pipeline.errors import UserError
@@ -226,13 +228,11 @@ def test_images_that_cannot_be_decoded_are_named(write, tmp_path):
     shard = tmp_path / "shards" / "train-000000.tar"
     config = load_config(write(data={"train": str(shard)}))
     assert check_images(config).status == "pass"
-    from pipeline.data.reader import Dataset
-
     dataset = Dataset(str(shard))
-    start, size = map(int, dataset._rows[0, :2])  # the first record is among those looked at
+    image = tars.walk(shard)[0].image  # the first record is among those looked at
     with open(shard, "r+b") as file:
-        file.seek(start)
-        file.write(bytes(size))
+        file.seek(image.offset)
+        file.write(bytes(image.size))
     found = check_images(config)
     assert found.status == "warn"
     assert dataset.key(0) in found.finding

@@ -198,3 +198,17 @@ def test_bad_steps_change_nothing_are_counted_and_stop_the_run(launch, tmp_path,
     assert "note: from step 3 on optim.base_lr is 0.01, and was 0.05" in outputs[0]
     history = json.loads((runs[0] / "manifest.json").read_text())["settings"]
     assert [(entry["from_step"], entry["values"]["optim.base_lr"]) for entry in history] == [(0, 0.05), (3, 0.01)]
+
+
+def test_data_that_cannot_be_had_stops_the_run_by_name_after_saving(launch, tmp_path, experiment):
+    run = tmp_path / "run"
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(experiment(run={"dir": str(run), "checkpoint_every_steps": 100, "max_steps": 4})))
+    worker = Path(__file__).parents[1] / "workers" / "lost_data.py"
+    outputs = launch(worker, 2, tmp_path / "out.json", path)
+    name = "there is no such object (s3://bucket/train-000007.tar): bring it back"
+    assert json.loads((tmp_path / "out.json").read_text()) == [1, name, 0]
+    assert outputs[0].count(f"error: {name}") == 1, "what may pass is said, and worth another try"
+    assert [start["step"] for start in json.loads((run / "manifest.json").read_text())["starts"]] == [0, 2, 2]
+    records = read_json_lines(run / "metrics.jsonl")
+    assert [(r["step"], r["images"], r["bad_steps"]) for r in records] == [(i, 8 * i, 0) for i in range(1, 5)]
