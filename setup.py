@@ -69,6 +69,7 @@ setup(
         "PyYAML>=6.0.1",
         "safetensors>=0.5",
         "scikit-learn>=1.5",
+        "scipy>=1.12",
         "tensorboard>=2.18",
         "tqdm>=4.66",
         "webdataset>=0.2.100,<2",
