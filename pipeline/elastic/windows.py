@@ -72,7 +72,7 @@ def _table_resize(size: tuple[int, int], table: int) -> Tensor:
     shape = ((2 * size[0] - 1) * (2 * size[1] - 1), columns)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # timm's indexing is of a kind that torch will drop
-        return resize_rel_pos_bias_table(torch.eye(columns), size, shape, (table, table))
+        return resize_rel_pos_bias_table(torch.eye(columns), size, shape)
 
 
 def to_windows(x: Tensor, geometry: Windows, shifted: bool) -> Tensor:

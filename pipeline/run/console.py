@@ -1,5 +1,6 @@
 """All that a run says on a terminal or in a batch log: its progress line, and messages of rank 0."""
 
+import signal
 import sys
 import time
 from collections.abc import Mapping
@@ -111,8 +112,10 @@ class Console:
             f"make room and start again; the run continues from step {saved_step}"
         )
 
-    def ended(self, end: End, progress: Progress, saved_step: int, bad: list[str], checkpoints: Path) -> None:
-        """Why the run ends, if it is not complete."""
+    def ended(
+        self, end: End, progress: Progress, saved_step: int, bad: list[str], signals: list[int], checkpoints: Path
+    ) -> None:
+        """Why the run ends, if it is not complete; `signals` are those that this rank received."""
         if end is End.GIVE_UP:
             last = f"the newest checkpoint is that of step {saved_step}" if saved_step else "there is no checkpoint yet"
             self.say(
@@ -121,7 +124,8 @@ class Console:
                 "engine.precision=fp32, and start again"
             )
         elif end is End.STOPPED:
-            self.say(f"stopped on a signal after saving step {saved_step} in {checkpoints}")
+            which = signal.Signals(signals[0]).name if signals else "sent to another rank"
+            self.say(f"stopped on a signal after saving step {saved_step} in {checkpoints} ({which})")
 
     def _text(self, record: dict[str, Any], now: float) -> str:
         done = record["step"] - self.first_step

@@ -176,7 +176,9 @@ class Run:
             if not is_saved and decision.end is not End.GIVE_UP:
                 return End.TRY_AGAIN
             if decision.end is not None:
-                self.console.ended(decision.end, progress, self.saved_step, report.agreed.bad, self.checkpoints.root)
+                self.console.ended(
+                    decision.end, progress, self.saved_step, report.agreed.bad, stop_requested, self.checkpoints.root
+                )
                 return decision.end
         return End.DONE
 

@@ -111,6 +111,11 @@ class Cluster:
         path = self.directory / f"{name}.log"
         return f"--- {name}\n{path.read_text(errors='replace')[-3000:]}" if path.exists() else f"--- {name}: no log"
 
+    def says_of(self, job: str) -> str:
+        """What the controller logged about a job."""
+        lines = (self.directory / "slurmctld.log").read_text(errors="replace").splitlines()
+        return "\n".join(line for line in lines if re.search(rf"\b(JobId|StepId)={job}\b", line))
+
     def _status(self, *command: object) -> int:
         return subprocess.run(list(map(str, command)), env=self.env, capture_output=True, check=False).returncode
 
@@ -183,6 +188,9 @@ class Cluster:
             "UnkillableStepTimeout": 120,
             "SlurmdTimeout": 10,
             "BatchStartTimeout": 10,
+            # a node answers the order to kill a step after KillWait at the latest; a controller that has given up by
+            # then sends the order again, and it meets the next attempt of the job
+            "MessageTimeout": 100,
             "MinJobAge": 3600,
             "SlurmdParameters": "config_overrides",
             "GresTypes": "gpu",
@@ -257,7 +265,7 @@ class Job:
         """Wait for the end, which must be in this state after so many requeues."""
         self.until(lambda: self.field("JobState") in FINAL, seconds)
         found = self.field("JobState"), int(self.field("Restarts"))
-        assert found == (state, restarts), f"{found}\n{self.log[-6000:]}"
+        assert found == (state, restarts), f"{found}\n{self.log[-6000:]}\n{self.cluster.says_of(self.id)}"
 
     def tasks(self, rank: int) -> list[int]:
         """Pids of a rank's Python process."""
