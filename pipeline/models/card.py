@@ -58,8 +58,9 @@ The code that made this model is under Apache-2.0. The weights are under the ter
 answers for the rights in the training images.
 """
 
+_TIMMS_LAST = 3  # blocks of a ViT whose features timm gives if nobody says which
 _MAPS = {
-    "vit": "`[B, D, rows, columns]` of several blocks",
+    "vit": "`[B, D, rows, columns]` of the last three blocks",
     "swin": "one per stage, `[B, rows, columns, D]`",
     "resnet": "one per stage, `[B, D, rows, columns]`",
 }
@@ -102,13 +103,20 @@ def model_card(
         objective=f"DINO and iBOT losses with distillation between sizes, {config.loss.centering} centering",
         accuracy=_accuracy(knn),
         other_sizes=_OTHER_SIZES[config.model.family].format(stride=config.model.stride, patch=config.model.patch_size),
-        maps=_MAPS[config.model.family],
+        maps=_maps(config.model.family, subnet),
         img_size=_IMG_SIZE[config.model.family],
         difference=proof["max_abs_difference"],
         images=proof["images"],
         shards=_summary(proof["shards"]),
         formats=_formats(proof["formats"]),
     )
+
+
+def _maps(family: str, subnet: Subnet) -> str:
+    if family == "vit" and subnet.depths[0] < _TIMMS_LAST:
+        indices = ", ".join(map(str, range(subnet.depths[0])))
+        return f"with `out_indices=({indices},)` beside it: timm wants {_TIMMS_LAST} blocks and there are fewer"
+    return _MAPS[family]
 
 
 def _formats(proofs: dict[str, dict[str, Any]]) -> str:

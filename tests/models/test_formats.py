@@ -42,7 +42,10 @@ for path in sys.argv[1:]:
         session = onnxruntime.InferenceSession(path + "/model.onnx", providers=["CPUExecutionProvider"])
         onnx = torch.from_numpy(session.run(["features"], {"images": images.numpy()})[0])
         program = torch.export.load(path + "/model.pt2").module()(images)
-        maps = create(features_only=True)(images)
+        try:
+            maps = create(features_only=True)(images)
+        except AssertionError:  # a ViT of two blocks, of which timm wants three unless told which
+            maps = create(features_only=True, out_indices=(0, 1))(images)
         head = create(num_classes=7)
         grey = create(in_chans=1)
         small = torch.zeros(1, 3, 2 * size, 2 * size)
@@ -107,7 +110,7 @@ def test_a_format_computes_what_timm_computes(found, family, name):
 @pytest.mark.parametrize("family", ["vit", "swin", "resnet"])
 def test_timm_opens_it_as_feature_maps_with_classes_and_for_grey_images(found, family):
     seen = found[family]
-    assert len(seen["maps"]) >= 3
+    assert len(seen["maps"]) == {"vit": 2, "swin": 4, "resnet": 5}[family]
     assert all(len(shape) == 4 for shape in seen["maps"])
     assert seen["classes"] == [3, 7]
     assert seen["body_kept"]
@@ -122,7 +125,9 @@ def test_an_extraction_writes_formats_and_what_they_were_proven_with(trained_run
     proof = json.loads((model / "proof.json").read_text())
     assert proof["formats"]["torch_export"]["max_abs_difference"] <= 1e-4
     assert "model.pt2" in proof["files"]
-    assert 'torch.export.load("model.pt2")' in (model / "README.md").read_text()
+    card = (model / "README.md").read_text()
+    assert 'torch.export.load("model.pt2")' in card
+    assert "`out_indices=(0, 1,)`" in card
     assert main(words[:-1]) == 0  # the same model without it
     assert not (model / "model.pt2").exists()
     assert "model.pt2" not in (model / "README.md").read_text()
