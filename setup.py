@@ -70,7 +70,7 @@ setup(
         "psutil>=5.9.8",
         "pydantic>=2.9,<3",
         "PyYAML>=6.0.1",
-        "safetensors>=0.5",
+        "safetensors>=0.8",  # writes without a copy, and lets other threads run meanwhile
         "scikit-learn>=1.5",
         "scipy>=1.12",
         "tensorboard>=2.18",

@@ -29,7 +29,7 @@ def attention(
         bias: `[h, N, N]` relative-position bias.
         mask: `[W, N, N]` additive, without gradient; sequence b takes window b % W.
         deterministic: the backward pass gives the same bits every time ("triton" always does).
-        impl: "eager" or "triton".
+        impl: "eager" (torch's scaled_dot_product_attention, also "sdpa") or "triton".
 
     Returns:
         `[B, N, h * d]` in the dtype of `qkv`.
@@ -37,7 +37,7 @@ def attention(
     Raises:
         ValueError: shapes do not fit, or `impl` is unknown or cannot run here.
     """
-    triton = use_triton(impl, qkv)
+    triton = use_triton("eager" if impl == "sdpa" else impl, qkv)
     _check(qkv, bias, mask)
     if triton:
         from kernels.fused.attention import HEAD_DIMS

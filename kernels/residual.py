@@ -1,4 +1,6 @@
-"""Adding a residual branch that was computed for some rows only."""
+"""A residual branch that is computed for some rows only: taking them, and adding the result."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +21,37 @@ def row_positions(rows: Tensor, total: int) -> Tensor:
     positions = torch.full((*rows.shape[:-1], total), -1, dtype=torch.int32, device=rows.device)
     places = torch.arange(rows.shape[-1], dtype=torch.int32, device=rows.device)
     return positions.scatter_(-1, rows, places.expand(rows.shape))
+
+
+def take_rows(x: Tensor, rows: Tensor, positions: Tensor, *, impl: str) -> tuple[Tensor, Tensor]:
+    """Rows of x for a branch, and x for what passes it by.
+
+    One `add_rows` adds both gradients up. Autograd would put those of the rows into a matrix of zeros, and add that to
+    the other: three passes.
+
+    Args:
+        x: `[T, C]`.
+        rows: int64 `[R]`, no index twice.
+        positions: int32 `[T]`, `row_positions(rows, T)`.
+        impl: "eager" or "triton", of the backward pass.
+
+    Returns:
+        x itself and its rows `[R, C]`.
+    """
+    return _TakeRows.apply(x, rows, positions, impl)
+
+
+class _TakeRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Tensor, positions: Tensor, impl: str) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(rows, positions)
+        ctx.impl = impl
+        return x.view_as(x), x.index_select(0, rows)
+
+    @staticmethod
+    def backward(ctx: Any, whole: Tensor, taken: Tensor) -> tuple[Tensor, None, None, None]:
+        rows, positions = ctx.saved_tensors
+        return add_rows(whole, taken, rows, positions, 1.0, impl=ctx.impl), None, None, None
 
 
 def add_rows(

@@ -14,7 +14,11 @@ POA_JOB=${POA_JOB:-$SLURM_JOB_ID}
 export POA_ATTEMPT=${SLURM_RESTART_COUNT:-0}
 export POA_JOB_DIR=${POA_JOBS:-$SLURM_SUBMIT_DIR/runs/.jobs}/$POA_JOB
 
-# slurm/site.sh may set these
+# What torch.compile and Triton make: on a disk of each node, which is still there when the job comes back to it. A cache
+# that several nodes share over a network file system has broken many a run.
+POA_CACHE=${POA_CACHE:-/var/tmp/poa-$UID}
+
+# slurm/site.sh may set these, and POA_CACHE
 POA_PYTHON=(python3) # e.g. (/path/to/venv/bin/python)
 POA_CONTAINER=()     # e.g. (apptainer exec --nv image.sif)
 if [ -e "$POA_SLURM/site.sh" ]; then source "$POA_SLURM/site.sh"; fi
@@ -45,11 +49,25 @@ cpus_per_task() {
     echo "${SLURM_CPUS_PER_TASK:-$((${SLURM_CPUS_PER_GPU:-1} * ${gpus##*:}))}"
 }
 
-# run_tasks COMMAND [ARG ...]: `poa COMMAND`, one task per rank. USR1 is ignored until Python has its handler. -P: no
-# module of the directory that the job was submitted from stands in for one of ours; the checkout is named instead.
+# What a task does before it becomes Python. USR1 is ignored until Python has its handler. On every node the cache has to be
+# a directory of the user's own: what lies in it is run.
+POA_TASK='
+trap "" USR1
+mkdir -p -m 700 "$POA_CACHE" 2>/dev/null
+if [ -d "$POA_CACHE" ] && [ -O "$POA_CACHE" ] && [ ! -L "$POA_CACHE" ] && [ -w "$POA_CACHE" ]; then
+    export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$POA_CACHE/inductor}
+    export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$POA_CACHE/triton}
+else
+    echo "warning: $POA_CACHE is no directory of this user on $(hostname): set POA_CACHE in slurm/site.sh" >&2
+fi
+exec "$@"'
+
+# run_tasks COMMAND [ARG ...]: `poa COMMAND`, one task per rank. -P: no module of the directory that the job was submitted
+# from stands in for one of ours; the checkout is named instead.
 run_tasks() {
+    export POA_CACHE
     srun --kill-on-bad-exit=1 --cpus-per-task="$(cpus_per_task)" --label \
-        "${POA_CONTAINER[@]}" bash -c 'trap "" USR1; exec "$@"' task "${POA_PYTHON[@]}" -P -m pipeline "$@"
+        "${POA_CONTAINER[@]}" bash -c "$POA_TASK" task "${POA_PYTHON[@]}" -P -m pipeline "$@"
 }
 
 prepare() {

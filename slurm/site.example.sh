@@ -13,5 +13,8 @@ POA_PYTHON=("${SLURM_SUBMIT_DIR:-$PWD}/.venv/bin/python")
 # POA_CONTAINER=(apptainer exec --nv --bind /scratch my_image.sif)
 # POA_PYTHON=(python3)
 
+# A disk of each node for what torch.compile and Triton make; on /tmp, many sites remove it with the job.
+# POA_CACHE=/local/$USER/poa
+
 # module load cuda/13.0
 # export NCCL_SOCKET_IFNAME=ib0

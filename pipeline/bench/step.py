@@ -10,13 +10,14 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
 
 from pipeline.bench.plain import Plain
 from pipeline.bench.synthetic import BenchTrainer, SyntheticLoader
-from pipeline.config import ExperimentConfig
+from pipeline.config import ExperimentConfig, KernelsConfig
 from pipeline.elastic import Subnet
 from pipeline.engine import distributed
 from pipeline.engine.distributed import Ranks
@@ -140,26 +141,26 @@ class StepBench:
 
     def widths(self) -> list[Subnet]:
         """A sub-network of every width, the cheapest; none where nothing is compiled."""
-        engine, grid = self.config.engine, self.trainer.grid
-        if not engine.compile and engine.kernels == "eager":
+        grid = self.trainer.grid
+        if not self.config.engine.compile and not self.config.uses_triton():
             return []
         return [Subnet(width, grid.smallest.depths) for width in grid.widths]
 
     def measure(self, subnets: Sequence[Subnet | None]) -> dict[str, Any]:
         """Make a step of each sub-network; figures of these steps."""
-        before, began = dict(self.ours.laps.seconds), time.perf_counter()
-        cpu_before = dict(self.ours.laps.cpu)
+        before, cpu_before = dict(self.ours.laps.seconds), dict(self.ours.laps.cpu)
+        # on a GPU alone, steps follow one another without waiting: the device, not the host, says how long one took
+        marks = [self._mark()] if len(self.contenders) == 1 and self.ranks.device.type == "cuda" else []
         for subnet in subnets:
             self._turn(subnet)
+            marks += [self._mark()] if marks else []
         self._wait()
         self.ours.laps.start()  # adds up the laps that were pending
-        count, wall = len(subnets), time.perf_counter() - began
-        if len(self.contenders) == 1 and self.ranks.device.type == "cuda":
-            # steps follow one another without waiting: the host's view of one of them says little
-            low = median = high = wall / count
-        else:
-            seconds = [cost.seconds for cost in self.ours.costs[-count:]]
-            low, median, high = statistics.quantiles(seconds, n=4) if count > 1 else seconds * 3
+        count = len(subnets)
+        seconds = [cost.seconds for cost in self.ours.costs[-count:]]
+        if marks:
+            seconds = [began.elapsed_time(ended) / 1000 for began, ended in pairwise(marks)]
+        low, median, high = statistics.quantiles(seconds, n=4) if count > 1 else seconds * 3
         flops = statistics.fmean(self.ours.flops[-count:]) / self.ranks.world_size
         result: dict[str, Any] = {
             "images_per_second": self.trainer.global_batch / median,
@@ -249,6 +250,12 @@ class StepBench:
             result["peak_gib"] = max(cost.peak_bytes for cost in plain.costs[-count:]) / 2**30
         return result
 
+    @staticmethod
+    def _mark() -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
     def _wait(self) -> None:
         if self.ranks.device.type == "cuda":
             torch.cuda.synchronize()
@@ -277,8 +284,8 @@ def benchmark_step(
         subnets: names of the elastic students, by turns; those that training draws if there are none.
 
     Returns:
-        Medians of the step (the mean where steps follow one another on a GPU): seconds, processor seconds, seconds by
-        phase, images and FLOP per second; on a GPU its busy share and peak memory.
+        Medians of the step: seconds, processor seconds, seconds by phase, images and FLOP per second; on a GPU its busy
+        share and peak memory.
 
     Raises:
         UserError: see `BenchTrainer` and `StepBench.add_plain`; no such sub-network.
@@ -313,7 +320,7 @@ def union(spans: Iterable[tuple[float, float]]) -> float:
 
 
 def _plain(trainer: BenchTrainer, config: ExperimentConfig, compiled: bool) -> Contender:
-    engine = config.engine.model_copy(update={"kernels": "eager", "zero_stage": 0})
+    engine = config.engine.model_copy(update={"kernels": KernelsConfig.of("eager"), "zero_stage": 0})
     plain_config = config.model_copy(update={"engine": engine})
     student = build_student(plain_config)
     if compiled:

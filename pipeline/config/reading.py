@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from pipeline.config.plain import Plain, read_yaml
 from pipeline.config.schema import ExperimentConfig
-from pipeline.config.section import takes_text
+from pipeline.config.section import Section, takes_text
 from pipeline.errors import UserError, short
 
 
@@ -117,14 +117,24 @@ def _override_value(key: str, text: str) -> Any:
 def _put(tree: dict[str, Any], key: str, value: Any) -> None:
     *parents, leaf = key.split(".")
     node = tree
+    section: type[Section] | None = ExperimentConfig
     for name in parents:
         child = node.setdefault(name, {})
         if child is None:
             child = node[name] = {}
+        section = section and _section_below(section, name)
+        if isinstance(child, str) and section and child in section.words:
+            child = node[name] = dict.fromkeys(section.model_fields, child)
         if not isinstance(child, dict):
             raise UserError(f"{name!r} has no keys below it", key, "check the dotted key")
         node = child
     node[leaf] = value
+
+
+def _section_below(section: type[Section], name: str) -> type[Section] | None:
+    field = section.model_fields.get(name)
+    kind = field.annotation if field else None
+    return kind if isinstance(kind, type) and issubclass(kind, Section) else None
 
 
 @cache

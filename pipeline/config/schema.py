@@ -1,9 +1,9 @@
 """The schema of an experiment: every key, its default (the paper's ViT run) and the checks between keys."""
 
 import re
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_serializer, model_validator
 
 from pipeline.config.model import ModelConfig
 from pipeline.config.section import PathText, Section, Shards
@@ -151,12 +151,37 @@ class OptimConfig(Section):
         return int(self.total_steps / self.schedule_fraction)
 
 
+Impl = Literal["triton", "eager"]
+
+
+class KernelsConfig(Section):
+    """Which implementation each operation of `kernels` has; one word sets all of them."""
+
+    words: ClassVar[tuple[str, ...]] = ("triton", "eager")
+
+    attention: Literal["triton", "eager", "sdpa"] = Field("triton", description="sdpa is eager by its own name")
+    residual: Impl = Field("triton", description="stochastic depth, LayerScale and the sum of a block's branch")
+    loss: Impl = Field("triton", description="cross-entropy, and the sums over logits that centering takes")
+    sinkhorn: Impl = "triton"
+    ema: Impl = "triton"
+
+    @model_serializer
+    def _one_word_if_one_will_do(self) -> str | dict[str, str]:
+        chosen = {name: getattr(self, name) for name in type(self).model_fields}
+        return self.attention if len({*chosen.values()}) == 1 else chosen
+
+    @classmethod
+    def of(cls, impl: str) -> "KernelsConfig":
+        """All alike."""
+        return cls.model_validate(impl)
+
+
 class EngineConfig(Section):
     """How the step is computed; none of it changes what is computed."""
 
     zero_stage: Literal[0, 1, 2, 3] = 1
     precision: Literal["bf16", "fp32"] = "bf16"
-    kernels: Literal["triton", "eager"] = "triton"
+    kernels: KernelsConfig = KernelsConfig()
     compile: bool = True
     activation_checkpointing: bool = False
     offload_optimizer: Literal["cpu"] | None = Field(
@@ -254,6 +279,31 @@ class ExperimentConfig(Section):
             return {**values, "optim": {"head_warmup_epochs": 1, **optim}}
         return values
 
+    def kernels_in_use(self) -> dict[str, str]:
+        """What each operation that this experiment has resolves to: "eager" or "triton".
+
+        A ResNet has no attention, and nothing but feature maps to add up; an average in the host's memory is eager.
+        """
+        found = {name: getattr(self.engine.kernels, name) for name in KernelsConfig.model_fields}
+        if found["attention"] == "sdpa":
+            found["attention"] = "eager"
+        if self.engine.offload_optimizer:
+            found["ema"] = "eager"
+        if self.loss.centering != "sinkhorn":
+            del found["sinkhorn"]
+        if self.model.family == "resnet":
+            del found["attention"], found["residual"]
+        return found
+
+    def uses_triton(self) -> bool:
+        """Whether some operation resolves to Triton."""
+        return "triton" in self.kernels_in_use().values()
+
+    def kernels_text(self) -> str:
+        """`kernels_in_use` in one line."""
+        found = self.kernels_in_use()
+        return min(found.values()) if len({*found.values()}) == 1 else ", ".join(map(" ".join, found.items()))
+
     @model_validator(mode="after")
     def _sections_agree(self) -> "ExperimentConfig":
         if self.model.in_chans != IMAGE_CHANNELS:
@@ -281,10 +331,11 @@ class ExperimentConfig(Section):
                 "set model.init_from, or leave it out"
             )
         model = self.model
-        if self.engine.kernels == "triton" and model.family != "resnet" and model.head_dim not in KERNEL_HEAD_DIMS:
+        wants = self.kernels_in_use().get("attention")
+        if wants == "triton" and model.head_dim not in KERNEL_HEAD_DIMS:
             raise ValueError(
                 f"model.head_dim={model.head_dim}: the Triton attention has {KERNEL_HEAD_DIMS}; use one of these, "
-                "or set engine.kernels=eager"
+                "or set engine.kernels=eager, or engine.kernels.attention=sdpa alone"
             )
         group = self.loss.koleo_group
         if group and self.data.batch_size % group:

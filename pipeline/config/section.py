@@ -4,7 +4,7 @@ import os
 import re
 import types
 from functools import cache
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
@@ -19,6 +19,20 @@ class Section(BaseModel):
     """Values of keys that take text are the text that was written; where numbers are wanted they are read as such."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+    words: ClassVar[tuple[str, ...]] = ()
+    """One of them in place of the section is the value of each of its keys."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _spread_a_word(cls, values: Any) -> Any:
+        if not cls.words or not isinstance(values, str):
+            return values
+        if values not in cls.words:
+            raise ValueError(
+                f"got {str(values)!r}: use {' or '.join(cls.words)}, or set its keys ({', '.join(cls.model_fields)})"
+            )
+        return dict.fromkeys(cls.model_fields, values)
 
     @model_validator(mode="before")
     @classmethod

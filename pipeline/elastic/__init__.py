@@ -18,7 +18,8 @@ __all__ = ["Backbone", "Export", "Features", "Grid", "Subnet", "build"]
 def build(
     config: "ModelConfig",
     *,
-    kernels: str = "eager",
+    attention: str = "eager",
+    residual: str = "eager",
     activation_checkpointing: bool = False,
     sharded: bool = False,
 ) -> "Backbone":
@@ -26,7 +27,8 @@ def build(
 
     Args:
         config: family, sizes and grid. `init_from` is not read here: see `pipeline.elastic.pretrained`.
-        kernels: implementation of attention, "eager" or "triton".
+        attention: its implementation, "eager" (or "sdpa", the same) or "triton".
+        residual: implementation of what adds up rows under stochastic depth, "eager" or "triton".
         activation_checkpointing: recompute each block in the backward pass instead of keeping its activations.
         sharded: for weights that are gathered while they are used (ZeRO-3): call also the blocks that a sub-network
             leaves out, since all ranks gather together, and keep no slice of a weight for the backward pass.
@@ -36,7 +38,8 @@ def build(
     module = import_module(f"pipeline.elastic.{config.family}")
     return module.build(
         config,
-        kernels=kernels,
+        attention=attention,
+        residual=residual,
         activation_checkpointing=activation_checkpointing,
         sharded=sharded,
     )

@@ -48,6 +48,7 @@ class ElasticBlock(nn.Module):
 
     checkpointed = False
     compiled: str | None = None  # backend of torch.compile
+    residual = "eager"  # implementation of the sum of a branch's rows
 
     _body: Callable[..., tuple[Tensor, ...]]  # (self, *xs, **options), per family
 

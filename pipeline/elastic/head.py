@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,29 @@ from pipeline.elastic.layers import ElasticLinear
 
 if TYPE_CHECKING:
     from pipeline.config import HeadsConfig
+
+
+class _Products(torch.autograd.Function):
+    """Parts `[R_p, D]` times the same matrix `[K, D]`, transposed.
+
+    The matrix's gradient is added up within the products; autograd would write one `[K, D]` per part and add them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, matrix: Tensor, *parts: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(matrix, *parts)
+        ctx.set_materialize_grads(False)
+        return tuple(F.linear(part, matrix) for part in parts)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        matrix, *parts = ctx.saved_tensors
+        total: Tensor | None = None
+        for gradient, part in zip(gradients, parts, strict=True):
+            if gradient is not None and len(part):
+                product = gradient.mT, part
+                total = torch.mm(*product) if total is None else torch.addmm(total, *product, out=total)
+        return total, *(None if gradient is None else gradient @ matrix for gradient in gradients)
 
 
 class ProjectionHead(nn.Module):
@@ -37,7 +60,7 @@ class ProjectionHead(nn.Module):
     def forward(self, x: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
         """Features `[R, D]`, D at most `in_dim` -> cosines `[size, K]` for consecutive parts of the rows.
 
-        Each part is a product of its own: splitting the cosines would cost a pass over their gradients. Cosines that
+        Each part is a product of its own: splitting the cosines would cost a pass over their gradients. Those that
         need no gradient are fp16 where the weights are bf16, which is 8 times closer at the same size.
         """
         eps = 1e-6 if x.dtype == torch.float16 else 1e-12
@@ -46,7 +69,10 @@ class ProjectionHead(nn.Module):
         prototypes = F.normalize(self.prototypes, dim=-1, eps=eps)
         if x.dtype == torch.bfloat16 and not torch.is_grad_enabled():
             projections, prototypes = projections.half(), prototypes.half()
-        return tuple(F.linear(part, prototypes) for part in projections.split(list(sizes)))
+        parts = projections.split(list(sizes))
+        if not torch.is_grad_enabled():
+            return tuple(F.linear(part, prototypes) for part in parts)
+        return _Products.apply(prototypes, *parts)
 
 
 class ProjectionHeads(nn.Module):

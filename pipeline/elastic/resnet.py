@@ -133,8 +133,10 @@ def resnet_args(config: ModelConfig, subnet: Subnet) -> dict[str, Any]:
     }
 
 
-def build(config: ModelConfig, *, kernels: str, activation_checkpointing: bool, sharded: bool) -> ElasticResNet:
-    """Build an elastic ResNet; see `pipeline.elastic.build`. It has no attention, so `kernels` changes nothing."""
+def build(
+    config: ModelConfig, *, attention: str, residual: str, activation_checkpointing: bool, sharded: bool
+) -> ElasticResNet:
+    """Build an elastic ResNet; see `pipeline.elastic.build`. It has neither attention nor rows to add up."""
     subnet = largest_subnet(config)
     model = ElasticResNet(block=Bottleneck, norm_layer="groupnorm", **resnet_args(config, subnet))
     make_elastic(model, {**ELASTIC, GroupNorm: ElasticGroupNorm, Bottleneck: ElasticBottleneck})

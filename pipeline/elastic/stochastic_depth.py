@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kernels.residual import add_rows, row_positions
+from kernels.residual import add_rows, row_positions, take_rows
 from pipeline.elastic.layers import ElasticLayerScale
 
 Layout = tuple[tuple[int, ...], ...]  # per crop group: images, then rows and columns, or tokens, of each
@@ -111,14 +111,15 @@ def add_branch(
     kept: Kept | None,
     layer_scale: nn.Module | None = None,
     *,
-    kernels: str,
+    impl: str,
 ) -> Tensor:
     """x + layer_scale(branch(x)) over packed tokens `[T, C]`, the branch computed on the kept rows only."""
     if kept is None:
         out = branch(x, layout)
         return x + (out if layer_scale is None else layer_scale(out))
-    out = branch(x.index_select(0, kept.rows), kept.layout)
-    add = partial(add_rows, x, out, kept.rows, kept.positions, kept.scale, impl=kernels)
+    x, taken = take_rows(x, kept.rows, kept.positions, impl=impl)
+    out = branch(taken, kept.layout)
+    add = partial(add_rows, x, out, kept.rows, kept.positions, kept.scale, impl=impl)
     if not isinstance(layer_scale, ElasticLayerScale):
         return add()
     parameters = layer_scale.sliced(x.shape[-1])

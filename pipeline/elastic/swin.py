@@ -36,7 +36,7 @@ def _maps(x: Tensor, layout: Layout) -> list[Tensor]:
 class ElasticWindowAttention(WindowAttention):
     """Attention within windows; a sub-network has the leading heads and their relative-position biases."""
 
-    kernels: str
+    impl: str
     head_dim: int
     qkv: ElasticQKV
     proj: ElasticLinear
@@ -52,7 +52,7 @@ class ElasticWindowAttention(WindowAttention):
             windowed = part.view(-1, prod(geometry.size), 3, width // self.head_dim, self.head_dim)
             mask = geometry.mask if shifted else None
             bias = self._bias(geometry, width // self.head_dim)
-            mixed.append(attention(windowed, bias=bias, mask=mask, impl=self.kernels).flatten(0, 1))
+            mixed.append(attention(windowed, bias=bias, mask=mask, impl=self.impl).flatten(0, 1))
         return list(self.proj(torch.cat(mixed) if len(mixed) > 1 else mixed[0], width).split(counts))
 
     def _bias(self, geometry: Windows, heads: int) -> Tensor:
@@ -89,8 +89,8 @@ class ElasticSwinBlock(ElasticBlock, SwinTransformerBlock):
         def feed_forward(tokens: Tensor, _: Layout) -> Tensor:
             return self.mlp(self.norm2(tokens))
 
-        x = add_branch(x, layout, attend, kept[0], kernels=self.attn.kernels)
-        return (add_branch(x, layout, feed_forward, kept[1], kernels=self.attn.kernels),)
+        x = add_branch(x, layout, attend, kept[0], impl=self.residual)
+        return (add_branch(x, layout, feed_forward, kept[1], impl=self.residual),)
 
 
 class ElasticPatchMerging(PatchMerging):
@@ -206,7 +206,9 @@ def swin_args(config: ModelConfig, subnet: Subnet) -> dict[str, Any]:
     }
 
 
-def build(config: ModelConfig, *, kernels: str, activation_checkpointing: bool, sharded: bool) -> ElasticSwin:
+def build(
+    config: ModelConfig, *, attention: str, residual: str, activation_checkpointing: bool, sharded: bool
+) -> ElasticSwin:
     """Build an elastic Swin; see `pipeline.elastic.build`."""
     subnet = largest_subnet(config)
     model = ElasticSwin(**swin_args(config, subnet))
@@ -222,7 +224,7 @@ def build(config: ModelConfig, *, kernels: str, activation_checkpointing: bool, 
     for stage in model._stages():
         for i, block in enumerate(stage.blocks):
             block.shifted = i % 2 == 1
-            block.attn.kernels, block.attn.head_dim = kernels, config.head_dim
+            block.attn.impl, block.residual, block.attn.head_dim = attention, residual, config.head_dim
             block.attn.qkv.__class__ = ElasticQKV
         if isinstance(stage.downsample, ElasticPatchMerging):
             stage.downsample.norm.__class__ = ElasticMergedNorm

@@ -19,7 +19,7 @@ from pipeline.elastic.subnet import Subnet, kept_blocks
 class ElasticAttention(Attention):
     """Self-attention over packed tokens: linear layers on all of them, attention per crop group."""
 
-    kernels: str
+    impl: str
     qkv: ElasticQKV
     proj: ElasticLinear
 
@@ -29,7 +29,7 @@ class ElasticAttention(Attention):
         qkv = self.qkv(x, 3 * width)
         groups = qkv.split([batch * tokens for batch, tokens in layout])
         mixed = [
-            attention(group.view(batch, tokens, 3, -1, self.head_dim), impl=self.kernels).flatten(0, 1)
+            attention(group.view(batch, tokens, 3, -1, self.head_dim), impl=self.impl).flatten(0, 1)
             for group, (batch, tokens) in zip(groups, layout, strict=True)
         ]
         return self.proj(torch.cat(mixed) if len(mixed) > 1 else mixed[0], width)
@@ -52,8 +52,8 @@ class ElasticViTBlock(ElasticBlock, Block):
         def feed_forward(tokens: Tensor, _: Layout) -> Tensor:
             return self.mlp(self.norm2(tokens))
 
-        x = add_branch(x, layout, attend, kept[0], self.ls1, kernels=self.attn.kernels)
-        return (add_branch(x, layout, feed_forward, kept[1], self.ls2, kernels=self.attn.kernels),)
+        x = add_branch(x, layout, attend, kept[0], self.ls1, impl=self.residual)
+        return (add_branch(x, layout, feed_forward, kept[1], self.ls2, impl=self.residual),)
 
 
 class ElasticViT(Backbone, VisionTransformer):
@@ -147,13 +147,15 @@ def vit_args(config: ModelConfig, subnet: Subnet) -> dict[str, Any]:
     }
 
 
-def build(config: ModelConfig, *, kernels: str, activation_checkpointing: bool, sharded: bool) -> ElasticViT:
+def build(
+    config: ModelConfig, *, attention: str, residual: str, activation_checkpointing: bool, sharded: bool
+) -> ElasticViT:
     """Build an elastic ViT; see `pipeline.elastic.build`."""
     subnet = Subnet(config.widths[-1], (config.depth_ranges[0][-1],))
     model = ElasticViT(**vit_args(config, subnet))
     make_elastic(model, {**ELASTIC, Attention: ElasticAttention, Block: ElasticViTBlock})
     for block in model.elastic_blocks():
-        block.attn.kernels = kernels
+        block.attn.impl, block.residual = attention, residual
         block.attn.qkv.__class__ = ElasticQKV
     model.num_layers = len(model.blocks) + 1
     model.num_draws = 2 * len(model.blocks)

@@ -26,12 +26,14 @@ class Own:
         skipped: samples it left out since the last step.
         flops: of its networks in this step.
         band: cost band of its elastic student.
+        parts_saved: `Checkpoints.parts_finished`.
     """
 
     stop: bool
     skipped: int
     flops: float
     band: int
+    parts_saved: int
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Agreement:
         stop: some rank was asked to stop.
         skipped: samples left out on any rank.
         flops: of all ranks.
+        parts_saved: parts of checkpoints that they have finished.
         band_steps, band_losses: elastic students trained and the sum of their DINO losses, over ranks, per cost band.
     """
 
@@ -56,6 +59,7 @@ class Agreement:
     stop: bool
     skipped: int
     flops: float
+    parts_saved: int
     band_steps: list[float]
     band_losses: list[float]
 
@@ -74,7 +78,9 @@ def agree(losses: StepLosses, gradient_squares: Tensor, own: Own) -> Agreement:
     finite = values.isfinite()
     values = values.where(finite, zero)
     band = torch.tensor([float(own.band == i) for i in range(len(BANDS))], dtype=torch.float64, device=device)
-    counts = torch.tensor([float(own.stop), float(own.skipped), own.flops], dtype=torch.float64, device=device)
+    counts = torch.tensor(
+        [float(own.stop), float(own.skipped), own.flops, float(own.parts_saved)], dtype=torch.float64, device=device
+    )
     sums = _Sums(
         losses=values,
         not_finite=~finite,
@@ -86,7 +92,7 @@ def agree(losses: StepLosses, gradient_squares: Tensor, own: Own) -> Agreement:
     norms = sums.on_device("squares").sqrt().float()
     squares = dict(zip(MODULES, sums.on_host("squares"), strict=True))
     infinite = {name for name, ranks in zip(_NAMES, sums.on_host("not_finite"), strict=True) if ranks}
-    stop, skipped, flops = sums.on_host("counts")
+    stop, skipped, flops, parts_saved = sums.on_host("counts")
     return Agreement(
         losses={
             name: math.nan if name in infinite else total / dist.get_world_size()
@@ -98,6 +104,7 @@ def agree(losses: StepLosses, gradient_squares: Tensor, own: Own) -> Agreement:
         stop=stop > 0,
         skipped=round(skipped),
         flops=flops,
+        parts_saved=round(parts_saved),
         band_steps=sums.on_host("band_steps"),
         band_losses=sums.on_host("band_losses"),
     )

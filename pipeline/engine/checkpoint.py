@@ -1,26 +1,33 @@
 """Checkpoints written and resumed from: atomic, checksummed, retained by count.
 
 They depend on neither the number of ranks nor the ZeRO stage; `saved` has their format.
+
+A checkpoint is written while training goes on, in two parts, each by a thread of its own on every rank: first the
+rank's shard, then, on rank 0 alone, what gives it its name. No thread communicates. Each rank counts the parts that it
+has finished, the step's own all-reduce adds them up, and only when all ranks know that all have finished do they meet,
+between two steps, to begin the next part.
 """
 
+import copy
 import json
 import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
 from safetensors import safe_open
-from torch import Tensor
 
 from pipeline.engine.core import Engine
 from pipeline.engine.distributed import Ranks
-from pipeline.engine.groups import FlatGroup, Piece
+from pipeline.engine.groups import FlatGroup
 from pipeline.engine.saved import (
     COUNTS,
     FORMAT,
@@ -31,6 +38,7 @@ from pipeline.engine.saved import (
     read_manifest,
     read_vectors,
 )
+from pipeline.engine.snapshot import Snapshot, Taken
 from pipeline.errors import UserError
 from pipeline.files import save_tensors, sha256, sync, write_atomically
 from pipeline.method.losses import Centering
@@ -70,6 +78,40 @@ class Saved:
         return Progress(**{**{key: self.manifest[key] for key in COUNTS}, "bad_in_a_row": 0})
 
 
+class SaveError(OSError):
+    """A checkpoint could not be written; earlier ones are untouched.
+
+    Attributes:
+        step: of the checkpoint.
+    """
+
+    def __init__(self, step: int, error: OSError):
+        super().__init__(str(error))
+        self.step = step
+
+
+class Written(NamedTuple):
+    """A checkpoint that has its name: of which step, where, and how long it took since its snapshot."""
+
+    step: int
+    path: Path
+    seconds: float
+
+
+@dataclass
+class _Writing:
+    """The checkpoint under way: its snapshot's manifest, and the part that this rank is at."""
+
+    step: int
+    aside: Path
+    final: Path
+    manifest: dict[str, Any]
+    retire: bool
+    began: float
+    part: Future[Any]
+    has_shards: bool = False
+
+
 class Checkpoints:
     """The `checkpoints` directory of a run.
 
@@ -78,13 +120,25 @@ class Checkpoints:
         keep: how many checkpoints stay.
         ranks: this process and its peers; every method is collective over them.
         fence: raises on rank 0 if another process has taken over the run.
+        tell: called on rank 0, from another thread, with the step of a checkpoint that is complete.
     """
 
-    def __init__(self, root: Path, keep: int, ranks: Ranks, fence: Callable[[], None] = lambda: None):
-        self.root, self.keep, self.ranks, self.fence = root, keep, ranks, fence
+    def __init__(
+        self,
+        root: Path,
+        keep: int,
+        ranks: Ranks,
+        fence: Callable[[], None] = lambda: None,
+        tell: Callable[[int], None] = lambda step: None,
+    ):
+        self.root, self.keep, self.ranks, self.fence, self.tell = root, keep, ranks, fence, tell
+        self._snapshot = Snapshot(ranks)
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: _Writing | None = None
+        self._parts_begun = 0
 
-    def save(self, engine: Engine, centering: Centering, progress: Progress, retire: bool = True) -> Path:
-        """Write a checkpoint; it appears under its name only when complete and on disk.
+    def begin(self, engine: Engine, centering: Centering, progress: Progress, retire: bool = True) -> None:
+        """Copy the state of all that a checkpoint holds, and begin to write it beside what comes next.
 
         Args:
             engine: of the weights.
@@ -93,29 +147,76 @@ class Checkpoints:
             retire: then remove all but the newest `keep`; one that cannot be removed is tried again the next time.
 
         Raises:
-            OSError: on every rank if any rank could not write; earlier checkpoints are untouched.
+            SaveError: on every rank.
         """
+        assert self._writing is None, "one checkpoint is written at a time"
         final = self.root / f"step_{progress.step:08d}"
         aside = self.root / f".{final.name}.tmp"
-        self.ranks.agree(lambda: self._make_room(aside))
-        try:
-            files = self.ranks.together(lambda: self._write_shard(aside, engine, centering))
-            manifest = {
-                "format": FORMAT,
-                **vars(progress),
-                "world_size": self.ranks.world_size,
-                "optimizer_steps": engine.optimizer_steps(),
-                "groups": [_describe(group) for group in engine.groups],
-                "files": {name: entry for part in files for name, entry in part.items()},
-            }
-            self.ranks.agree(lambda: self._publish(aside, final, manifest))
-        except OSError:
-            if self.ranks.is_main:
-                shutil.rmtree(aside, ignore_errors=True)
-            raise
-        if retire:
-            self.ranks.agree(self._retire)
-        return final
+        with self._save_error(progress.step, aside):
+            self.ranks.agree(lambda: self._make_room(aside))
+        began = time.perf_counter()
+        taken = self._snapshot.take(engine, centering)
+        manifest = {
+            "format": FORMAT,
+            **copy.deepcopy(vars(progress)),
+            "world_size": self.ranks.world_size,
+            "optimizer_steps": engine.optimizer_steps(),
+            "groups": [_describe(group) for group in engine.groups],
+        }
+        part = self._begin_part(lambda: self._write_shard(aside, taken))
+        self._writing = _Writing(progress.step, aside, final, manifest, retire, began, part)
+
+    @property
+    def step(self) -> int | None:
+        """Of the checkpoint under way."""
+        return self._writing.step if self._writing else None
+
+    @property
+    def parts_finished(self) -> int:
+        """Parts of checkpoints that this rank has finished since it started, well or not."""
+        return self._parts_begun - bool(self._writing and not self._writing.part.done())
+
+    def can_move_on(self, parts_finished: int) -> bool:
+        """Whether all ranks have finished the part that they are at.
+
+        Args:
+            parts_finished: the sum over all ranks, as all of them know it.
+        """
+        return self._writing is not None and parts_finished >= self._parts_begun * self.ranks.world_size
+
+    def move_on(self) -> Written | None:
+        """Wait for the part under way and begin the next one; what is complete if there is none.
+
+        Raises:
+            SaveError: on every rank if any of them could not write.
+        """
+        writing = self._writing
+        assert writing is not None
+        with self._save_error(writing.step, writing.aside):
+            if not writing.has_shards:
+                files = self.ranks.together(writing.part.result)
+                entries = {name: entry for part in files for name, entry in part.items()}
+                writing.part = self._begin_part(lambda: self._complete(writing, entries))
+                writing.has_shards = True
+                return None
+            self.ranks.together(writing.part.result)
+        self._writing = None
+        return Written(writing.step, writing.final, time.perf_counter() - writing.began)
+
+    def finish(self) -> Written | None:
+        """Wait for the checkpoint under way, if there is one.
+
+        Raises:
+            SaveError: on every rank if any of them could not write.
+        """
+        written = None
+        while self._writing is not None:
+            written = self.move_on()
+        return written
+
+    def close(self) -> None:
+        """Let the part under way end; what it wrote has no name and is removed at the next start."""
+        self._thread.shutdown()
 
     def find(self) -> Saved | None:
         """The newest intact checkpoint, falling back with a loud message if one is damaged; None if there is none.
@@ -154,24 +255,34 @@ class Checkpoints:
                 _remove(self.root / name)
         aside.mkdir(exist_ok=True)
 
-    def _write_shard(self, aside: Path, engine: Engine, centering: Centering) -> dict[str, dict[str, Any]]:
+    def _begin_part(self, work: Callable[[], Any]) -> Future[Any]:
+        self._parts_begun += 1
+        return self._thread.submit(work)
+
+    @contextmanager
+    def _save_error(self, step: int, aside: Path) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self._writing = None
+            if self.ranks.is_main:
+                shutil.rmtree(aside, ignore_errors=True)
+            raise SaveError(step, error) from error
+
+    def _write_shard(self, aside: Path, taken: Taken) -> dict[str, dict[str, Any]]:
         name = f"shard_{self.ranks.rank:05d}.safetensors"
-        tensors: dict[str, Tensor] = {}
-        for index, group in enumerate(engine.groups):
-            pieces = _own_pieces(group, engine.replicated, self.ranks)
-            places = torch.tensor([(p.start, p.length) for p in pieces], dtype=torch.int64).reshape(-1, 2)
-            tensors[f"{index}.pieces"] = places
-            vectors = {"master": group.master, "ema": group.ema, **engine.moments(group)}
-            for key, vector in vectors.items():
-                tensors[f"{index}.{key}"] = _joined([vector.detach()[p.here] for p in pieces])
-        if self.ranks.is_main:
-            tensors |= {
-                f"center.{kind}.{h}": center.cpu()
-                for kind, heads in centering.center.items()
-                for h, center in enumerate(heads)
-            }
-        save_tensors(tensors, aside / name)
+        taken.wait()
+        save_tensors(taken.tensors, aside / name)
         return {name: {"bytes": (aside / name).stat().st_size, "sha256": sha256(aside / name)}}
+
+    def _complete(self, writing: _Writing, files: dict[str, Any]) -> None:
+        """Rank 0's second part; the others have none."""
+        if not self.ranks.is_main:
+            return
+        self._publish(writing.aside, writing.final, writing.manifest | {"files": files})
+        self.tell(writing.step)
+        if writing.retire:
+            self._retire()
 
     def _publish(self, aside: Path, final: Path, manifest: dict[str, Any]) -> None:
         write_atomically(aside / "manifest.json", json.dumps(manifest, indent=1))
@@ -229,22 +340,6 @@ def _still_there(path: Path, error: OSError) -> None:
 def _describe(group: FlatGroup) -> dict[str, Any]:
     spec = group.spec
     return {"names": spec.names, "shapes": spec.shapes, "offsets": spec.offsets, "numel": spec.numel}
-
-
-def _own_pieces(group: FlatGroup, replicated: bool, ranks: Ranks) -> Sequence[Piece]:
-    """What this rank saves: all of a shard, an equal share of a replica."""
-    if not replicated:
-        return group.pieces
-    share = -(-group.spec.numel // ranks.world_size)
-    start = ranks.rank * share
-    length = min(share, group.spec.numel - start)
-    return [Piece(start, start, length)] if length > 0 else []
-
-
-def _joined(parts: list[Tensor]) -> Tensor:
-    """One contiguous vector on the CPU; a device never holds a second copy of it."""
-    parts = [part.cpu() for part in parts]
-    return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts or [torch.empty(0)])
 
 
 def _restore(engine: Engine, centering: Centering, path: Path, manifest: dict[str, Any]) -> None:

@@ -163,7 +163,7 @@ class Engine:
 
     def _update_teacher(self, momentum: float) -> None:
         # an offloaded state is on the CPU, where no kernel but the eager one runs
-        impl = "eager" if self.config.offload_optimizer else self.config.kernels
+        impl = "eager" if self.config.offload_optimizer else self.config.kernels.ema
         masters = [g.master.detach() for g in self.groups]
         ema_update_([g.ema for g in self.groups], masters, momentum, [g.teacher for g in self.groups], impl=impl)
         self._layout.publish_teacher()

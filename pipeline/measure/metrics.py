@@ -86,7 +86,7 @@ _OPTIMISATION = (
 )
 _FAULTS = (
     _counter("poa_skipped_samples_total", "Samples left out and replaced", "reason"),
-    _gauge("poa_checkpoint_seconds", "Time the last checkpoint took"),
+    _gauge("poa_checkpoint_seconds", "Time the last checkpoint took, most of it beside training"),
     _gauge("poa_checkpoint_timestamp_seconds", "When the last checkpoint was complete, Unix time"),
     _gauge("poa_checkpoint_bytes", "Size of the last checkpoint"),
     _gauge("poa_checkpoint_step", "Step of the last checkpoint"),

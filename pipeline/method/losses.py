@@ -74,11 +74,21 @@ class Centering:
     Args:
         method: "sinkhorn" | "softmax" | "none" (plain softmax, which collapses; for tests of the alarms).
         prototypes: K of every head.
-        impl: implementation of the kernels.
+        impl: implementation of the losses' kernels, and of the sums over logits here.
         momentum: of the center's moving average.
+        sinkhorn_impl: implementation of Sinkhorn-Knopp, `impl` if None.
     """
 
-    def __init__(self, method: str, prototypes: Sequence[int], device: torch.device, impl: str, momentum: float = 0.9):
+    def __init__(
+        self,
+        method: str,
+        prototypes: Sequence[int],
+        device: torch.device,
+        impl: str,
+        momentum: float = 0.9,
+        sinkhorn_impl: str | None = None,
+    ):
+        self.sinkhorn_impl = sinkhorn_impl or impl
         self.method, self.device, self.impl, self.momentum = method, device, impl, momentum
         self.center = {kind: [torch.zeros(k, device=device) for k in prototypes] for kind in ("cls", "patch")}
         self._batch_mean: dict[str, PerHead] | None = None
@@ -87,7 +97,7 @@ class Centering:
     def targets(self, logits: Logits, temperature: float) -> TeacherTargets:
         """Targets of this step; statistics are taken over all ranks. The centers change only in `commit`."""
         if self.method == "sinkhorn":
-            scalings = sinkhorn([*logits.cls, *logits.patch], temperature, impl=self.impl)
+            scalings = sinkhorn([*logits.cls, *logits.patch], temperature, impl=self.sinkhorn_impl)
             targets = [
                 Targets(entry, row, col, temperature)
                 for entry, (row, col) in zip([*logits.cls, *logits.patch], scalings, strict=True)

@@ -173,8 +173,7 @@ class Monitor:
                 self._events.add(record)
 
     def saved(self, step: int, path: Path | None, seconds: float) -> None:
-        """A checkpoint is complete."""
-        self.phases.add("checkpoint", seconds)
+        """A checkpoint is complete, `seconds` after its snapshot."""
         if self.ranks.is_main and path is not None:
             with self._carefully():
                 self.values.set("poa_checkpoint_seconds", seconds)

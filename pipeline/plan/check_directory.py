@@ -8,12 +8,11 @@ from pathlib import Path
 
 from pipeline.config import ExperimentConfig, load_config
 from pipeline.data.reader import Dataset
-from pipeline.elastic import cost
 from pipeline.engine.saved import find_problem, list_checkpoints
 from pipeline.errors import UserError
 from pipeline.files import read_json, require_writable
-from pipeline.plan import forecast
 from pipeline.plan.check import Check
+from pipeline.plan.memory import checkpoint_bytes
 from pipeline.run.directory import RunDirectory, fingerprint, require_same_stream
 from pipeline.run.experiment import require_same_experiment
 from pipeline.run.ownership import locks_work
@@ -61,7 +60,7 @@ def _require_same_stream(config: ExperimentConfig, path: Path, world_size: int) 
 def check_disk(config: ExperimentConfig) -> Check:
     """Is there room for the retained checkpoints and the one being written?"""
     free = shutil.disk_usage(existing(Path(config.run.dir))).free
-    needed = (config.run.keep + 1) * _checkpoint_bytes(config)
+    needed = (config.run.keep + 1) * checkpoint_bytes(config)
     finding = (
         f"{free / _GIB:.1f} GiB free, {config.run.keep} checkpoints and one in the making take {needed / _GIB:.1f}"
     )
@@ -77,16 +76,12 @@ def check_lead(config: ExperimentConfig, world_size: int) -> Check:
     lead = config.checkpoint.signal_lead_seconds
     parent = existing(Path(config.run.dir))
     rate = _write_rate(parent)
-    seconds = _checkpoint_bytes(config) / rate  # as if the file system gave all ranks together what it gives one
+    seconds = checkpoint_bytes(config) / rate  # as if the file system gave all ranks together what it gives one
     finding = f"{lead:.0f} s; a checkpoint takes about {seconds:.1f} s at the {rate / 2**20:.0f} MiB/s of {parent}"
     if lead < 2 * seconds:
         fix = f"set checkpoint.signal_lead_seconds={2 * seconds + 60:.0f} and submit with --signal=USR1@ the same"
         return Check("signal lead", "warn", finding, fix)
     return Check("signal lead", "pass", finding)
-
-
-def _checkpoint_bytes(config: ExperimentConfig) -> int:
-    return 4 * forecast.VECTORS * cost.trained_params(config).total
 
 
 def existing(path: Path, key: str = "run.dir") -> Path:

@@ -10,7 +10,7 @@ from packaging.requirements import Requirement
 
 from pipeline.config import ExperimentConfig
 from pipeline.plan.check import Check
-from pipeline.plan.memory import OUTSIDE, memory_estimate, offloaded_bytes
+from pipeline.plan.memory import OUTSIDE, host_bytes, memory_estimate
 
 _GIB = 1 << 30
 _DRIVER = Path("/proc/driver/nvidia/version")  # there as long as the kernel module is loaded, in containers too
@@ -29,7 +29,7 @@ def check_software(config: ExperimentConfig) -> Check:
             f"{finding}; {len(dali)} DALI wheels",
             "install exactly one of nvidia-dali-cuda120|cuda130",
         )
-    if config.engine.kernels == "triton" and versions["triton"] is None:
+    if config.uses_triton() and versions["triton"] is None:
         return Check("software", "fail", finding, "install triton, or set engine.kernels=eager")
     declared = metadata.requires("poa-pretrain") if _version("poa-pretrain") else None
     for wanted in map(Requirement, declared or []):
@@ -66,7 +66,7 @@ def check_driver(loaded: Path = _DRIVER) -> Check:
 def check_device(config: ExperimentConfig) -> Check:
     """Is there a GPU that can do what the config asks for?"""
     if not torch.cuda.is_available():
-        if config.engine.kernels == "triton":
+        if config.uses_triton():
             return Check(
                 "device", "warn", "no GPU here", "run this on a compute node; to train on CPUs set engine.kernels=eager"
             )
@@ -84,7 +84,7 @@ def check_device(config: ExperimentConfig) -> Check:
 
 
 def check_memory(config: ExperimentConfig, world_size: int) -> Check:
-    """Does the estimate of one rank fit its device, and what is offloaded of a node's ranks the node?"""
+    """Does the estimate of one rank fit its device, and what a node's ranks hold in the host's memory the node?"""
     cuda = torch.cuda.is_available()
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     card = torch.cuda.get_device_properties(0).total_memory if cuda else machine
@@ -93,14 +93,17 @@ def check_memory(config: ExperimentConfig, world_size: int) -> Check:
     finding += f"{card / _GIB:.1f}"
     fix = "lower data.batch_size, or set engine.activation_checkpointing=true or a higher engine.zero_stage"
     share = needed / card
-    if config.engine.offload_optimizer:
-        on_node = min(world_size, torch.cuda.device_count() if cuda else 1)
-        offloaded = on_node * offloaded_bytes(config, world_size)
-        finding += f"; {on_node} x {offloaded / on_node / _GIB:.1f} offloaded, the host has {machine / _GIB:.1f}"
-        if not cuda:
-            share += offloaded / machine  # the same memory
-        elif offloaded / machine > share:
-            share, fix = offloaded / machine, "use more GPUs in all, or set engine.offload_optimizer=null"
+    on_node = min(world_size, torch.cuda.device_count() if cuda else 1)
+    host = {purpose: size for purpose, size in host_bytes(config, world_size).items() if size}
+    words = ", ".join(f"{purpose} {size / _GIB:.1f}" for purpose, size in host.items())
+    finding += f"; {on_node} x ({words}) of the host's {machine / _GIB:.1f}"
+    in_host = on_node * sum(host.values()) / machine
+    if not cuda:
+        share += in_host  # the same memory
+    elif in_host > share:
+        share, fix = in_host, "use more GPUs in all"
+        if config.engine.offload_optimizer:
+            fix += ", or set engine.offload_optimizer=null"
     if share <= 0.9:
         return Check("memory", "pass", finding)
     return Check("memory", "fail" if share > 1.1 and cuda else "warn", finding, fix)

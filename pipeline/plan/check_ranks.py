@@ -20,10 +20,10 @@ _SKEW_SECONDS = 2.0
 
 def check_kernels(config: ExperimentConfig, ranks: Ranks) -> Check:
     """Do a kernel and, if it is on, `torch.compile` run on every rank? Both build with a C compiler at first use."""
-    if config.engine.kernels == "triton" and not torch.cuda.is_available() and not interpreted():
+    if config.uses_triton() and not torch.cuda.is_available() and not interpreted():
         return Check("kernels", "warn", "not tried: no GPU here", "run this on a compute node")
     failures = [failure for failure in ranks.gather(_kernel_failure(config, ranks.device)) if failure]
-    finding = config.engine.kernels + (", torch.compile" if config.engine.compile else "")
+    finding = config.kernels_text() + (", torch.compile" if config.engine.compile else "")
     if failures:
         fix = "install gcc, g++ and Python's headers on every node, or set engine.kernels=eager engine.compile=false"
         return Check("kernels", "fail", f"{finding}: fails on {len(failures)} ranks, first {failures[0]}", fix)
@@ -34,7 +34,7 @@ def _kernel_failure(config: ExperimentConfig, device: torch.device) -> str | Non
     """Host and error if the smallest use fails."""
     average = torch.zeros(16, device=device)
     try:
-        ema_update_([average], [torch.ones_like(average)], 0.5, impl=config.engine.kernels)
+        ema_update_([average], [torch.ones_like(average)], 0.5, impl="triton" if config.uses_triton() else "eager")
         if config.engine.compile:
             average = torch.compile(lambda x: x * x + 0.25)(average)
         found = average.tolist()

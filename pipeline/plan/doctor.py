@@ -9,6 +9,7 @@ from pipeline.config import ExperimentConfig
 from pipeline.engine.distributed import Ranks
 from pipeline.errors import UserError, printable
 from pipeline.plan.check import Check
+from pipeline.plan.check_caches import check_caches
 from pipeline.plan.check_data import check_images, check_shards
 from pipeline.plan.check_directory import check_directory, check_disk, check_lead
 from pipeline.plan.check_machine import check_device, check_driver, check_memory, check_software
@@ -40,6 +41,7 @@ def examine(config: ExperimentConfig, ranks: Ranks, world_size: int) -> list[Che
         "driver": check_driver,
         "device": lambda: check_device(config),
         "memory": lambda: check_memory(config, world_size),
+        "caches": lambda: check_caches(config),
         "shards": lambda: check_shards(config, world_size),
         "images": lambda: check_images(config),
         "evaluation": lambda: check_evaluation(config),

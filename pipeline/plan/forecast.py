@@ -11,8 +11,6 @@ from pipeline.elastic.sampling import ASSIGNMENTS, SubnetSampler
 from pipeline.elastic.subnet import Grid
 from pipeline.errors import UserError
 
-VECTORS = 4  # fp32 vectors of a checkpoint: master weights, EMA, and AdamW's two moments
-
 
 class Gpu(NamedTuple):
     """FLOP/s of the data sheet, and usable bytes.

@@ -46,9 +46,21 @@ def state_bytes(config: ExperimentConfig, world_size: int, stage: int) -> float:
     return 4.0 * 3 * count if stage == 0 else 4.0 * 4 * count / world_size
 
 
-def offloaded_bytes(config: ExperimentConfig, world_size: int) -> float:
-    """Bytes of a rank's optimizer state in the host's memory."""
-    return state_bytes(config, world_size, config.engine.effective_stage()) if config.engine.offload_optimizer else 0.0
+def host_bytes(config: ExperimentConfig, world_size: int) -> dict[str, float]:
+    """Bytes of a rank in the host's memory by purpose.
+
+    torch rounds a pinned buffer up to a power of two, which the snapshot's does not count.
+    """
+    state = state_bytes(config, world_size, config.engine.effective_stage())
+    return {
+        "offloaded state": state if config.engine.offload_optimizer else 0.0,
+        "snapshot of a checkpoint": checkpoint_bytes(config) / world_size,
+    }
+
+
+def checkpoint_bytes(config: ExperimentConfig) -> int:
+    """Of all its shards together: fp32 weights, EMA, and AdamW's two moments."""
+    return 4 * 4 * cost.trained_params(config).total
 
 
 def _activations(config: ExperimentConfig, subnet: Subnet, low: int) -> float:

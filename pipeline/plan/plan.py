@@ -6,7 +6,7 @@ from pipeline.config import EngineConfig, ExperimentConfig, dump_config
 from pipeline.elastic import cost
 from pipeline.elastic.subnet import Grid
 from pipeline.plan import forecast
-from pipeline.plan.memory import OUTSIDE, memory_estimate, offloaded_bytes
+from pipeline.plan.memory import OUTSIDE, checkpoint_bytes, host_bytes, memory_estimate
 from pipeline.plan.subnets import subnet_table
 
 _GIB = 1 << 30
@@ -24,6 +24,7 @@ def describe(config: ExperimentConfig) -> str:
         subnet_table(config),
         "",
         f"largest network {largest.name}: {backbone / 1e6:.1f} M parameters, heads {heads / 1e6:.1f} M",
+        f"kernels: {config.kernels_text()}",
         f"steps: {config.optim.total_steps}; per step and rank {config.data.batch_size} images, "
         f"{(step.teacher + step.intact) / 1e12:.2f} TFLOP and the elastic student's",
         f"memory of one rank alone: {sum(memory.values()) / _GIB:.1f} GiB",
@@ -48,6 +49,7 @@ def plan(config: ExperimentConfig, gpus: int, gpu: str, mfu: float) -> dict[str,
         "gpu": gpu,
         "mfu": mfu,
         "precision": config.engine.precision,
+        "kernels": config.kernels_in_use(),
         "batch_size": config.data.batch_size,
         "parameters": {
             "backbone": backbone,
@@ -64,12 +66,12 @@ def plan(config: ExperimentConfig, gpus: int, gpu: str, mfu: float) -> dict[str,
         },
         "card_memory": card.memory,
         "peak_flops": card.peak(config.engine.precision),
-        "host_memory": offloaded_bytes(config, gpus),
+        "host_memory": host_bytes(config, gpus),
         "communication": {str(stage): forecast.communication(config, gpus, stage) for stage in stages},
         "speed": forecast.speed(config, gpus, card, mfu),
         "steps": config.optim.total_steps,
         "data": forecast.data(config, gpus),
-        "checkpoint_bytes": 4 * forecast.VECTORS * (backbone + heads),
+        "checkpoint_bytes": checkpoint_bytes(config),
         "checkpoints_kept": config.run.keep,
     }
 
@@ -95,6 +97,7 @@ def plan_text(p: dict[str, Any]) -> str:
         f"data         global batch {data['global_batch']}, peak lr {data['peak_lr']:.2e}, "
         f"{data['images_per_epoch']} images per epoch, {data['images_in_all'] / 1e6:.0f} M in all",
         f"shards       {data['shards']} for {p['gpus']} ranks (any rank reads any shard); {_passes(data)}",
+        f"kernels      {', '.join(map(' '.join, p['kernels'].items()))}",
         f"checkpoints  {p['checkpoint_bytes'] / _GIB:.2f} GiB each, {p['checkpoints_kept'] + 1} at most at a time: "
         f"{p['checkpoint_bytes'] * (p['checkpoints_kept'] + 1) / _GIB:.1f} GiB",
         "",
@@ -107,7 +110,8 @@ def plan_text(p: dict[str, Any]) -> str:
         "",
         f"GiB per GPU by ZeRO stage (the card has {p['card_memory'] / _GIB:.0f}; activations are an estimate)",
         *_columns(p["memory"], ("total", "fits")),
-        *([f"  and in the host's memory {p['host_memory'] / _GIB:.2f} per GPU"] if p["host_memory"] else []),
+        "  and in the host's memory per GPU: "
+        + ", ".join(f"{name} {size / _GIB:.2f}" for name, size in p["host_memory"].items() if size),
         "",
         "GiB that a GPU sends per step by ZeRO stage (ring algorithms)",
         *_columns(p["communication"], ()),

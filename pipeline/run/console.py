@@ -89,6 +89,22 @@ class Console:
         if engine.effective_stage() != engine.zero_stage:
             self.say("note: bf16 shards its fp32 masters even at ZeRO stage 0: running stage 1")
 
+    def compiling(self, number: int, total: int, width: int) -> None:
+        """Before the first step every width is compiled, which takes minutes where nothing is cached."""
+        now = time.monotonic()
+        if self.live and not self.quiet and self.speaks:
+            self._print(f"\r\x1b[Kcompiling width {width} ({number} of {total})")
+        elif not self.live and (number == 1 or now - self._printed >= _BATCH_LOG_SECONDS):
+            self._printed = now
+            self.say(f"compiling width {width} ({number} of {total})")
+
+    def compiled(self, total: int) -> None:
+        """All of them are; what is left to do is counted from here on."""
+        seconds, self._start = time.monotonic() - self._start, time.monotonic()
+        if self.live and not self.quiet and self.speaks:
+            self._print("\r\x1b[K")
+        self.say(f"{total} widths are compiled, in {seconds:.0f} s")
+
     def left_out(self, first: dict[str, Any], total: int, listed_in: Path) -> None:
         """Samples of this step could not be used."""
         self.say(

@@ -133,6 +133,7 @@ class RunDirectory:
             "world_size": world_size,
             "host": platform.node(),
             "job": os.environ.get("SLURM_JOB_ID"),
+            "kernels": config.kernels_in_use(),
             "environment": environment(),
         }
         manifest = {

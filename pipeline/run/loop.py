@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pipeline.config import ExperimentConfig
 from pipeline.engine import distributed
-from pipeline.engine.checkpoint import Checkpoints, Progress, Saved
+from pipeline.engine.checkpoint import Checkpoints, Progress, Saved, SaveError, Written
 from pipeline.engine.distributed import Ranks
 from pipeline.engine.layouts import deepspeed
 from pipeline.errors import UserError
@@ -20,8 +20,9 @@ from pipeline.monitor.report import StepReport
 from pipeline.run.console import Console
 from pipeline.run.directory import RunDirectory, fingerprint
 from pipeline.run.experiment import Settings
-from pipeline.run.policy import End, Policy, Save, after
+from pipeline.run.policy import Decision, End, Policy, Save, after
 from pipeline.run.records import count, count_skipped, record
+from pipeline.run.rehearsal import is_compiled, rehearse
 from pipeline.run.slurm_job import Job, stop_signals
 from pipeline.run.step import Trainer
 from pipeline.run.threads import threads_that_fit
@@ -62,13 +63,14 @@ def _train(config: ExperimentConfig, ranks: Ranks, stop_requested: list[int], qu
     run, job = RunDirectory(Path(config.run.dir)), Job.from_environment()
     seconds = config.run.hang_timeout_seconds
     watchdog = Watchdog(ranks.rank, ranks.world_size, seconds, distributed.collectives_begun)
-    trainer, policy = None, Policy.of(config)
+    trainer, checkpoints, policy = None, None, Policy.of(config)
     try:
         with distributed.crash_together(ranks), _giving_up(job, ranks):
             ranks.agree(lambda: run.claim(config, job))
             watchdog.share(run.heartbeats)
             watchdog.beat("the start: checkpoints")
-            checkpoints = Checkpoints(run.checkpoints, config.run.keep, ranks, run.require_ownership)
+            tell = job.saved if job else lambda step: None
+            checkpoints = Checkpoints(run.checkpoints, config.run.keep, ranks, run.require_ownership, tell)
             saved = checkpoints.find()
             progress = saved.progress if saved else Progress(0, 0, {}, 0, {})
             with Console(ranks.is_main, policy.last_step, progress.step, quiet) as console:
@@ -85,6 +87,8 @@ def _train(config: ExperimentConfig, ranks: Ranks, stop_requested: list[int], qu
                 watchdog.beat("the start: data")
                 trainer.start_data(progress.samples)
                 ranks.agree(lambda: _open_records(run, config, settings, progress, trainer, console))
+                if is_compiled(config):
+                    _compile(trainer, watchdog, console)
                 with Monitor(config, ranks, trainer.phases, trainer.bands, progress, policy.last_step) as monitor:
 
                     def alive() -> None:
@@ -98,6 +102,8 @@ def _train(config: ExperimentConfig, ranks: Ranks, stop_requested: list[int], qu
                     ranks.agree(lambda: _tell_job(job, end, config.run.requeue))
             return end
     finally:
+        if checkpoints is not None:
+            checkpoints.close()
         watchdog.stop()
         if trainer is not None:
             trainer.close()
@@ -112,6 +118,15 @@ def _import_the_rest(enter: Callable[[str], None]) -> None:
     enter("the start: DALI")
     with suppress(ImportError):  # a trainer of other data does without it
         importlib.import_module("nvidia.dali.fn")
+
+
+def _compile(trainer: Trainer, watchdog: Watchdog, console: Console) -> None:
+    def tell(number: int, total: int, width: int) -> None:
+        watchdog.beat(f"the start: compiling, {number} of {total}")
+        console.compiling(number, total, width)
+
+    rehearse(trainer, tell)
+    console.compiled(len(trainer.grid.widths))
 
 
 @contextmanager
@@ -137,7 +152,7 @@ class Run:
 
     Attributes:
         good: where the run was after its last good step; the weights are those of then, since bad steps change none.
-        saved_step: of the newest checkpoint.
+        saved_step: of the newest checkpoint that is complete.
     """
 
     config: ExperimentConfig
@@ -160,7 +175,7 @@ class Run:
         while progress.step < policy.last_step:
             if self.is_main:
                 self.directory.notice_take_over()
-            report = self.trainer.step(progress.step, bool(stop_requested))
+            report = self.trainer.step(progress.step, bool(stop_requested), self.checkpoints.parts_finished)
             self.watchdog.beat(f"records of step {progress.step + 1}")
             count(progress, report, self.trainer.loader.next_sample)
             self.collect_skipped(report)
@@ -172,7 +187,7 @@ class Run:
                 self.evaluate()
             if decision.log:
                 self.log(report)
-            is_saved = decision.save is None or self.save(decision.save, report)
+            is_saved = self.save(decision, report)
             if not is_saved and decision.end is not End.GIVE_UP:
                 return End.TRY_AGAIN
             if decision.end is not None:
@@ -214,27 +229,43 @@ class Run:
             self.monitor.logged(line)
             self.console.update(line)
 
-    def save(self, which: Save, report: StepReport) -> bool:
-        """Save unless that state is saved already, let the batch script know, and compare the time it took with the
-        warning that Slurm gives; False if it could not be written."""
-        progress = self.progress if which is Save.NOW else self.good
-        if progress.step == self.saved_step:
+    def save(self, decision: Decision, report: StepReport) -> bool:
+        """See to checkpoints between two steps: bring the one under way on, begin the one that is due, and before the
+        run ends wait for it; False if one could not be written."""
+        checkpoints, progress = self.checkpoints, self.progress if decision.save is Save.NOW else self.good
+        moves = checkpoints.can_move_on(report.agreed.parts_saved)
+        begins = decision.save is not None and progress.step not in (self.saved_step, checkpoints.step)
+        if not (moves or begins or decision.end):
             return True
-        self.watchdog.beat(f"the checkpoint of step {progress.step}")
+        self.watchdog.beat(f"the checkpoint of step {checkpoints.step or progress.step}")
         began = time.perf_counter()
-        engine, centering = self.trainer.engine, self.trainer.tri_branch.centering
         try:
-            path = self.checkpoints.save(engine, centering, progress, retire=which is not Save.GOOD_AND_KEEP_ALL)
-        except OSError as error:
-            self.console.cannot_save(progress.step, error, self.checkpoints.root, self.saved_step)
+            if moves:
+                self._written(checkpoints.move_on(), report)
+            if begins:
+                self._written(checkpoints.finish(), report)  # one at a time
+                self.watchdog.beat(f"the checkpoint of step {progress.step}")
+                engine, centering = self.trainer.engine, self.trainer.tri_branch.centering
+                retire = decision.save is not Save.GOOD_AND_KEEP_ALL
+                checkpoints.begin(engine, centering, progress, retire)
+            if decision.end:
+                self._written(checkpoints.finish(), report)
+        except SaveError as error:
+            self.console.cannot_save(error.step, error, checkpoints.root, self.saved_step)
             return False
-        self.saved_step = progress.step
-        seconds = time.perf_counter() - began
-        self.monitor.saved(progress.step, path, seconds)
-        if self.job is not None and self.is_main:
-            self.job.saved(progress.step)
-            self.console.saved_in(seconds + report.timing.step, self.config.checkpoint.signal_lead_seconds)
+        finally:
+            self.trainer.phases.add("checkpoint", time.perf_counter() - began)
         return True
+
+    def _written(self, written: Written | None, report: StepReport) -> None:
+        """Compare the time that a checkpoint took with the warning that Slurm gives."""
+        if written is None:
+            return
+        self.saved_step = written.step
+        self.monitor.saved(*written)
+        if self.job is not None and self.is_main:
+            seconds = written.seconds + report.timing.step
+            self.console.saved_in(seconds, self.config.checkpoint.signal_lead_seconds)
 
 
 def _tell_job(job: Job | None, end: End, requeue: bool) -> None:

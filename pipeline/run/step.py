@@ -77,7 +77,10 @@ class Trainer:
         self.patch_grid = backbone.patch_grid(config.data.global_crops.size)
         self.phases = Phases(ranks.device)
         drop = StochasticDepth(config.data.seed, config.model.drop_path, backbone.num_draws)
-        centering = Centering(config.loss.centering, config.heads.prototypes, ranks.device, config.engine.kernels)
+        kernels = config.engine.kernels
+        centering = Centering(
+            config.loss.centering, config.heads.prototypes, ranks.device, kernels.loss, sinkhorn_impl=kernels.sinkhorn
+        )
         self.tri_branch = TriBranch(config.loss, self.grid.largest, drop, centering, self.phases.lap)
         self.bands = Bands(config.model, self.grid)
         self.dtype = working_dtype(config.engine)
@@ -100,12 +103,13 @@ class Trainer:
             dataset=self.dataset,
         )
 
-    def step(self, step: int, stop_requested: bool = False) -> StepReport:
+    def step(self, step: int, stop_requested: bool = False, parts_saved: int = 0) -> StepReport:
         """Train on the next batch; the update is skipped on every rank if any value is not finite on one.
 
         Args:
             step: steps completed before this one.
             stop_requested: this rank was asked to stop; all learn of it.
+            parts_saved: `Checkpoints.parts_finished` of this rank; all learn their sum.
         """
         began = time.perf_counter()
         self.enter(f"data of step {step + 1}")
@@ -132,6 +136,7 @@ class Trainer:
             skipped=self.loader.skipped.total() - skipped_before,
             flops=cost.step_flops(self.config, subnet, masked).total,
             band=self.bands.index(subnet),
+            parts_saved=parts_saved,
         )
         agreed = agree(losses, self.engine.gradient_squares(), own)
         self.phases.lap("reduce")
@@ -163,7 +168,7 @@ class Trainer:
             self.bands.index(subnet),
             loss.student_temp,
             self.ranks.device,
-            self.config.engine.kernels,
+            self.config.engine.kernels.loss,
         )
 
     def _masks(self, step: int, values: StepValues) -> np.ndarray:
@@ -178,7 +183,7 @@ class Trainer:
 
 
 def _require_kernels(config: ExperimentConfig, device: torch.device) -> None:
-    if config.engine.kernels == "triton" and device.type == "cpu" and not interpreted():
+    if config.uses_triton() and device.type == "cpu" and not interpreted():
         raise UserError("the Triton kernels need a GPU and there is none", "engine.kernels", "set engine.kernels=eager")
 
 
@@ -199,7 +204,8 @@ def build_student(config: ExperimentConfig) -> Branch:
     sharded = config.engine.effective_stage() == 3
     backbone = build(
         config.model,
-        kernels=config.engine.kernels,
+        attention=config.engine.kernels.attention,
+        residual=config.engine.kernels.residual,
         activation_checkpointing=config.engine.activation_checkpointing,
         sharded=sharded,
     )

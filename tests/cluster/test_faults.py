@@ -97,9 +97,16 @@ class Run:
         path = self.directory / "metrics.jsonl"
         return path.read_text().count("\n") if path.exists() else 0
 
+    @property
+    def saved(self) -> int:
+        path = self.directory / "checkpoints" / "latest"
+        return int(path.read_text()[len("step_") :]) if path.exists() else 0
+
     def reaches(self, step: int) -> None:
-        self.job.until(lambda: self.steps >= step or self.job.field("JobState") in FINAL)
-        assert self.steps >= step, self.job.log[-6000:]
+        """So many steps are made, and the checkpoint that was due on the way is complete."""
+        there = lambda: self.steps >= step and self.saved >= step // SAVE_EVERY * SAVE_EVERY  # noqa: E731
+        self.job.until(lambda: there() or self.job.field("JobState") in FINAL)
+        assert there(), self.job.log[-6000:]
 
     def pause(self) -> list[int]:
         """Stop the processes of both ranks; gives their pids."""

@@ -246,7 +246,7 @@ def test_initialisation_follows_torch_seed(family, tiny_config):
 
 def test_unknown_kernels_are_refused(tiny_config):
     for family in ("vit", "swin"):
-        model = build(tiny_config(family), kernels="cuda")
+        model = build(tiny_config(family), attention="cuda")
         with pytest.raises(ValueError, match="eager"):
             model(crops_of(model)[0])
 

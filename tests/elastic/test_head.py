@@ -32,6 +32,24 @@ def test_logits_are_cosines_of_an_mlp_whose_input_is_cut_and_scaled(heads, width
             torch.testing.assert_close(got, cosines)
 
 
+def test_gradients_of_all_parts_reach_features_and_prototypes(heads):
+    """Against a loss over cosines by autograd alone; a part may be empty, and a part's cosines unused."""
+    parts = [torch.randn(rows, 16, dtype=torch.double, requires_grad=True) for rows in (3, 0, 2, 4)]
+    weights = [[torch.randn(len(part), k, dtype=torch.double) for k in CONFIG.prototypes] for part in parts[:3]]
+
+    def gradients(logits):
+        used = zip(logits, weights, strict=False)  # the last part's are not
+        total = sum((x * w).sum() for part, ws in used for x, w in zip(part, ws, strict=True))
+        return torch.autograd.grad(total, [*parts[:3], *heads.parameters()])
+
+    def plain(part, head):
+        return F.linear(F.normalize(head.mlp(part), dim=-1), F.normalize(head.prototypes, dim=-1))
+
+    expected = gradients([[plain(part, head) for head in heads.heads] for part in parts])
+    for found, wanted in zip(gradients(heads(parts)), expected, strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
 def test_shapes_are_one_list_per_part_with_one_entry_per_head(heads):
     logits = heads([torch.zeros(3, 16, dtype=torch.double), torch.zeros(0, 16, dtype=torch.double)])
     assert [[tuple(x.shape) for x in part] for part in logits] == [[(3, 12), (3, 20)], [(0, 12), (0, 20)]]

@@ -74,7 +74,7 @@ def test_branch_runs_on_kept_images_scaled_by_the_kept_fraction(batches):
         seen.append((rows.shape[0], rows_layout))
         return rows.sin()
 
-    result = add_branch(x, layout, branch, kept_rows(indices, layout)[1], kernels="eager")
+    result = add_branch(x, layout, branch, kept_rows(indices, layout)[1], impl="eager")
     torch.testing.assert_close(result, expected)
     kept_layout = tuple((i.shape[1], *side) for i, side in zip(indices, sides, strict=True))
     assert seen == [(sum(i.shape[1] * n for i, n in zip(indices, tokens, strict=True)), kept_layout)]

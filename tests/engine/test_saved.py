@@ -3,11 +3,13 @@
 import json
 import os
 import shutil
+from concurrent.futures import Future
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 
-from pipeline.engine.checkpoint import Checkpoints
+from pipeline.engine.checkpoint import Checkpoints, _Writing
 from pipeline.engine.saved import find_problem, list_checkpoints, load_weights
 from pipeline.errors import UserError
 
@@ -112,6 +114,20 @@ def test_damaged_is_said_of_what_was_read_and_is_wrong(trained_run, tmp_path):
     shutil.rmtree(newest)
     with pytest.raises(UserError, match="cannot read the checkpoints"):  # found on another node
         find_problem(newest)
+
+
+def test_others_learn_of_a_checkpoint_once_it_has_its_name_and_before_any_goes_for_it(tmp_path):
+    make(tmp_path, 2, 4)
+    aside = tmp_path / ".step_00000006.tmp"
+    aside.mkdir()
+    told = []
+    ranks = SimpleNamespace(is_main=True)
+    checkpoints = Checkpoints(tmp_path, 1, ranks, tell=lambda step: told.append((step, names(tmp_path))))
+    final = tmp_path / "step_00000006"
+    checkpoints._complete(_Writing(6, aside, final, {"step": 6}, True, 0.0, Future()), {"shard": {}})
+    assert told == [(6, ["step_00000006", "step_00000004", "step_00000002"])]
+    assert names(tmp_path) == ["step_00000006"]
+    assert json.loads((final / "manifest.json").read_text()) == {"step": 6, "files": {"shard": {}}}
 
 
 def test_a_deletion_that_fails_is_said_and_tried_again(tmp_path, capsys, monkeypatch):

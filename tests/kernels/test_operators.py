@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels.attention import attention
 from kernels.distillation import Targets, cross_entropy, row_logsumexp
-from kernels.residual import row_positions
+from kernels.residual import add_rows, row_positions, take_rows
 
 
 def problem(device: str) -> tuple[Tensor, Targets, Tensor]:
@@ -24,7 +24,7 @@ def test_operators_keep_pytorchs_rules(triton: str, device: str) -> None:
     """Schemas, autograd registration, fake tensors and tracing with symbolic shapes."""
     from kernels.fused import attention as fused_attention
     from kernels.fused import distillation, reduce
-    from kernels.fused.residual import add_rows
+    from kernels.fused.residual import add_rows as fused_add_rows
 
     student, targets, rows = problem(device)
     logits, row, col = targets.logits, targets.row, torch.zeros(70, device=device)
@@ -44,8 +44,8 @@ def test_operators_keep_pytorchs_rules(triton: str, device: str) -> None:
         (reduce.column_sum, (logits,)),
         (fused_attention.attention, (qkv, bias, mask)),
         (fused_attention.attention, (qkv, None, None)),
-        (add_rows, (x, branch, kept, row_positions(kept, 8), gamma, factors, 1.0)),
-        (add_rows, (x, branch, kept, row_positions(kept, 8), None, None, 1.5)),
+        (fused_add_rows, (x, branch, kept, row_positions(kept, 8), gamma, factors, 1.0)),
+        (fused_add_rows, (x, branch, kept, row_positions(kept, 8), None, None, 1.5)),
     ]
     for operator, arguments in cases:
         torch.library.opcheck(operator, arguments)
@@ -85,3 +85,27 @@ def test_attention_within_checkpoint_and_compile(compiled: bool, impl: str, devi
     result = gradients(lambda *leaves: checkpoint(run, *leaves, use_reentrant=False))
     for one, other in zip(result, gradients(body), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+
+
+def test_a_branch_of_some_rows_within_checkpoint_and_compile(impl: str, device: str) -> None:
+    """Its rows are taken and its result is added in one graph, also where the body is computed again."""
+    generator = torch.Generator().manual_seed(2)
+    x, weight = (torch.randn(n, 24, generator=generator).to(device) for n in (8, 24))
+    rows = torch.tensor([0, 3, 7], device=device)
+    positions = row_positions(rows, 8)
+
+    def body(x: Tensor, weight: Tensor) -> Tensor:
+        x, taken = take_rows(x, rows, positions, impl=impl)
+        return add_rows(x, (taken @ weight).sin(), rows, positions, 1.5, impl=impl)
+
+    def by_autograd(x: Tensor, weight: Tensor) -> Tensor:
+        return x.index_add(0, rows, (x[rows] @ weight).sin(), alpha=1.5)
+
+    def gradients(function: Any) -> tuple[Tensor, ...]:
+        leaves = x.clone().requires_grad_(), weight.clone().requires_grad_()
+        return torch.autograd.grad(function(*leaves).square().sum(), leaves)
+
+    compiled = torch.compile(body, backend="aot_eager", fullgraph=True)
+    for run in (body, compiled, lambda *leaves: checkpoint(compiled, *leaves, use_reentrant=False)):
+        for one, other in zip(gradients(run), gradients(by_autograd), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)

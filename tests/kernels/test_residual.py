@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.residual import add_rows, row_positions
+from kernels.residual import add_rows, row_positions, take_rows
 from tests.kernels.conftest import Check
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -58,6 +58,26 @@ def test_output_and_gradients_match_fp64(
     for one, lowered, wanted, leaf in zip(found, plain, exact, [x, *leaves], strict=True):
         assert one.dtype == leaf.dtype
         earned(one, lowered, wanted)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("t", "r", "c"), SHAPES)
+def test_gradient_of_rows_taken_and_of_all_that_passes_by_are_one_sum(
+    t: int, r: int, c: int, dtype: torch.dtype, impl: str, device: str
+) -> None:
+    x, branch, rows, _, grad = problem(t, r, c, dtype, device)
+    x.requires_grad_()
+    whole, taken = take_rows(x, rows, row_positions(rows, t), impl=impl)
+    assert torch.equal(whole, x)
+    assert torch.equal(taken, x[rows])
+    (found,) = torch.autograd.grad([whole, taken], x, [grad, branch])
+    expected = grad.float()
+    expected[rows] += branch.float()
+    assert found.dtype == dtype
+    if dtype == torch.float32 or impl == "eager":
+        assert torch.equal(found, expected.to(dtype))  # one addition per element, whoever makes it
+    else:
+        torch.testing.assert_close(found, expected.to(dtype))  # the interpreter truncates
 
 
 def test_rows_left_out_keep_their_bits(impl: str, device: str) -> None:

@@ -36,6 +36,7 @@ REPORT = StepReport(
         stop=False,
         skipped=0,
         flops=5e9,
+        parts_saved=0,
         band_steps=[1.0, 0.0, 0.0, 0.0],
         band_losses=[2.0, 0.0, 0.0, 0.0],
     ),

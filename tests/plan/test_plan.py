@@ -112,6 +112,25 @@ def test_sharding_divides_what_the_optimizer_holds():
     assert whole == 2 * half == 16 * (303_350_784 + 58_737_664)
 
 
+def test_the_host_holds_the_snapshot_of_a_checkpoint_and_what_is_offloaded(capsys):
+    vectors = 16 * (303_350_784 + 58_737_664)  # four, of fp32
+    assert plan(load_config(VIT_L), 4, "h100", 0.5)["host_memory"] == {
+        "offloaded state": 0,
+        "snapshot of a checkpoint": vectors / 4,
+    }
+    assert main(["plan", str(VIT_L), "engine.offload_optimizer=cpu", "--gpus", "4", "--gpu", "h100"]) == 0
+    text = capsys.readouterr().out
+    assert "in the host's memory per GPU: offloaded state 1.35, snapshot of a checkpoint 1.35\n" in text
+
+
+def test_implementations_are_said_as_they_resolve(capsys):
+    assert main(["plan", str(VIT_L), "engine.kernels.attention=sdpa", "--gpus", "1", "--gpu", "h100"]) == 0
+    words = "attention eager, residual triton, loss triton, sinkhorn triton, ema triton"
+    assert f"kernels      {words}\n" in capsys.readouterr().out
+    assert main(["train", str(VIT_L), "engine.kernels.attention=sdpa", "--dry-run"]) == 0
+    assert f"kernels: {words}\n" in capsys.readouterr().out
+
+
 def test_fp32_is_planned_without_the_matrix_units(capsys):
     found = plan(load_config(VIT_L, ["engine.precision=fp32"]), 1, "a100", 0.5)
     assert found["speed"]["step_seconds"] == pytest.approx(found["flops_per_step"]["total"] / (0.5 * 19.5e12))

@@ -97,3 +97,30 @@ def test_controller_that_does_not_answer_is_asked_again_before_a_job_counts_as_c
 def test_cpus_of_a_task_follow_from_those_of_a_gpu(tmp_path, variables, cpus):
     code, output, _ = run(tmp_path, "true", command=f"{variables}; cpus_per_task")
     assert (code, output.strip()) == (0, str(cpus))
+
+
+TASK = 'while [ "$1" != bash ]; do shift; done; "$@"'
+SHOW_CACHES = """POA_PYTHON=(bash -c 'echo "<$TORCHINDUCTOR_CACHE_DIR> <$TRITON_CACHE_DIR>"'); run_tasks train"""
+
+
+@pytest.mark.parametrize(
+    ("before", "expected"),
+    [
+        ("", "<{0}/cache/inductor> <{0}/cache/triton>"),
+        ("export SLURM_RESTART_COUNT=3 SLURM_JOB_ID=8", "<{0}/cache/inductor> <{0}/cache/triton>"),  # found again
+        ("export TRITON_CACHE_DIR=/mine", "<{0}/cache/inductor> </mine>"),
+        ("ln -s elsewhere {0}/cache", "<> <>"),  # where another user could put what will be run
+        ("touch {0}/cache", "<> <>"),
+    ],
+)
+def test_compilers_keep_what_they_made_on_a_disk_of_the_node_in_a_directory_of_the_users_own(
+    tmp_path, before, expected
+):
+    (tmp_path / "elsewhere").mkdir()
+    command = f"POA_CACHE={tmp_path}/cache; {before.format(tmp_path)}\n{SHOW_CACHES}"
+    code, output, _ = run(tmp_path, TASK, command=command)
+    assert code == 0
+    assert expected.format(tmp_path) in output.splitlines()
+    assert ("is no directory of this user" in output) == (expected == "<> <>")
+    if not before:
+        assert (tmp_path / "cache").stat().st_mode & 0o777 == 0o700

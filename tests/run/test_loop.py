@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import yaml
 from pipeline.files import read_json_lines
 
 WORKER = Path(__file__).parents[1] / "workers" / "training.py"
-MEASURED = {"images_per_second", "time", "mfu", "memory_bytes"}
+MEASURED = {"images_per_second", "time", "mfu", "memory_bytes", "slowest_rank"}
 
 
 @pytest.fixture
@@ -101,6 +102,39 @@ def test_a_damaged_checkpoint_is_passed_over_loudly(train, tmp_path, experiment)
     assert "step_00000010 is damaged: shard_00000.safetensors has another checksum" in output
     assert "at step 8" in output
     assert values(flipped) == values(run)
+
+
+def test_steps_go_on_while_a_checkpoint_is_written_and_one_rank_that_cannot_write_ends_the_run_on_all(
+    launch, tmp_path, experiment
+):
+    whole, held = tmp_path / "whole", tmp_path / "held"
+    for run in (whole, held):
+        keys = {"dir": str(run), "checkpoint_every_steps": 2, "max_steps": 12, "keep": 1}
+        run.with_suffix(".yaml").write_text(yaml.safe_dump(experiment(run=keys)))
+    worker = Path(__file__).parents[1] / "workers" / "held_saves.py"
+    outputs = launch(worker, 2, tmp_path / "out.json", whole.with_suffix(".yaml"), held.with_suffix(".yaml"))
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert result["codes"] == [0, 1, 0]
+
+    seen = result["faulty"]
+    assert [entry for entry in seen if entry[0] != "step"] == [
+        ["begun", 2, [".step_00000002.tmp"]],
+        ["written", 2],  # no file of it was written before step 3 was made
+        ["begun", 4, [".step_00000004.tmp", "step_00000002"]],
+        ["written", 4],
+        ["begun", 6, [".step_00000006.tmp", "step_00000004"]],  # and retention has done its work by then
+    ]
+    assert seen.index(["step", 3]) < seen.index(["written", 2]) < seen.index(["step", 5]) < seen.index(["written", 4])
+    assert seen[-1][0] == "step"
+    assert seen[-1][1] < 12  # noticed at a step, and not when the next checkpoint was due
+    assert sum(output.count("error:") for output in outputs) == 1
+    assert re.search(
+        r"error: cannot write the checkpoint of step 6: .*No space left on device .*the run continues from step 4",
+        outputs[0],
+    )
+    assert "resuming" in outputs[0]
+    assert values(held) == values(whole)  # so what step 4 saved is the state of step 4, not of 5, when it was written
+    assert sorted(path.name for path in (held / "checkpoints").iterdir()) == ["latest", "step_00000012"]
 
 
 def test_bad_steps_change_nothing_are_counted_and_stop_the_run(launch, tmp_path, experiment):

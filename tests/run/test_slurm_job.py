@@ -11,10 +11,11 @@ import pytest
 import yaml
 
 from pipeline.config import load_config
+from pipeline.engine.checkpoint import Written
 from pipeline.monitor.report import Timing
 from pipeline.run import loop
 from pipeline.run.console import Console
-from pipeline.run.policy import Save
+from pipeline.run.policy import Decision, End, Save
 from pipeline.run.slurm_job import Job
 
 STEP_SECONDS = 10.0
@@ -26,7 +27,25 @@ def stub(**parts: object) -> Any:
 
 @pytest.fixture
 def save(experiment, tmp_path, monkeypatch, capsys):
-    """Save once as rank 0, with a signal that comes so many seconds before the end; gives what is printed."""
+    """Stop and save as rank 0, with a signal that comes so many seconds before the end; gives what is printed."""
+
+    class Checkpoints:
+        """Takes no time."""
+
+        step: int | None = None
+        root = tmp_path
+
+        def can_move_on(self, parts: int) -> bool:
+            return False
+
+        def begin(self, engine, centering, progress, retire) -> None:
+            self.step = progress.step
+
+        def finish(self) -> Written | None:
+            step, self.step = self.step, None
+            return None if step is None else Written(step, tmp_path, 0.0)
+
+    agreed = stub(parts_saved=0)
 
     def run(lead: float) -> str:
         path = tmp_path / "config.yaml"
@@ -37,13 +56,18 @@ def save(experiment, tmp_path, monkeypatch, capsys):
             directory=stub(),
             job=Job.from_environment(),
             watchdog=stub(beat=lambda phase: None),
-            trainer=stub(ranks=stub(is_main=True), engine=None, tri_branch=stub(centering=None)),
-            checkpoints=stub(save=lambda *_, retire: tmp_path, root=tmp_path),
+            trainer=stub(
+                ranks=stub(is_main=True),
+                engine=None,
+                tri_branch=stub(centering=None),
+                phases=stub(add=lambda phase, seconds: None),
+            ),
+            checkpoints=Checkpoints(),
             progress=stub(step=7),
             monitor=stub(saved=lambda *_: None),
             evaluation=stub(),
             console=Console(speaks=True, last_step=9, first_step=0),
-        ).save(Save.NOW, stub(timing=Timing(0.0, STEP_SECONDS)))
+        ).save(Decision(False, False, Save.NOW, End.STOPPED), stub(timing=Timing(0.0, STEP_SECONDS), agreed=agreed))
         return capsys.readouterr().err
 
     monkeypatch.setenv("SLURM_JOB_ID", "12")
@@ -66,13 +90,15 @@ def test_no_job_no_warning(save, monkeypatch):
     assert save(1.9 * STEP_SECONDS) == ""
 
 
-def test_job_script_is_told_of_the_checkpoint_and_the_end(save, tmp_path, monkeypatch):
+def test_job_script_is_told_of_the_checkpoint_and_the_end(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    monkeypatch.setenv("POA_JOB_DIR", str(tmp_path))
     monkeypatch.setenv("SLURM_RESTART_COUNT", "3")
-    save(300)
-    assert (tmp_path / "progress").read_text() == "7\n"
     job = Job.from_environment()
     assert job is not None
     assert job.name == "12.3"
+    job.saved(7)
+    assert (tmp_path / "progress").read_text() == "7\n"
     job.ended("stay")
     assert (tmp_path / "end.3").read_text() == "stay\n"
 

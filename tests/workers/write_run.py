@@ -24,7 +24,9 @@ def write_run(source: Path, ranks: distributed.Ranks) -> None:
             vector.add_(torch.randn(vector.shape, generator=generator), alpha=0.05)
     engine.refresh()
     centering = Centering(config.loss.centering, config.heads.prototypes, ranks.device, "eager")
-    Checkpoints(directory / "checkpoints", 1, ranks).save(engine, centering, Progress(3, 12, {}, 0, {}))
+    checkpoints = Checkpoints(directory / "checkpoints", 1, ranks)
+    checkpoints.begin(engine, centering, Progress(3, 12, {}, 0, {}))
+    checkpoints.finish()
     engine.destroy()
 
 
