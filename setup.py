@@ -28,7 +28,9 @@ def dali_wheel() -> str:
     return "cuda130"
 
 
+ONNX = ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5"]
 DEVELOPMENT = [
+    *ONNX,
     "coverage>=7.6",
     "grafana-foundation-sdk",
     "import-linter>=2.3",
@@ -61,6 +63,7 @@ setup(
         f"nvidia-dali-{dali_wheel()}>=2.2,<3",  # adjust_orientation of its decoder
         "nvidia-nvimgcodec-cu13>=0.8" if dali_wheel() == "cuda130" else "nvidia-nvimgcodec-cu12>=0.8",
         "braceexpand>=0.1.7",
+        "huggingface_hub>=0.34",
         "numpy>=1.26",
         "obstore>=0.12.1,<1",
         "pillow>=10",
@@ -70,10 +73,11 @@ setup(
         "PyYAML>=6.0.1",
         "safetensors>=0.8",  # writes without a copy, and lets other threads run meanwhile
         "scikit-learn>=1.5",
+        "scipy>=1.12",
         "tensorboard>=2.18",
         "tqdm>=4.66",
         "webdataset>=0.2.100,<2",
     ],
-    extras_require={"dev": DEVELOPMENT},
+    extras_require={"dev": DEVELOPMENT, "onnx": ONNX},
     entry_points={"console_scripts": ["poa=pipeline.cli:main"]},
 )

@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
         untrained=args.untrained,
         pixels=args.pixels,
     )
-    with _launched_ranks() as ranks:
+    with launched_ranks() as ranks:
         main = ranks is None or ranks.is_main
         results = evaluate(request, ranks, progress=main and not args.json)
     if main:
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 @contextmanager
-def _launched_ranks() -> "Iterator[Ranks | None]":
+def launched_ranks() -> "Iterator[Ranks | None]":
     """The ranks that torchrun or Slurm started; None if this process is alone."""
     from pipeline.engine.launch import launch
 

@@ -38,6 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--proof-shards", metavar="SHARDS", type=path, nargs="+", help="where they come from; default: the run's"
     )
+    parser.add_argument("--onnx", action="store_true", help="also an ONNX file, checked in onnxruntime")
+    parser.add_argument("--torch-export", action="store_true", help="also a program of torch.export")
     add_json(parser)
 
 
@@ -53,9 +55,17 @@ def run(args: argparse.Namespace) -> int:
     from pipeline.models.proof import ProofFailed
 
     subnets = "all" if args.all else args.subnet
+    formats = [name for name in ("onnx", "torch_export") if getattr(args, name)]
     try:
         results = extract(
-            args.run_dir, subnets, out, args.branch, args.proof_images, args.proof_shards, progress=args.all
+            args.run_dir,
+            subnets,
+            out,
+            args.branch,
+            args.proof_images,
+            args.proof_shards,
+            progress=args.all,
+            formats=formats,
         )
     except ProofFailed as error:
         print(f"error: {error}", file=sys.stderr)

@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -88,6 +88,14 @@ class Evaluation:
         Raises:
             UserError: a shard is missing, none of its samples is usable, or their classes differ.
         """
+        return {name: entry for group in self.groups(target) for name, entry in group.items()}
+
+    def groups(self, target: Target) -> Iterator[Results]:
+        """The same, a group of candidates at a time: as many as fit into memory with their features.
+
+        Raises:
+            UserError: see `run`.
+        """
 
         def open_images() -> list[EvalImages]:
             numbering = self.numbering()
@@ -98,7 +106,6 @@ class Evaluation:
 
         images = _everywhere(self.ranks, open_images)
         threads = _threads(self.ranks)
-        results: Results = {}
         for group in target.groups(sum(map(len, images)), _GROUP_BYTES):
             models = {candidate.name: candidate.load() for candidate in group}
             train, val = (
@@ -115,6 +122,7 @@ class Evaluation:
             )
             _require_samples(train, images[0].dataset)
             _require_samples(val, images[1].dataset)
+            results: Results = {}
             for candidate in group:
                 score = self._classify(candidate.name, train, val)
                 self.alive()
@@ -127,7 +135,7 @@ class Evaluation:
                     "gflops": candidate.gflops,
                     **candidate.origin,
                 }
-        return results
+            yield results
 
     def _classify(self, name: str, train: LabelledFeatures, val: LabelledFeatures) -> dict[str, Any]:
         x, queries = train.features[name], val.features[name]
@@ -148,6 +156,7 @@ class Request:
         branch: "teacher" or "student".
         untrained: add `untrained_accuracy`, of the same architectures as the run initialised them.
         pixels: add `pixels_accuracy`, of raw 32 x 32 pixels less their mean.
+        resume: take what the run's file holds of the same checkpoint and data, and evaluate the rest.
     """
 
     path: Path
@@ -158,12 +167,14 @@ class Request:
     branch: str = "teacher"
     untrained: bool = False
     pixels: bool = False
+    resume: bool = False
 
 
 def evaluate(request: Request, ranks: Ranks | None = None, progress: bool = False) -> Results:
     """Accuracy of frozen features: of sub-networks of a run, or of one model directory.
 
-    Results of a run are also written to `RUN/eval/METHOD.json`, beside earlier ones of the same checkpoint and data.
+    Results of a run are also written to `RUN/eval/METHOD.json`, beside earlier ones of the same checkpoint and data,
+    after every group of networks that fits into memory.
 
     Args:
         request: of what, and on what.
@@ -178,22 +189,32 @@ def evaluate(request: Request, ranks: Ranks | None = None, progress: bool = Fals
     """
     evaluation, target = _everywhere(ranks, lambda: _prepare(request, ranks, progress))
     warn_of_doubt(evaluation)
+    data = {"train": patterns_of(evaluation.train), "val": patterns_of(evaluation.val)}
+    path = request.path / "eval" / f"{request.method}.json"
     keeps = is_run(request.path) and (ranks is None or ranks.is_main)
     if keeps:
         _warn_if_not_kept(request.path)
-    found = evaluation.run(target)
-    results = {name: entry for name, entry in found.items() if not name.startswith(UNTRAINED)}
-    if request.untrained:
-        for name, entry in results.items():
-            entry["untrained_accuracy"] = found[UNTRAINED + name]["accuracy"]
+    results: Results = {}
+    if request.resume and is_run(request.path):
+        identity = {**target.candidates[0].origin, **data}
+        known = ranks.agree(lambda: read_results(path)) if ranks else read_results(path)
+        results = _same(known, identity)
+        results = {c.name: results[c.name] for c in target.candidates if c.name in results}
+        target = Target([c for c in target.candidates if c.name not in results], target.preprocessing)
+    for found in evaluation.groups(target) if target.candidates else ():
+        trained = {name: entry | data for name, entry in found.items() if not name.startswith(UNTRAINED)}
+        fresh = {name: entry["accuracy"] for name, entry in found.items() if name.startswith(UNTRAINED)}
+        results |= trained
+        for name, accuracy in fresh.items():
+            results[name.removeprefix(UNTRAINED)]["untrained_accuracy"] = accuracy
+        if keeps and trained:
+            _record(path, trained)
     if request.pixels:
         yardstick = evaluation.run(pixels_target())[PIXELS]["accuracy"]
         for entry in results.values():
             entry["pixels_accuracy"] = yardstick
-    data = {"train": patterns_of(evaluation.train), "val": patterns_of(evaluation.val)}
-    results = {name: {**entry, **data} for name, entry in results.items()}
-    if keeps:
-        _record(request.path / "eval" / f"{request.method}.json", results)
+    if keeps and (request.untrained or request.pixels):
+        _record(path, results)
     return results
 
 
@@ -263,19 +284,23 @@ def _record(path: Path, results: Results) -> None:
 
     The results are on their way to whoever asked: a file that cannot be written costs a warning.
     """
-    identity = ("step", "branch", "train", "val")
-    new = next(iter(results.values()))
     try:
         old = read_results(path)
     except UserError as error:
         print(f"warning: {error.what} and is written anew ({path})", file=sys.stderr)
         old = {}
-    kept = {name: entry for name, entry in old.items() if all(entry.get(key) == new[key] for key in identity)}
+    kept = _same(old, next(iter(results.values())))
     try:
         path.parent.mkdir(exist_ok=True)
         write_atomically(path, json.dumps(kept | results, indent=1) + "\n")
     except OSError as error:
         print(f"warning: the results are not kept in {path}: {error.strerror}", file=sys.stderr)
+
+
+def _same(results: Results, of: dict[str, Any]) -> Results:
+    """The results that are of the same checkpoint and data."""
+    identity = ("step", "branch", "train", "val")
+    return {name: entry for name, entry in results.items() if all(entry.get(key) == of[key] for key in identity)}
 
 
 def _warn_if_not_kept(run: Path) -> None:

@@ -3,6 +3,7 @@
 from typing import Any
 
 from pipeline.elastic import Subnet
+from pipeline.models.formats import FORMATS
 from pipeline.models.loading import RunModels
 
 _CARD = """---
@@ -37,12 +38,19 @@ transform = timm.data.create_transform(**timm.data.resolve_data_config(model.pre
 features = model(transform(image).unsqueeze(0))  # [1, {feature_dim}]
 ```
 
-`num_classes=N` adds an untrained classifier to fine-tune. Nothing but timm is needed.
+Nothing but timm is needed. It opens the model in other ways too, by arguments beside `pretrained=True`:
+
+| argument | what comes of it |
+|---|---|
+| `num_classes=N` | an untrained classifier to fine-tune |
+| `features_only=True` | maps of features, {maps} |
+| `in_chans=1` | grey images: the weights of the three colours are added up |
+| `img_size=S` | {img_size} |
 
 ## Proof
 
 `proof.json`: loaded through timm from these files, the model differs from the sub-network in place by at most
-{difference:.1e} on {images} images ({shards}), in fp32.
+{difference:.1e} on {images} images ({shards}), in fp32.{formats}
 
 ## Licence
 
@@ -50,6 +58,17 @@ The code that made this model is under Apache-2.0. The weights are under the ter
 answers for the rights in the training images.
 """
 
+_TIMMS_LAST = 3  # blocks of a ViT whose features timm gives if nobody says which
+_MAPS = {
+    "vit": "`[B, D, rows, columns]` of the last three blocks",
+    "swin": "one per stage, `[B, rows, columns, D]`",
+    "resnet": "one per stage, `[B, D, rows, columns]`",
+}
+_IMG_SIZE = {
+    "vit": "images of another size, positions interpolated once",
+    "swin": "images of another size, bias tables and windows fitted to it",
+    "resnet": "refused by timm and not needed, any size works as it is",
+}
 _OTHER_SIZES = {
     "vit": "other sizes divisible by {stride} work, positions are interpolated",
     "eva": "other sizes divisible by {stride} work, positions are relative to the sides",
@@ -85,10 +104,36 @@ def model_card(
         objective=f"DINO and iBOT losses with distillation between sizes, {config.loss.centering} centering",
         accuracy=_accuracy(knn),
         other_sizes=_OTHER_SIZES[config.model.family].format(stride=config.model.stride, patch=config.model.patch_size),
+        maps=_maps(config.model.family, subnet),
+        img_size=_IMG_SIZE[config.model.family],
         difference=proof["max_abs_difference"],
         images=proof["images"],
         shards=_summary(proof["shards"]),
+        formats=_formats(proof["formats"]),
     )
+
+
+def _maps(family: str, subnet: Subnet) -> str:
+    if family == "vit" and subnet.depths[0] < _TIMMS_LAST:
+        indices = ", ".join(map(str, range(subnet.depths[0])))
+        return f"with `out_indices=({indices},)` beside it: timm wants {_TIMMS_LAST} blocks and there are fewer"
+    return _MAPS[family]
+
+
+def _formats(proofs: dict[str, dict[str, Any]]) -> str:
+    if not proofs:
+        return ""
+    rows = [
+        f"| `{proof['file']}` | `{FORMATS[name].use}` | {proof['max_abs_difference']:.1e} |"
+        for name, proof in proofs.items()
+    ]
+    head = [
+        "",
+        "",
+        "| file | use, with any number of images | largest difference from timm on these images |",
+        "|---|---|---|",
+    ]
+    return "\n".join([*head, *rows])
 
 
 def _accuracy(knn: dict[str, Any] | None) -> str:

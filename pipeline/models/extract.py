@@ -16,8 +16,9 @@ from pipeline.config import ExperimentConfig
 from pipeline.data.patterns import Shards
 from pipeline.elastic import Subnet
 from pipeline.errors import UserError
-from pipeline.files import require_writable, save_tensors, sha256, sync, write_atomically
+from pipeline.files import read_json, require_writable, save_tensors, sha256, sync, write_atomically
 from pipeline.models.card import model_card
+from pipeline.models.formats import FORMATS, require_packages, write_formats
 from pipeline.models.loading import RunModels, choose, run_config
 from pipeline.models.proof import (
     TOLERANCE,
@@ -32,8 +33,9 @@ from pipeline.models.results import Results, read_results
 from pipeline.models.timm_format import hub_config
 
 PROOF_IMAGES = 8
-CONFIG, WEIGHTS, CARD, PROOF = FILES = ("config.json", "model.safetensors", "README.md", "proof.json")
-"""All that an extraction writes; the proof last, since it vouches for the others."""
+CONFIG, WEIGHTS, CARD, PROOF = "config.json", "model.safetensors", "README.md", "proof.json"
+FILES = (CONFIG, WEIGHTS, *(kind.file for kind in FORMATS.values()), CARD, PROOF)
+"""All that an extraction may write; the proof last, since it vouches for the others."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ def extract(
     proof_images: int = PROOF_IMAGES,
     proof_shards: Shards | None = None,
     progress: bool = False,
+    formats: Sequence[str] = (),
 ) -> list[Extracted]:
     """Write each sub-network to a directory `out/NAME` that timm loads without this project.
 
@@ -77,22 +80,25 @@ def extract(
         proof_images: how many images the proof takes.
         proof_shards: shards to take them from; by default the run's data.val, eval.val or data.train.
         progress: show a progress bar on standard error.
+        formats: keys of `formats.FORMATS` to write beside each model, held against it on the same images.
 
     Raises:
-        UserError: no such run or sub-network, no images, something else is in the way, or no room on the disk.
-        ProofFailed: a model differs from its sub-network.
+        UserError: no such run or sub-network, no images, something else is in the way, no room on the disk, or what a
+            format takes is not installed.
+        ProofFailed: a model differs from its sub-network, or a format from its model.
     """
+    require_packages(formats)
     out = Path(out)
     config = run_config(Path(run_dir))
     models = RunModels.open(run_dir, branch)
     chosen = choose(models.grid, subnets)
     images = _images(config, proof_shards, proof_images)
-    _require_room(models, chosen, out)
+    _require_room(models, chosen, out, 1 + len(formats))
     for subnet in chosen:
-        _require_free(out / subnet.name, models, subnet, branch)
+        _require_free(out / subnet.name, models, subnet, branch, formats)
     measured = _measured(Path(run_dir), models.step, branch)
     bar = tqdm(chosen, "extract", unit="model", disable=not progress, mininterval=0.1 if sys.stderr.isatty() else 10)
-    return [_extract_one(models, subnet, out, branch, images, measured.get(subnet.name)) for subnet in bar]
+    return [_extract_one(models, subnet, out, branch, images, measured.get(subnet.name), formats) for subnet in bar]
 
 
 def _images(config: ExperimentConfig, shards: Shards | None, count: int) -> ProofImages:
@@ -106,13 +112,13 @@ def _images(config: ExperimentConfig, shards: Shards | None, count: int) -> Proo
         raise UserError(f"no images for the proof: {error.what}", where, fix) from error
 
 
-def _require_room(models: RunModels, chosen: Sequence[Subnet], out: Path) -> None:
+def _require_room(models: RunModels, chosen: Sequence[Subnet], out: Path, copies: int) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot use the directory: {error.strerror}", str(out), "choose another --out") from error
     require_writable(out, "choose another --out")
-    needed = 4 * sum(models.params(subnet) for subnet in chosen)
+    needed = 4 * copies * sum(models.params(subnet) for subnet in chosen)
     free = shutil.disk_usage(out).free
     if needed > free:
         raise UserError(
@@ -122,7 +128,7 @@ def _require_room(models: RunModels, chosen: Sequence[Subnet], out: Path) -> Non
         )
 
 
-def _require_free(path: Path, models: RunModels, subnet: Subnet, branch: str) -> None:
+def _require_free(path: Path, models: RunModels, subnet: Subnet, branch: str, formats: Sequence[str]) -> None:
     """What is there may be replaced only if it is this very model, and only what an extraction wrote of it."""
     if not path.exists() and not path.is_symlink():
         return
@@ -134,6 +140,9 @@ def _require_free(path: Path, models: RunModels, subnet: Subnet, branch: str) ->
         same, written = False, {}
     if not same:
         raise UserError("something else is in the way", str(path), "remove it, or choose another --out")
+    for name in (FORMATS[key].file for key in formats):
+        if name not in written and (path / name).exists():
+            raise UserError("something else is in the way", str(path / name), "move it, or choose another --out")
     for name, digest in written.items():
         if name in FILES and (path / name).is_file() and sha256(path / name) != digest:
             raise UserError(
@@ -151,7 +160,13 @@ def _measured(run_dir: Path, step: int, branch: str) -> Results:
 
 
 def _extract_one(
-    models: RunModels, subnet: Subnet, out: Path, branch: str, images: ProofImages, knn: dict[str, Any] | None
+    models: RunModels,
+    subnet: Subnet,
+    out: Path,
+    branch: str,
+    images: ProofImages,
+    knn: dict[str, Any] | None,
+    formats: Sequence[str],
 ) -> Extracted:
     final, aside = out / subnet.name, out / f".{subnet.name}.tmp"
     _remove_own(aside)
@@ -169,8 +184,16 @@ def _extract_one(
                 f"nothing was written to {final}"
             )
         extracted = Extracted(subnet.name, final, difference, models.params(subnet), models.gflops(subnet))
+        proof["formats"] = write_formats(formats, aside, images.images)
+        for entry in proof["formats"].values():
+            if not entry["max_abs_difference"] <= entry["tolerance"]:
+                raise ProofFailed(
+                    f"{entry['file']} of {subnet} differs from its model by {entry['max_abs_difference']:.3g}, "
+                    f"more than {entry['tolerance']:.1g}; nothing was written to {final}"
+                )
         write_atomically(aside / CARD, model_card(models, subnet, hub, proof, knn))
-        proof["files"] = {name: sha256(aside / name) for name in (CONFIG, WEIGHTS, CARD)}
+        proof["knn"] = knn
+        proof["files"] = {name: sha256(aside / name) for name in FILES if (aside / name).is_file()}
         write_atomically(aside / PROOF, json.dumps(proof, indent=2) + "\n")
         _publish(aside, final)
         sync(out)
@@ -181,12 +204,16 @@ def _extract_one(
 
 def _publish(aside: Path, final: Path) -> None:
     """Give a model its name. Where it stands already it is replaced file by file: what else lies there is its owner's,
-    and a crash in between mixes files of one and the same model."""
+    and a crash in between mixes files of one and the same model. A format that was not asked for this time goes."""
     if not final.exists():
         aside.rename(final)
         return
+    written = read_json(final / PROOF, "remove the directory").get("files", {})
     for name in FILES:
-        os.replace(aside / name, final / name)
+        if (aside / name).is_file():
+            os.replace(aside / name, final / name)
+        elif name in written:
+            (final / name).unlink(missing_ok=True)
     sync(final)
 
 

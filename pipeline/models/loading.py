@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pipeline.config import ExperimentConfig, load_config
 from pipeline.elastic import Grid, Subnet, build, cost
+from pipeline.elastic.head import ProjectionHeads
 from pipeline.engine.saved import BRANCHES, load_weights
 from pipeline.errors import UserError
 from pipeline.models.timm_format import timm_module
@@ -80,6 +81,19 @@ class RunModels:
     def gflops(self, subnet: Subnet) -> float:
         """Of a forward pass over one image of the training size, a multiply-accumulate as 2."""
         return cost.flops(self.config.model, subnet) / 1e9
+
+
+def open_heads(run_dir: str | Path, branch: str = "teacher") -> ProjectionHeads:
+    """The projection heads of a branch in a run's newest intact checkpoint, fp32 on the CPU.
+
+    Raises:
+        UserError: see `RunModels.open`.
+    """
+    config = run_config(Path(run_dir))
+    weights, _ = load_weights(Path(run_dir) / "checkpoints", branch)
+    heads = ProjectionHeads(cost.feature_dim(config.model, Grid(config.model).largest), config.heads)
+    heads.load_state_dict({n.removeprefix("heads."): w for n, w in weights.items() if n.startswith("heads.")})
+    return heads.eval().requires_grad_(False)
 
 
 def run_config(run_dir: Path) -> ExperimentConfig:

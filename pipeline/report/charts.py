@@ -8,7 +8,7 @@ from pipeline.errors import printable
 
 COLORS = ("#3b7dd8", "#e07b39", "#3fa66b", "#a25fc4", "#d64f6b", "#2aa5b8", "#b58a1b", "#7a7f8a", "#5c6fd1")
 MAX_POINTS = 400
-_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 600, 220, 58, 10, 10, 34
+WIDTH, HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 600, 220, 58, 10, 10, 34
 Points = Sequence[tuple[float, float]]
 
 
@@ -21,12 +21,19 @@ class Axes:
         floor_zero: y begins at zero.
         log_x: logarithmic x, ticks at the points.
         least_span: of y, so that a difference that is none does not fill the chart.
+        height: of the drawing, in its own units; its width is `WIDTH`.
     """
 
     def __init__(
-        self, points: Points, x_title: str, floor_zero: bool = False, log_x: bool = False, least_span: float = 0.0
+        self,
+        points: Points,
+        x_title: str,
+        floor_zero: bool = False,
+        log_x: bool = False,
+        least_span: float = 0.0,
+        height: int = HEIGHT,
     ):
-        self.x_title, self.log_x = x_title, log_x
+        self.x_title, self.log_x, self.height = x_title, log_x, height
         xs, ys = [self._x(x) for x, _ in points], [y for _, y in points]
         self.x_low, self.x_high = _widened(min(xs), max(xs))
         low, high = min(ys), max(ys)
@@ -34,26 +41,26 @@ class Axes:
         self.y_low, self.y_high = _widened(min(low, 0.0) if floor_zero else low - margin, high + margin)
 
     def place(self, x: float, y: float) -> tuple[float, float]:
-        right = _LEFT + (_WIDTH - _LEFT - _RIGHT) * (self._x(x) - self.x_low) / (self.x_high - self.x_low)
-        down = _TOP + (_HEIGHT - _TOP - _BOTTOM) * (self.y_high - y) / (self.y_high - self.y_low)
+        right = _LEFT + (WIDTH - _LEFT - _RIGHT) * (self._x(x) - self.x_low) / (self.x_high - self.x_low)
+        down = _TOP + (self.height - _TOP - _BOTTOM) * (self.y_high - y) / (self.y_high - self.y_low)
         return round(right, 1), round(down, 1)
 
     def draw(self) -> str:
         parts = []
         for i in range(5):
             y = self.y_low + (self.y_high - self.y_low) * i / 4
-            down = _TOP + (_HEIGHT - _TOP - _BOTTOM) * (1 - i / 4)
+            down = _TOP + (self.height - _TOP - _BOTTOM) * (1 - i / 4)
             parts.append(
-                f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{down}" y2="{down}"/>'
+                f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{down}" y2="{down}"/>'
                 f'<text x="{_LEFT - 6}" y="{down + 4}" text-anchor="end">{number(y)}</text>'
             )
         for i in range(5):
             x = self.x_low + (self.x_high - self.x_low) * i / 4
-            right = _LEFT + (_WIDTH - _LEFT - _RIGHT) * i / 4
+            right = _LEFT + (WIDTH - _LEFT - _RIGHT) * i / 4
             anchor = ("start", "middle", "middle", "middle", "end")[i]
             label = number(10**x if self.log_x else x)
-            parts.append(f'<text x="{right}" y="{_HEIGHT - 20}" text-anchor="{anchor}">{label}</text>')
-        parts.append(f'<text x="{_WIDTH / 2}" y="{_HEIGHT - 4}" text-anchor="middle">{escape(self.x_title)}</text>')
+            parts.append(f'<text x="{right}" y="{self.height - 20}" text-anchor="{anchor}">{label}</text>')
+        parts.append(f'<text x="{WIDTH / 2}" y="{self.height - 4}" text-anchor="middle">{escape(self.x_title)}</text>')
         return "".join(parts)
 
     def _x(self, x: float) -> float:
@@ -78,7 +85,7 @@ def line_chart(
             path = "M" + "L".join(f"{x} {y}" for x, y in places)
             art += f'<path d="{path}" fill="none" stroke="{color}" stroke-width="1.7" stroke-linejoin="round"/>'
     last = {name: number(points[-1][1]) for name, points in finite.items()}
-    return _figure(title, art, last, note)
+    return figure(title, art, last, note)
 
 
 def scatter_chart(
@@ -98,9 +105,9 @@ def scatter_chart(
             art += f'<circle cx="{right}" cy="{down}" r="4" fill="{color}" fill-opacity="0.75"><title>'
             art += f"{escape(name)}: {number(y)}</title></circle>"
             if len(every) <= 12:
-                anchor, dx = ("end", -7) if right > _WIDTH * 0.8 else ("start", 7)
+                anchor, dx = ("end", -7) if right > WIDTH * 0.8 else ("start", 7)
                 art += f'<text x="{right + dx}" y="{down + 4}" text-anchor="{anchor}">{escape(name)}</text>'
-    return _figure(title, art, dict.fromkeys(series, ""), note)
+    return figure(title, art, dict.fromkeys(series, ""), note)
 
 
 def split_bar(title: str, parts: Mapping[str, float], unit: str) -> str:
@@ -156,12 +163,13 @@ def _colors() -> Iterable[str]:
         yield from COLORS
 
 
-def _figure(title: str, art: str, legend: Mapping[str, str], note: str) -> str:
+def figure(title: str, art: str, legend: Mapping[str, str], note: str, height: int = HEIGHT) -> str:
+    """A drawing with its title, a legend of names and values in the order of the colours, and a note."""
     names = "".join(
         f'<span><i class="swatch" style="background:{color}"></i>{escape(printable(name))} <b>{value}</b></span>'
         for color, (name, value) in zip(_colors(), legend.items(), strict=False)
     )
     return (
-        f'<figure><h3>{escape(title)}</h3><svg viewBox="0 0 {_WIDTH} {_HEIGHT}">{art}</svg>'
+        f'<figure><h3>{escape(title)}</h3><svg viewBox="0 0 {WIDTH} {height}">{art}</svg>'
         f'<div class="legend">{names}</div>{f"<p>{escape(note)}</p>" if note else ""}</figure>'
     )

@@ -2,24 +2,23 @@
 
 import math
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from html import escape
-from importlib import resources
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from pipeline.config import ExperimentConfig, dump_config
 from pipeline.elastic import Grid, cost
-from pipeline.errors import UserError, printable
+from pipeline.errors import UserError
 from pipeline.files import read_json, read_json_lines
 from pipeline.measure.metrics import BANDS, PHASES
 from pipeline.method.schedules import course_text
 from pipeline.models.loading import RunModels, run_config
 from pipeline.models.results import read_results
 from pipeline.report.charts import line_chart, number, scatter_chart, split_bar, table
+from pipeline.report.template import page_of
 
 Records = list[dict[str, Any]]
 BRANCHES = ("teacher", "intact", "elastic")
@@ -49,11 +48,7 @@ def report(directory: Path) -> str:
         "Environment": _environment(manifest),
         "Configuration": f"<pre>{escape(dump_config(config))}</pre>",
     }
-    body = "".join(f"<h2>{title}</h2>{content}" for title, content in sections.items() if content)
-    template = resources.files("pipeline.report").joinpath("report.html").read_text(encoding="utf-8")
-    made = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
-    name = escape(printable(directory.resolve().name))
-    return template.replace("__NAME__", name).replace("__MADE__", made).replace("__BODY__", body)
+    return page_of(directory.resolve().name, "Report", "Report of a POA pre-training run", sections)
 
 
 def _manifest(directory: Path) -> dict[str, Any]:
