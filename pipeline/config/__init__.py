@@ -4,18 +4,15 @@ Everything here is a frozen value that knows nothing of how it is used, and impo
 node. Other rooms take the section that they need rather than the whole experiment.
 """
 
+from pipeline.config.data import CropConfig, DataConfig, LocalCropConfig
+from pipeline.config.engine import EngineConfig, KernelsConfig
 from pipeline.config.model import DepthSpan, ModelConfig, Span
 from pipeline.config.reading import dump_config, load_config, parse_config
 from pipeline.config.schema import (
     CheckpointConfig,
-    CropConfig,
-    DataConfig,
-    EngineConfig,
     EvalConfig,
     ExperimentConfig,
     HeadsConfig,
-    KernelsConfig,
-    LocalCropConfig,
     LossConfig,
     MetricsConfig,
     OptimConfig,

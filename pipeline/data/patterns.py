@@ -14,7 +14,7 @@ from pathlib import Path
 from braceexpand import braceexpand
 
 from pipeline.config.address import without_secrets
-from pipeline.config.schema import SourceConfig
+from pipeline.config.data import SourceConfig
 from pipeline.data.homes import ShardName, catalog_of, shard_name
 from pipeline.data.remote.address import is_remote
 from pipeline.errors import UserError

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pipeline.config.schema import SourceConfig
+from pipeline.config.data import SourceConfig
 from pipeline.data import catalog, indexes, tars
 from pipeline.data.catalog import Catalog
 from pipeline.data.homes import OpenShard, ShardName, catalog_of, open_shard, shard_name

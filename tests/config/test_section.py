@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from pipeline.config.schema import DataConfig, MetricsConfig, RunConfig
+from pipeline.config import DataConfig, MetricsConfig, RunConfig
 from pipeline.config.section import expand_path, is_section, takes_text
 
 

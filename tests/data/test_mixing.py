@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.config.schema import SourceConfig
+from pipeline.config.data import SourceConfig
 from pipeline.data.mixing import ROWS, Mix, Segment, integer_shares
 from pipeline.data.reader import Dataset, SampleStream
 from pipeline.errors import UserError

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config.schema import SourceConfig
+from pipeline.config.data import SourceConfig
 from pipeline.data.homes import known_classes
 from pipeline.data.patterns import list_shards
 from pipeline.data.reader import Dataset, SampleStream
