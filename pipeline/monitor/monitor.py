@@ -288,8 +288,9 @@ class Monitor:
         for phase in PHASES:
             values.set("poa_phase_seconds_total", _mean(share.total[phase] for share in shares), phase)
         values.set("poa_fetch_wait_seconds_total", sum(share.fetch_wait for share in shares))
-        for source, size in _total(share.fetched for share in shares).items():
-            values.set("poa_fetched_bytes_total", size, source or _UNNAMED)
+        fetched = _total(share.fetched for share in shares)
+        for source in _total(share.used for share in shares):  # of one that lies on a disk 0, so that none is missed
+            values.set("poa_fetched_bytes_total", fetched.get(source, 0), source or _UNNAMED)
         for reason, count in _total(share.retries for share in shares).items():
             values.set("poa_fetch_retries_total", count, reason)
         for kind in shares[0].memory:
