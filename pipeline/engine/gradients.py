@@ -28,7 +28,7 @@ class Reduction:
         self._parameters, self._length, self._dtype = parameters, length, dtype
         self._every_pass = every_pass and dist.get_world_size() > 1
         self._widened = torch.promote_types(parameters[0].dtype, dtype) != parameters[0].dtype
-        self._none = torch.zeros(max(p.numel() for p in parameters), dtype=parameters[0].dtype).to(parameters[0].device)
+        self._zero = parameters[0].new_zeros(1)
         self._whole: Tensor | None = None
         self._own: Tensor | None = None
 
@@ -63,7 +63,7 @@ class Reduction:
         self._clear()
 
     def _separate(self) -> list[Tensor]:
-        return [self._none[: p.numel()] if p.grad is None else p.grad.reshape(-1) for p in self._parameters]
+        return [self._zero.expand(p.numel()) if p.grad is None else p.grad.reshape(-1) for p in self._parameters]
 
     def _joined(self) -> Tensor:
         """All gradients as one vector, taken from the parameters."""

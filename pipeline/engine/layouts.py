@@ -113,14 +113,14 @@ class Replicated(Layout):
         self.engine = initialize(student, self.optimizer, config, 0)
         named = dict(self.engine.module.named_parameters())
         self._parameters = [named[name] for spec in specs for name in spec.names]
-        self._none = flat.new_zeros(max(p.numel() for p in self._parameters))
+        self._zero = flat.new_zeros(1)
         self.shard = Shard.of(flat, flat.clone())
         self.groups = in_interval(specs, self.shard, 0)
         _make_views(teacher, specs, self.shard.ema)
         self.teacher = teacher
 
     def gradients(self) -> list[Tensor]:
-        return [self._none[: p.numel()] if p.grad is None else p.grad.reshape(-1) for p in self._parameters]
+        return [self._zero.expand(p.numel()) if p.grad is None else p.grad.reshape(-1) for p in self._parameters]
 
     def forget_gradients(self) -> None:
         self.engine.zero_grad()
