@@ -61,11 +61,13 @@ answers for the rights in the training images.
 _TIMMS_LAST = 3  # blocks of a ViT whose features timm gives if nobody says which
 _MAPS = {
     "vit": "`[B, D, rows, columns]` of the last three blocks",
+    "eva": "`[B, D, rows, columns]` of the last three blocks",
     "swin": "one per stage, `[B, rows, columns, D]`",
     "resnet": "one per stage, `[B, D, rows, columns]`",
 }
 _IMG_SIZE = {
     "vit": "images of another size, positions interpolated once",
+    "eva": "images of another size, angles computed for it",
     "swin": "images of another size, bias tables and windows fitted to it",
     "resnet": "refused by timm and not needed, any size works as it is",
 }

@@ -73,7 +73,7 @@ def found(experiment, tmp_path_factory) -> dict[str, dict]:
     """What a stranger finds in the smallest network of each family, and what its formats were proven with."""
     home = tmp_path_factory.mktemp("formats")
     proofs = {}
-    for family in ("vit", "swin", "resnet"):
+    for family in ("vit", "eva", "swin", "resnet"):
         (home / f"{family}.yaml").write_text(yaml.safe_dump(experiment(family)))
         models = RunModels.untrained(load_config(home / f"{family}.yaml"))
         export = models.backbone.export(models.grid.smallest)
@@ -98,7 +98,7 @@ def found(experiment, tmp_path_factory) -> dict[str, dict]:
     return {family: seen[str(home / family)] | {"proof": proofs[family]} for family in proofs}
 
 
-@pytest.mark.parametrize("family", ["vit", "swin", "resnet"])
+@pytest.mark.parametrize("family", ["vit", "eva", "swin", "resnet"])
 @pytest.mark.parametrize("name", sorted(FORMATS))
 def test_a_format_computes_what_timm_computes(found, family, name):
     proof = found[family]["proof"][name]
@@ -107,10 +107,10 @@ def test_a_format_computes_what_timm_computes(found, family, name):
     assert proof["file"] == FORMATS[name].file
 
 
-@pytest.mark.parametrize("family", ["vit", "swin", "resnet"])
+@pytest.mark.parametrize("family", ["vit", "eva", "swin", "resnet"])
 def test_timm_opens_it_as_feature_maps_with_classes_and_for_grey_images(found, family):
     seen = found[family]
-    assert len(seen["maps"]) == {"vit": 2, "swin": 4, "resnet": 5}[family]
+    assert len(seen["maps"]) == {"vit": 2, "eva": 2, "swin": 4, "resnet": 5}[family]
     assert all(len(shape) == 4 for shape in seen["maps"])
     assert seen["classes"] == [3, 7]
     assert seen["body_kept"]
