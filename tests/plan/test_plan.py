@@ -18,6 +18,7 @@ from pipeline.plan.plan import memory_estimate, plan
 
 PRESETS = Path(__file__).parents[2] / "yaml"
 VIT_L = PRESETS / "vit_large.yaml"
+VIT_L_PARAMETERS = 303_350_784 + 58_737_664 + (8192 + 16384 + 32768 + 65536)  # backbone, heads, a gain per prototype
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
@@ -96,7 +97,7 @@ def test_flops_of_the_papers_runs_equal_a_counter_on_the_real_modules(preset):
 
 def test_traffic_counts_what_a_ring_sends():
     config = load_config(VIT_L, ["engine.precision=fp32"])
-    weights = 4 * (303_350_784 + 58_737_664)
+    weights = 4 * VIT_L_PARAMETERS
     two, many = communication(config, 2, 1), communication(config, 1000, 1)
     assert two["gradients"] == weights / 2  # (R-1)/R
     assert communication(config, 2, 0)["gradients"] == communication(config, 2, 2)["gradients"] == weights
@@ -112,11 +113,11 @@ def test_sharding_divides_what_the_optimizer_holds():
     config = load_config(VIT_L, ["engine.precision=fp32"])
     key = "fp32 master, AdamW, EMA"
     whole, half = (memory_estimate(config, ranks, 1)[key] for ranks in (1, 2))
-    assert whole == 2 * half == 16 * (303_350_784 + 58_737_664)
+    assert whole == 2 * half == 16 * VIT_L_PARAMETERS
 
 
 def test_the_host_holds_the_snapshot_of_a_checkpoint_and_what_is_offloaded(capsys):
-    vectors = 16 * (303_350_784 + 58_737_664)  # four, of fp32
+    vectors = 16 * VIT_L_PARAMETERS  # four, of fp32
     assert plan(load_config(VIT_L), 4, "h100", 0.5)["host_memory"] == {
         "offloaded state": 0,
         "snapshot of a checkpoint": vectors / 4,
@@ -146,7 +147,7 @@ def test_implementations_are_said_as_they_resolve(capsys):
 )
 def test_gradients_take_the_bytes_of_a_pass_and_of_the_sum(precision, reduced, stage, expected):
     config = load_config(VIT_L, [f"engine.precision={precision}", f"engine.reduce_dtype={reduced}"])
-    assert memory_estimate(config, 4, stage)["gradients"] == expected * (303_350_784 + 58_737_664)
+    assert memory_estimate(config, 4, stage)["gradients"] == expected * VIT_L_PARAMETERS
 
 
 def test_fp32_is_planned_without_the_matrix_units(capsys):
