@@ -15,8 +15,10 @@ def source(name: str, share: int, shards: int = 2) -> dict[str, Any]:
     return {"name": name, "share": share, **fingerprint((f"{name}-{i}.tar", 10 + i, 5) for i in range(shards))}
 
 
-def settle(manifest: dict[str, Any], sources: list[dict[str, Any]], wanted: int = 0, samples: int = 0) -> Any:
-    return settle_segments(manifest, sources, wanted, samples, 3, "runs/x")
+def settle(
+    manifest: dict[str, Any], sources: list[dict[str, Any]], wanted: int = 0, samples: int = 0, forked: bool = False
+) -> Any:
+    return settle_segments(manifest, sources, wanted, samples, 3, "runs/x", forked)
 
 
 AB = [source("a", 700), source("b", 300)]
@@ -55,6 +57,13 @@ def test_run_that_went_back_before_a_segment_forgets_it() -> None:
     segments = settle({"segments": settle({}, AB)}, AB[::-1], wanted=1, samples=1300)
     assert settle({"segments": segments}, AB, samples=800) == segments[:1]
     assert settle({"segments": segments}, AB, samples=0)[0]["from_sample"] == 0
+
+
+def test_fork_goes_on_with_the_same_data_and_begins_other_data_anew() -> None:
+    manifest = {"segments": settle({}, AB)}
+    assert settle(manifest, AB, samples=500, forked=True) == manifest["segments"]
+    (anew,) = settle(manifest, AB[:1], samples=500, forked=True)
+    assert segment_of(anew) == (0, 500, (0,))
 
 
 def test_run_of_a_version_without_segments_goes_on() -> None:
