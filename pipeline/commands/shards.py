@@ -94,6 +94,8 @@ def _signals_that_clean_up() -> Iterator[None]:
 
 
 def _stop(number: int, _frame: Any) -> NoReturn:
+    for again in (signal.SIGTERM, signal.SIGHUP):  # a second one would end the cleaning up half way
+        signal.signal(again, signal.SIG_IGN)
     print("stopped: nothing is kept", file=sys.stderr)
     sys.exit(128 + number)
 
