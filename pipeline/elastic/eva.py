@@ -15,7 +15,7 @@ from pipeline.elastic.backbone import ElasticBlock
 from pipeline.elastic.layers import ELASTIC, ElasticLayerScale, ElasticLinear, ElasticQKV, make_elastic
 from pipeline.elastic.stochastic_depth import Kept, Layout, add_branch
 from pipeline.elastic.subnet import Subnet, largest_subnet
-from pipeline.elastic.tokens import TokenBackbone
+from pipeline.elastic.tokens import TokenBackbone, token_args
 
 TEMPERATURE = 100.0
 EPS = 1e-5
@@ -129,18 +129,10 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
 def eva_args(config: ModelConfig, subnet: Subnet) -> dict[str, Any]:
     """timm's keyword arguments for a sub-network, beyond those of `architecture`."""
     return {
-        "img_size": config.image_size,
-        "patch_size": config.patch_size,
-        "in_chans": config.in_chans,
-        "embed_dim": subnet.width,
-        "depth": subnet.depths[0],
-        "num_heads": subnet.width // config.head_dim,
-        "init_values": config.layer_scale,
+        **token_args(config, subnet),
         "num_reg_tokens": config.registers,
         "swiglu_mlp": config.swiglu,
         "swiglu_align_to": SWIGLU_ALIGN if config.swiglu else 0,
-        "global_pool": "token",
-        "num_classes": 0,
     }
 
 

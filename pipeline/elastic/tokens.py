@@ -6,6 +6,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from pipeline.config import ModelConfig
 from pipeline.elastic.backbone import Backbone, ElasticBlock, Features
 from pipeline.elastic.layers import ElasticPatchEmbed, leading
 from pipeline.elastic.stochastic_depth import kept_rows
@@ -92,3 +93,18 @@ class TokenBackbone(Backbone):
         _, index, *rest = name.split(".")
         kept = kept_blocks(subnet.depths[0], len(self.elastic_blocks()))
         return ".".join(["blocks", str(kept[int(index)]), *rest])
+
+
+def token_args(config: ModelConfig, subnet: Subnet) -> dict[str, Any]:
+    """timm's keyword arguments for a sub-network that all these families have."""
+    return {
+        "img_size": config.image_size,
+        "patch_size": config.patch_size,
+        "in_chans": config.in_chans,
+        "embed_dim": subnet.width,
+        "depth": subnet.depths[0],
+        "num_heads": subnet.width // config.head_dim,
+        "init_values": config.layer_scale,
+        "global_pool": "token",
+        "num_classes": 0,
+    }

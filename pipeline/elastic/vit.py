@@ -13,7 +13,7 @@ from pipeline.elastic.backbone import ElasticBlock
 from pipeline.elastic.layers import ELASTIC, ElasticLinear, ElasticQKV, leading, make_elastic
 from pipeline.elastic.stochastic_depth import Kept, Layout, add_branch
 from pipeline.elastic.subnet import Subnet
-from pipeline.elastic.tokens import TokenBackbone
+from pipeline.elastic.tokens import TokenBackbone, token_args
 
 
 class ElasticAttention(Attention):
@@ -80,18 +80,10 @@ class ElasticViT(TokenBackbone, VisionTransformer):
 def vit_args(config: ModelConfig, subnet: Subnet) -> dict[str, Any]:
     """timm's keyword arguments for a sub-network."""
     return {
-        "img_size": config.image_size,
-        "patch_size": config.patch_size,
-        "in_chans": config.in_chans,
-        "embed_dim": subnet.width,
-        "depth": subnet.depths[0],
-        "num_heads": subnet.width // config.head_dim,
-        "init_values": config.layer_scale,
+        **token_args(config, subnet),
         "reg_tokens": config.registers,
         "no_embed_class": config.registers > 0,
         "dynamic_img_size": True,
-        "global_pool": "token",
-        "num_classes": 0,
     }
 
 

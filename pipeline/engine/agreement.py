@@ -85,7 +85,7 @@ class Agreed:
         sums = dict(zip(self._names, packed.split(self._sizes), strict=True))
         self.norms = sums["squares"].sqrt().float()
         finite = (sums["not_finite"] == 0).all() & sums["squares"].isfinite().all()
-        self.good = (finite & (sums["counts"][-1] == 0)).float()
+        self.good = (finite & (sums["no_data"][0] == 0)).float()
         self._packed = Late(packed)
 
     def read(self) -> Agreement:
@@ -97,7 +97,7 @@ class Agreed:
             start += size
         squares = dict(zip(MODULES, sums["squares"], strict=True))
         infinite = {name for name, ranks in zip(_NAMES, sums["not_finite"], strict=True) if ranks}
-        stop, skipped, flops, parts_saved, no_data = sums["counts"]
+        stop, skipped, flops, parts_saved = sums["counts"]
         return Agreement(
             losses={
                 name: math.nan if name in infinite else total / dist.get_world_size()
@@ -111,7 +111,7 @@ class Agreed:
             parts_saved=round(parts_saved),
             band_steps=sums["band_steps"],
             band_losses=sums["band_losses"],
-            no_data=no_data > 0,
+            no_data=sums["no_data"][0] > 0,
         )
 
 
@@ -136,12 +136,13 @@ def agree(losses: StepLosses, gradient_squares: Tensor, own: Own) -> Agreed:
         ),
         device,
     )
-    counts, band = told.split([5, len(BANDS)])
+    counts, no_data, band = told.split([4, 1, len(BANDS)])
     return Agreed(
         losses=values,
         not_finite=~finite,
         squares=gradient_squares,
         counts=counts,
+        no_data=no_data,
         band_steps=band,
         band_losses=values[TERMS.index(("dino", "elastic"))] * band,
     )
