@@ -29,8 +29,10 @@ def dali_wheel() -> str:
 
 
 ONNX = ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5"]
+PARQUET = ["pyarrow>=17"]
 DEVELOPMENT = [
     *ONNX,
+    *PARQUET,
     "coverage>=7.6",
     "grafana-foundation-sdk",
     "import-linter>=2.3",
@@ -75,9 +77,10 @@ setup(
         "scikit-learn>=1.5",
         "scipy>=1.12",
         "tensorboard>=2.18",
+        "tifffile>=2024.8",
         "tqdm>=4.66",
         "webdataset>=0.2.100,<2",
     ],
-    extras_require={"dev": DEVELOPMENT, "onnx": ONNX},
+    extras_require={"dev": DEVELOPMENT, "onnx": ONNX, "parquet": PARQUET},
     entry_points={"console_scripts": ["poa=pipeline.cli:main"]},
 )

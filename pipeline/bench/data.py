@@ -9,13 +9,14 @@ import numpy as np
 
 from pipeline.config import DataConfig
 from pipeline.data.augment import P, decode_pipeline, make_pipeline, parameters
+from pipeline.data.intake import CHANNELS, Intake
 from pipeline.data.loader import Loader
 from pipeline.data.reader import Dataset, Picked, SampleStream
 
 _WARM_UP = 3  # batches; the first ones build operators and fill the queue
 
 
-def benchmark(data: DataConfig, *, device: str = "cpu", batches: int = 10) -> dict[str, Any]:
+def benchmark(data: DataConfig, *, device: str = "cpu", batches: int = 10, channels: int = CHANNELS) -> dict[str, Any]:
     """Measure the loader as training uses it, then its stages one by one on images in memory.
 
     The stages are differences between runs of the one graph with operations switched off by their parameters, so they
@@ -28,10 +29,12 @@ def benchmark(data: DataConfig, *, device: str = "cpu", batches: int = 10) -> di
     Raises:
         UserError: see `Loader`.
     """
-    throughput = _measure_loader(data, device, batches)
+    throughput = _measure_loader(data, device, batches, channels)
     return {
         **throughput,
-        "stages_cpu_ms_per_image": _measure_stages(data, batches, 0 if device.startswith("cuda") else None),
+        "stages_cpu_ms_per_image": _measure_stages(
+            data, batches, 0 if device.startswith("cuda") else None, Intake.of(data, channels)
+        ),
         "threads": data.threads,
         "cpus": os.cpu_count(),
         "batch_size": data.batch_size,
@@ -39,8 +42,8 @@ def benchmark(data: DataConfig, *, device: str = "cpu", batches: int = 10) -> di
     }
 
 
-def _measure_loader(data: DataConfig, device: str, batches: int) -> dict[str, float]:
-    loader = Loader(data, device=device)
+def _measure_loader(data: DataConfig, device: str, batches: int, channels: int) -> dict[str, float]:
+    loader = Loader(data, device=device, channels=channels)
     for _ in range(_WARM_UP):
         next(loader)
     wall, cpu = time.perf_counter(), time.process_time()
@@ -52,17 +55,23 @@ def _measure_loader(data: DataConfig, device: str, batches: int) -> dict[str, fl
     return {"images_per_second": images / wall, "cpu_ms_per_image": 1e3 * cpu / images}
 
 
-def _measure_stages(data: DataConfig, batches: int, device_id: int | None) -> dict[str, float]:
-    stream = SampleStream(Dataset(data.train), window=data.window, seed=data.seed, max_pixels=data.max_pixels)
+def _measure_stages(data: DataConfig, batches: int, device_id: int | None, intake: Intake) -> dict[str, float]:
+    stream = SampleStream(
+        Dataset(data.train, data.image),
+        window=data.window,
+        seed=data.seed,
+        max_pixels=data.max_pixels,
+        unpack=intake.open,
+    )
     picked: list[Picked] = []
 
     def prepare() -> None:
         picked[:] = [stream.pick(position) for position in range(data.batch_size)]
-        parameters(data, 0, [p.header for p in picked])
+        parameters(data, 0, [p.header for p in picked], intake.channels)
 
     read = _cpu_ms(prepare, batches) / data.batch_size
-    encoded = [np.frombuffer(p.data, np.uint8) for p in picked]
-    drawn = parameters(data, 0, [p.header for p in picked])
+    images = [np.frombuffer(p.data, np.uint8) if intake.is_rgb else p.data for p in picked]
+    drawn = parameters(data, 0, [p.header for p in picked], intake.channels)
     plain, sharp = drawn.copy(), drawn.copy()
     sharp[..., [P.SIGMA, P.SOLARIZE]] = 0
     plain[..., [P.SIGMA, P.SOLARIZE, P.HUE]] = 0
@@ -70,12 +79,16 @@ def _measure_stages(data: DataConfig, batches: int, device_id: int | None) -> di
 
     def run(rows: np.ndarray) -> float:
         positions = np.arange(data.batch_size)[:, None]
-        pipeline = make_pipeline(data, lambda _: (encoded, list(rows), positions), device_id=device_id, half=False)
+        pipeline = make_pipeline(
+            data, lambda _: (images, list(rows), positions), device_id=device_id, half=False, intake=intake
+        )
         return _cpu_ms(pipeline.run, batches) / data.batch_size
 
-    decode = decode_pipeline(lambda _: encoded, data.batch_size, data.threads, device_id)
-    totals = [_cpu_ms(decode.run, batches) / data.batch_size, run(plain), run(sharp), run(drawn)]
-    names = ["decode", "crop and normalise", "colour", "blur and solarise"]
+    totals, names = [run(plain), run(sharp), run(drawn)], ["crop and normalise", "colour", "blur and solarise"]
+    if not intake.is_rgb:
+        return {"read, decode and draw": read, **dict(zip(names, np.diff(totals, prepend=0).tolist(), strict=True))}
+    decode = decode_pipeline(lambda _: images, data.batch_size, data.threads, device_id)
+    totals, names = [_cpu_ms(decode.run, batches) / data.batch_size, *totals], ["decode", *names]
     return {"read and draw": read, **dict(zip(names, np.diff(totals, prepend=0).tolist(), strict=True))}
 
 

@@ -11,6 +11,7 @@ import torch
 from pipeline.config import DataConfig
 from pipeline.data.augment import make_pipeline, parameters, undecodable
 from pipeline.data.images import Header
+from pipeline.data.intake import CHANNELS, Intake
 from pipeline.data.mixing import WHOLE, Segment
 from pipeline.data.reader import Dataset, SampleStream, Skip
 
@@ -27,7 +28,7 @@ class Batch(NamedTuple):
 
 
 class _Prepared(NamedTuple):
-    """What the pipeline needs for a batch, and what had to be left out of it."""
+    """What the pipeline needs for a batch (files, or values), and what had to be left out of it."""
 
     encoded: list[np.ndarray]
     parameters: np.ndarray
@@ -51,6 +52,7 @@ class Loader:
         on_skip: called once per sample left out, with its key, shard, reason and first position.
         dataset: `data.train`, if it is open already.
         segment: of the run, if its sources or weights have changed.
+        channels: of the images, `model.in_chans`.
 
     Attributes:
         next_sample: samples consumed by all ranks together, the `start_sample` that resumes.
@@ -75,14 +77,21 @@ class Loader:
         on_skip: Callable[[Skip], None] | None = None,
         dataset: Dataset | None = None,
         segment: Segment = WHOLE,
+        channels: int = CHANNELS,
     ) -> None:
         if dtype not in _DTYPES:
             raise ValueError(f"dtype {dtype}: expected one of {_DTYPES}")
         self.data, self.rank, self.world_size, self.on_skip = data, rank, world_size, on_skip
         self.device_id, self._half = _device_id(torch.device(device)), dtype == torch.float16
-        self.dataset = dataset = dataset or Dataset(data.train)
+        self.intake = Intake.of(data, channels)
+        self.dataset = dataset = dataset or Dataset(data.train, data.image)
         self._stream = SampleStream(
-            dataset, window=data.window, seed=data.seed, max_pixels=data.max_pixels, segment=segment
+            dataset,
+            window=data.window,
+            seed=data.seed,
+            max_pixels=data.max_pixels,
+            segment=segment,
+            unpack=self.intake.open,
         )
         self.samples, self.next_sample = len(dataset), start_sample
         self.skipped: Counter[str] = Counter()
@@ -110,7 +119,7 @@ class Loader:
         crops = [torch.from_dlpack(output.as_tensor()).flatten(0, 1) for output in outputs[2:]]
         if len(crops) == 1:
             size = self.data.local_crops.size
-            crops.append(crops[0].new_empty(0, 3, size, size))
+            crops.append(crops[0].new_empty(0, self.intake.channels, size, size))
         return Batch(*crops)
 
     def close(self) -> None:
@@ -138,7 +147,7 @@ class Loader:
             positions = np.arange(first, first + self.data.batch_size)[:, None]
             return prepared.encoded, list(prepared.parameters), positions
 
-        self._pipeline = make_pipeline(self.data, source, device_id=self.device_id, half=self._half)
+        self._pipeline = make_pipeline(self.data, source, device_id=self.device_id, half=self._half, intake=self.intake)
 
     def _prepare(self, sample: int) -> _Prepared:
         position = sample + self.rank * self.data.batch_size
@@ -146,8 +155,8 @@ class Loader:
         picked = list((self._requests.map if self._requests else map)(self._stream.pick, positions))
         headers = [p.header for p in picked]
         return _Prepared(
-            [np.frombuffer(p.data, np.uint8) for p in picked],
-            parameters(self.data, position, headers),
+            [np.frombuffer(p.data, np.uint8) if self.intake.is_rgb else p.data for p in picked],
+            parameters(self.data, position, headers, self.intake.channels),
             [p.record for p in picked],
             headers,
             [(position + i, record, reason) for i, p in enumerate(picked) for record, reason in p.rejected],
@@ -164,6 +173,8 @@ class Loader:
             prepared = self._prepared[self.next_sample].result()
             if not failure and _shapes_as_announced(outputs[1], prepared.headers):
                 return outputs
+            if not self.intake.is_rgb:
+                raise failure or RuntimeError("an image has another size than its header")
             culprits = undecodable(prepared.encoded, prepared.headers, self.device_id)
             if not culprits:
                 raise failure or RuntimeError("an image decodes to another size than on its own")

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 from pipeline.config import ExperimentConfig, load_config
+from pipeline.data.intake import settle_values
 from pipeline.data.reader import Dataset
 from pipeline.engine.saved import find_problem, list_checkpoints, read_manifest
 from pipeline.errors import UserError
@@ -25,6 +26,7 @@ _PROBE_BYTES = 32 << 20
 def check_directory(config: ExperimentConfig, world_size: int) -> Check:
     """Can the run directory be used, and is what it holds of this experiment, its data and its global batch?"""
 
+    config = settle_values(config)
     path = Path(config.run.dir)
     parent = existing(path)
     require_writable(parent, "set run.dir to another")
@@ -53,7 +55,7 @@ def _require_same_stream(config: ExperimentConfig, path: Path, world_size: int, 
     if not (path / "manifest.json").exists():
         return
     manifest = read_json(path / "manifest.json", "restore it, or choose another run.dir")
-    sources = sources_of(Dataset(config.data.train))
+    sources = sources_of(Dataset(config.data.train, config.data.image))
     settle_segments(manifest, sources, config.data.segment, samples, config.data.seed, str(path))
     require_same_batch(manifest, config.data.batch_size * world_size, world_size, str(path))
 

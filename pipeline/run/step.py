@@ -160,6 +160,7 @@ class Trainer:
             on_skip=self.skips.append,
             dataset=self.dataset,
             segment=self.segment,
+            channels=self.config.model.in_chans,
         )
 
     def step(self, step: int, stop_requested: bool = False, parts_saved: int = 0) -> "Underway":
@@ -266,7 +267,7 @@ def _require_kernels(config: ExperimentConfig, device: torch.device) -> None:
 
 
 def _open_dataset(config: ExperimentConfig, global_batch: int) -> Dataset:
-    dataset = Dataset(config.data.train)
+    dataset = Dataset(config.data.train, config.data.image)
     if len(dataset) < global_batch:
         raise UserError(
             f"{len(dataset)} images are fewer than a global batch of {global_batch}",

@@ -40,6 +40,7 @@ class Weather:
         retries: further attempts by reason.
         waited: seconds that reads from stores took, over all threads.
         fetched: bytes of samples from stores, by name of the source.
+        patience: seconds until what may pass is given up.
         stop_requested: not empty once the run was asked to stop; whoever waits then gives up.
     """
 
@@ -47,6 +48,7 @@ class Weather:
         self.retries: Counter[str] = Counter()
         self.waited = 0.0
         self.fetched: Counter[str] = Counter()
+        self.patience: float | None = None
         self.stop_requested: Sequence[int] = ()
         self._lock = threading.Lock()
 
@@ -81,12 +83,12 @@ def patiently(
 
     Args:
         where: what is read, for messages.
-        patience: seconds until it is given up; `PATIENCE` by default.
+        patience: seconds until it is given up; that of the run by default, or `PATIENCE`.
 
     Raises:
         SourceError: patience is spent, or the run was asked to stop.
     """
-    patience = PATIENCE if patience is None else patience
+    patience = next(seconds for seconds in (patience, WEATHER.patience, PATIENCE) if seconds is not None)
     began, wait = time.monotonic(), _FIRST_WAIT
     give_up = began + patience
     while True:
