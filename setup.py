@@ -44,6 +44,7 @@ DEVELOPMENT = [
     "pytest-xdist>=3.7",
     "ruff>=0.11",
     "types-PyYAML",
+    "webdataset>=0.2.100,<2",  # the tests hold our shards against it
 ]
 
 setup(
@@ -79,7 +80,6 @@ setup(
         "tensorboard>=2.18",
         "tifffile>=2024.8",
         "tqdm>=4.66",
-        "webdataset>=0.2.100,<2",
     ],
     extras_require={"dev": DEVELOPMENT, "onnx": ONNX, "parquet": PARQUET},
     entry_points={"console_scripts": ["poa=pipeline.cli:main"]},

@@ -86,8 +86,10 @@ def open_folder(root: Path, masks: Path | None = None, values: bool = False) -> 
     loose = next((path for path in images if len(path.parts) == 1), None)
     classes = sorted({path.parts[0] for path in images}) if loose is None else None
     number = {name: i for i, name in enumerate(classes or [])}
-    captions = {path: path.with_suffix(".txt") for path in images if path.with_suffix(".txt") in found.texts}
-    for text in found.texts.difference(captions.values()):
+    captions: dict[Path, Path] = {}
+    if found.texts:
+        captions = {path: path.with_suffix(".txt") for path in images if path.with_suffix(".txt") in found.texts}
+    for text in sorted(found.texts.difference(captions.values())):
         found.ignore(root / text)
     items = [
         _file_item(root, path, number.get(path.parts[0]), masks, root / captions[path] if path in captions else None)

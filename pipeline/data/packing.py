@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import signal
+import tarfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
@@ -11,7 +12,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, TypeVar
 
 from pipeline.data import indexes, tars
 from pipeline.data.decoders import NO_LIMIT
@@ -159,7 +160,8 @@ def pack(job: Job, advance: Callable[[int], None] = lambda images: None) -> Pack
             writer.write(key, sample)
             packed.sources.append((key, item.name))
         packed.entry = writer.close(len(packed.sources))
-    write_atomically(done_path(job.path), json.dumps(asdict(packed)))
+    found = {"entry": packed.entry and asdict(packed.entry), "sources": packed.sources, "left_out": packed.left_out}
+    write_atomically(done_path(job.path), json.dumps(found))
     return packed
 
 
@@ -215,45 +217,46 @@ class _Hashed:
 
 
 class _Writer:
-    """Writes the samples of one shard; the file is opened by the first."""
+    """Writes the samples of one shard; the file is opened by the first.
+
+    By tarfile's headers alone: its own writing, and webdataset's by it, take as long as all else but the decoding.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._samples: list[tars.Sample] = []
-        self._tar: Any = None
-        self._file: Any = None
-        self._end = 0
+        self._file: IO[bytes] | None = None
 
     def __enter__(self) -> "_Writer":
         return self
 
     def __exit__(self, *_: object) -> None:
-        for part in filter(None, (self._tar, self._file)):  # of one that failed: the buffers need not fit the disk
-            with suppress(OSError):
-                part.close()
+        if self._file is not None:
+            with suppress(OSError):  # of one that failed: what is in the buffer need not fit the disk
+                self._file.close()
 
     def write(self, key: str, sample: dict[str, bytes]) -> None:
-        import webdataset
-
-        if self._tar is None:
+        if self._file is None:
             self._file = open(self.path, "wb")  # noqa: SIM115  it outlives the call
             self._hashed = _Hashed(self._file)
-            # fixed times and owners make the bytes reproducible
-            self._tar = webdataset.TarWriter(self._hashed, "root", "root", encoder=False, mtime=0, compress=False)
-        self._tar.write({"__key__": key, **sample})
         members = []
         for extension in sorted(sample):
-            size = len(sample[extension])
-            members.append(tars.Member(extension, self._end + tars.BLOCK, size, f"{key}.{extension}"))
-            self._end += tars.BLOCK + -(-size // tars.BLOCK) * tars.BLOCK
+            data = sample[extension]
+            info = tarfile.TarInfo(f"{key}.{extension}")
+            info.size, info.mode, info.uname, info.gname = len(data), 0o444, "root", "root"  # the same in every build
+            self._hashed.write(info.tobuf(tarfile.USTAR_FORMAT))
+            members.append(tars.Member(extension, self._hashed.bytes, len(data), info.name))
+            self._hashed.write(data)
+            self._hashed.write(bytes(-len(data) % tars.BLOCK))
         self._samples.append(tars.Sample(tuple(members)))
 
     def close(self, samples: int) -> ShardEntry | None:
         """Finish the shard and its index."""
-        if self._tar is None:
+        if self._file is None:
             return None
-        self._tar.close()
+        self._hashed.write(bytes(2 * tars.BLOCK))
+        self._hashed.write(bytes(-self._hashed.bytes % tarfile.RECORDSIZE))
         self._file.close()
-        self._tar = self._file = None
+        self._file = None
         indexes.write_index(self.path, self._samples)
         return ShardEntry(self.path.name, samples, self._hashed.bytes, self._hashed.digest.hexdigest())
