@@ -78,7 +78,7 @@ setup(
         "scikit-learn>=1.5",
         "scipy>=1.12",
         "tensorboard>=2.18",
-        "tifffile>=2024.8",
+        "tifffile>=2024.8.10",
         "tqdm>=4.66",
     ],
     extras_require={"dev": DEVELOPMENT, "onnx": ONNX, "parquet": PARQUET},
