@@ -10,7 +10,7 @@ from PIL import Image
 
 from pipeline.cli import main
 from pipeline.config import DataConfig, parse_config
-from pipeline.data.augment import P, parameters
+from pipeline.data.augment import P, make_pipeline, parameters
 from pipeline.data.catalog import Pixels, open_catalog
 from pipeline.data.check import stats, verify
 from pipeline.data.eval_images import EvalImages
@@ -224,3 +224,33 @@ def test_turned_values_are_upright_in_training_and_evaluation(encoded: Callable[
     )
     upright = np.asarray(picture.transpose(Image.Transpose.ROTATE_270))
     assert np.allclose(images.load(0)[0].numpy() * 255, upright, atol=0.01)
+
+
+def test_contrast_is_about_the_mean_of_all_channels_and_brightness_comes_after(
+    make_shard: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = np.random.default_rng(1).random((16, 16, 4)).astype(np.float32)
+    shard = make_shard({"a.npy": npy(image)})
+    index(str(shard))
+    true = parameters
+
+    def whole(*arguments: object) -> np.ndarray:
+        drawn = true(*arguments)  # type: ignore[arg-type]
+        drawn[..., : P.RIGHT + 1], drawn[..., P.SIGMA :] = (0, 0, 16, 16), 0
+        drawn[..., P.CONTRAST], drawn[..., P.BRIGHTNESS] = 1.3, 0.8
+        return drawn
+
+    monkeypatch.setattr("pipeline.data.loader.parameters", whole)
+    values = {"value_range": [0, 1], "mean": [0.5] * 4, "std": [0.25] * 4}
+    loader = Loader(config(str(shard), 4, batch_size=2, **values).data, channels=4)  # type: ignore[attr-defined]
+    crop = next(loader).global_crops[0]
+    loader.close()
+    expected = ((image - image.mean()) * 1.3 + image.mean()) * 0.8
+    assert torch.allclose(crop.permute(1, 2, 0) * 0.25 + 0.5, torch.from_numpy(expected), atol=1e-5)
+
+
+def test_graph_for_a_gpu_puts_values_where_they_can_be() -> None:
+    """DALI refuses operands on the wrong device when a graph is defined, for which no GPU is needed."""
+    data = DataConfig.model_validate({"channel_drop": 0.1, "batch_size": 2, "local_crops": {"count": 1}})
+    intake = Intake(4, (0, 1), (0.5,) * 4, (0.5,) * 4)
+    make_pipeline(data, lambda _: None, device_id=0, half=False, intake=intake)  # type: ignore[arg-type,return-value]
