@@ -118,6 +118,7 @@ def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(patience, "_FIRST_WAIT", 0.005)
     monkeypatch.setattr(stores, "_CLIENT", {**stores._CLIENT, "read_timeout": stores.timedelta(seconds=1)})
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(patience.WEATHER, "patience", None)
     open_remote.cache_clear()
     patience.WEATHER.retries.clear()
     patience.WEATHER.fetched.clear()
