@@ -16,6 +16,9 @@ import numpy as np
 from pipeline.config.data import DataConfig
 from pipeline.data.philox import Purpose, philox
 
+WORTH = 0.5
+"""The portion of a piece that the ranks of a node must read for the node to fetch all of it."""
+
 
 class Order(NamedTuple):
     """What decides the order of a set besides its seed; a run keeps it for as long as a segment of its data lasts."""
@@ -100,12 +103,19 @@ class SampleOrder:
             epoch, window = epoch + 1, -1
         return [*found, self._portions(epoch, shares, self._pieces(epoch, lane, window + 1))]
 
+    def portions(self, epoch: int, shares: dict[int, float]) -> np.ndarray:
+        """How much of every piece is read in an epoch by whoever reads so much of each lane."""
+        found = np.empty(len(self.sizes))
+        found[self._line] = [portion for _, portion in self._portions(epoch, shares, np.arange(len(self.sizes)))]
+        return found
+
     def _portions(self, epoch: int, shares: dict[int, float], places: np.ndarray) -> list[tuple[int, float]]:
-        cuts, lanes = self._cuts(epoch), np.array(list(shares))
-        low, high = self._along[places][:, None], self._along[places + 1][:, None]
-        common = np.clip(np.minimum(high, cuts[lanes + 1]) - np.maximum(low, cuts[lanes]), 0, None)
-        portions = common @ np.array(list(shares.values())) / self.sizes[self._line[places]]
-        return list(zip(self._line[places].tolist(), portions.tolist(), strict=True))
+        cuts, read = self._cuts(epoch), np.zeros(len(places))
+        low, high = self._along[places], self._along[places + 1]
+        for lane, share in shares.items():
+            read += share * np.clip(np.minimum(high, cuts[lane + 1]) - np.maximum(low, cuts[lane]), 0, None)
+        pieces = self._line[places]
+        return list(zip(pieces.tolist(), (read / self.sizes[pieces]).tolist(), strict=True))
 
     def _place(self, position: int) -> tuple[int, int, int, int]:
         """Epoch, lane, its window, and the place within that."""
@@ -181,6 +191,21 @@ def lanes_of(rank: int, world_size: int, lanes: int) -> dict[int, float]:
     low, high = rank * lanes / world_size, (rank + 1) * lanes / world_size
     shares = {lane: min(high, lane + 1) - max(low, lane) for lane in range(int(low), int(np.ceil(high)))}
     return {lane: share for lane, share in shares.items() if share > 1e-9}
+
+
+def share_of_node(nodes: int, lanes: int, keeps: bool) -> tuple[float, float]:
+    """The parts of a set that a node fetches in an epoch, of the node that fetches most: in whole pieces, which it may
+    keep, and sample by sample.
+
+    Args:
+        keeps: it has a cache, for which it fetches whole pieces of the lanes that it reads for the most part.
+    """
+    found = []
+    for node in range(nodes):
+        shares = np.array(list(lanes_of(node, nodes, lanes).values()))
+        whole = (shares >= WORTH - 1e-9) & keeps
+        found.append((float(whole.sum()) / lanes, float(shares[~whole].sum()) / lanes))
+    return max(found, key=sum)
 
 
 def cut(bytes_: Sequence[int], samples: np.ndarray, piece_mb: int) -> np.ndarray:

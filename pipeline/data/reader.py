@@ -67,7 +67,7 @@ def _by_source(shards: Shards) -> dict[str, list[str]]:
     """Names of shards by source."""
     if isinstance(shards, str) or not any(isinstance(part, SourceConfig) for part in shards):
         return {"": list_shards(shards)}
-    return {part.name: list_shards(part.url) for part in shards if isinstance(part, SourceConfig)}
+    return {part.name: list_shards([part]) for part in shards if isinstance(part, SourceConfig)}
 
 
 def _shares(shards: Shards) -> list[int]:
@@ -130,6 +130,18 @@ class Dataset:
     def is_remote(self) -> bool:
         """Whether some shards are in a store, where many reads at once cost little more than one."""
         return any(self._remote)
+
+    @property
+    def remote_bytes(self) -> int:
+        """Of the shards that are in a store."""
+        return sum(self._bytes(shard) for shard, remote in enumerate(self._remote) if remote)
+
+    @property
+    def largest_piece(self) -> int:
+        """Bytes of the largest piece, if all samples of a shard are alike."""
+        sizes = np.array([self._bytes(shard) for shard in range(len(self._names))]) / self.shard_sizes
+        shards = np.searchsorted(self._starts, self._piece_starts[:-1], side="right") - 1
+        return int((np.diff(self._piece_starts) * sizes[shards]).max())
 
     def shard(self, record: int) -> ShardName:
         return shard_name(self._names[self._shard_number(record)])

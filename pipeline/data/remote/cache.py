@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from pipeline.data.order import WORTH
 from pipeline.data.remote.folder import RemoteShard
 from pipeline.data.remote.patience import WEATHER, SourceError
 from pipeline.data.remote.store import PART
@@ -26,7 +27,6 @@ from pipeline.errors import UserError
 _log = logging.getLogger(__name__)
 _THREADS = 2  # that fetch, of each rank
 _LOOK = 0.5  # seconds until a rank looks again at what others wish and fetch
-_WORTH = 0.5  # portion of a piece that the ranks of a node must read for it to be fetched as a whole
 _OLDEST = 8  # of so many that are evicted, one is the oldest
 _WISH, _PART, _LOCK = "wish.", ".part", "lock"
 
@@ -139,7 +139,8 @@ class Cache:
         for thread in self._threads:
             thread.join(timeout=5)  # one that is still within a request ends with the process, its part is swept
         self._open.clear()
-        self._own.unlink(missing_ok=True)
+        with self._alone():
+            self._own.unlink(missing_ok=True)
         os.close(self._alive)
 
     def bring(self) -> bool:
@@ -197,7 +198,7 @@ class Cache:
     def _is_due(self, number: int, wishes: dict[str, float]) -> bool:
         """Whether a piece is not here and worth fetching."""
         _, name = self._pieces.get(number, (None, ""))
-        if number in self._useless or wishes.get(name, 0.0) < _WORTH - 1e-3:  # portions are written with few digits
+        if number in self._useless or wishes.get(name, 0.0) < WORTH - 1e-3:  # portions are written with few digits
             return False
         return not (self.folder / name).exists()
 
@@ -226,7 +227,8 @@ class Cache:
                 if self._stop:
                     raise SourceError("stopped", str(part), "")
             os.fsync(descriptor)  # or a file of the right size may hold zeros after the power was lost
-            os.replace(part, self.folder / name)
+            with self._alone():
+                os.replace(part, self.folder / name)
             return True
         except (SourceError, OSError) as error:
             part.unlink(missing_ok=True)
@@ -268,7 +270,10 @@ class Cache:
             if entry.name.endswith(_PART) and _is_free(entry.path):
                 os.unlink(entry.path)  # its process has died
                 continue
-            stat = entry.stat()
+            try:
+                stat = entry.stat()
+            except FileNotFoundError:  # one whose fetching has failed just now
+                continue
             used += stat.st_size
             if entry.name not in wishes and not entry.name.endswith(_PART):
                 idle.append((stat.st_mtime, stat.st_size, entry.path))

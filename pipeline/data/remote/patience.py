@@ -92,7 +92,7 @@ class Weather:
         """What has been waited for the longest, for whoever may take it for a hang; empty for nothing much."""
         began, where = min(list(self._underway.values()), default=(time.monotonic(), ""))
         seconds = time.monotonic() - began
-        return f"waiting for {seconds:.0f} s for {where}" if seconds > _NOTABLE else ""
+        return f"waiting for {seconds:.0f} s for {where}" if where and seconds > _NOTABLE else ""
 
 
 WEATHER = Weather()

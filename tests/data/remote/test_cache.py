@@ -48,7 +48,8 @@ def open_cache(server, tmp_path: Path) -> Iterator[Callable[..., Cache]]:
 
     yield rank
     for cache in opened:
-        cache.close()
+        if not cache._stop:
+            cache.close()
 
 
 def piece_bytes(dataset: Dataset) -> int:

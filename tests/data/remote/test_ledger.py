@@ -18,8 +18,7 @@ from pipeline.data.shards import index
 WORKER = Path(__file__).parents[2] / "workers" / "read_share.py"
 SHARDS, EACH = {"a": 8, "b": 4}, 6
 BATCH = 30
-# (ranks, nodes, batches): 12 batches of 30 are 5 epochs of 72 samples
-HISTORY = [(2, 2, 3), (5, 2, 3), (3, 1, 3), (1, 1, 3)]
+HISTORY = [(2, 2), (5, 2), (3, 1), (1, 1)]  # ranks and nodes, each for two to four batches of 30: over 3 epochs of 72
 FAULTS = ("e503", "reset", "cut", "short", "whole")
 
 
@@ -45,7 +44,7 @@ def test_ledger_is_exact_and_a_node_fetches_its_share(folder: Path, tmp_path: Pa
     set_bytes = sum(path.stat().st_size for path in folder.glob("*.tar"))
     chance, sample, ledger = random.Random(1), 0, {}
     sent_before = 0
-    for ranks, nodes, batches in HISTORY:
+    for ranks, nodes in HISTORY:
         victim = chance.randrange(ranks)
         jobs = []
         for rank in range(ranks):
@@ -57,8 +56,8 @@ def test_ledger_is_exact_and_a_node_fetches_its_share(folder: Path, tmp_path: Pa
                 "world_size": ranks,
                 "on_node": [str(tmp_path / f"ledger-{sample}-{other}") for other in on_node],
                 "sample": sample,
-                "batches": batches + 1,
-                "dies_at": chance.randrange(1, batches + 1) if rank == victim else None,
+                "batches": 5,
+                "dies_at": chance.randrange(2, 5) if rank == victim else None,
                 "ledger": str(tmp_path / f"ledger-{sample}-{rank}"),
             }
             (tmp_path / f"job-{rank}.json").write_text(json.dumps(job))
@@ -80,18 +79,17 @@ def test_ledger_is_exact_and_a_node_fetches_its_share(folder: Path, tmp_path: Pa
         if ranks == 5:
             sent_before = sent[0]
     assert sent[0] - sent_before <= 1.3 / 2 * set_bytes, "the other half, when the node is alone"
-    assert sum(server.met.total() for server in servers) > 5
+    assert sum(server.met.total() for server in servers) > 1
 
     assert sorted(ledger) == list(range(sample)), "every position once"
     local = Reading(DataConfig.model_validate(data_of(str(folder))))
     whole = local.stream
     images = {record: zlib.crc32(whole.dataset.image(record)) for record in range(len(whole.dataset))}
     assert [ledger[p] for p in range(sample)] == [(r := whole.order(p), images[r]) for p in range(sample)]
-    first = 0
-    for source in whole.dataset.sources:
-        own = [ledger[p][0] - first for p in range(sample) if 0 <= ledger[p][0] - first < source.samples]
-        places = sorted(whole._place(p)[1] for p in range(sample) if whole._place(p)[0] == (first > 0))
-        epochs = places.index(places[-1]) // source.samples
-        assert len(own) == len(places)
-        assert epochs >= 2
-        first += source.samples
+    places = [whole._place(p) for p in range(sample)]
+    for number, source in enumerate(whole.dataset.sources):
+        own = {place: ledger[p][0] - source.first for p, (of, place) in enumerate(places) if of == number}
+        epochs = [range(e * source.samples, (e + 1) * source.samples) for e in range(9)]
+        complete = [epoch for epoch in epochs if own.keys() >= set(epoch)]
+        assert len(complete) >= 3
+        assert all(sorted(own[place] for place in epoch) == list(range(source.samples)) for epoch in complete)
