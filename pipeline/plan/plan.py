@@ -139,8 +139,8 @@ def _store(store: dict[str, Any] | None) -> list[str]:
     whole, single = store["share_in_pieces"], store["share_by_sample"]
     size = "" if store["bytes"] is None else f" ({store['bytes_per_node_and_epoch'] / 1e9:.3g} GB)"
     text = (
-        f"store        {store['nodes']} nodes of {forecast.RANKS_PER_NODE} GPUs, {store['lanes']} lanes: in the first epoch "
-        f"a node fetches {whole + single:.1%} of the set{size}, {single:.1%} sample by sample and in every epoch anew"
+        f"store        {store['nodes']} nodes of {forecast.RANKS_PER_NODE} GPUs, {store['lanes']} lanes: in the first "
+        f"epoch a node fetches {whole + single:.1%} of the set{size}; {single:.1%} one by one and in every epoch anew"
     )
     kept = f"; it keeps up to {store['cache_bytes'] / 1e9:.3g} GB in {store['cache_folder']}"
     return [text + (kept if store["cache_folder"] else " (no data.cache.folder)")]
