@@ -29,9 +29,9 @@ def benchmark_order(
 
     Returns:
         `perfect`: the imbalance of a batch that is drawn at random from the whole set. `rows`: by nodes, lanes and
-        pieces what the node that fetches most fetches, with a cache that holds it, in the first epoch and of that anew
-        in the second, and the imbalance: half of the sum over classes of the difference between their shares of a batch
-        and of the set, 0 for equal and 1 for one class alone.
+        pieces what the node that fetches most fetches in the first epoch, how much of it sample by sample, and what in
+        the second, with a cache that holds all of it; and the imbalance: half of the sum over classes of the difference
+        between their shares of a batch and of the set, 0 for equal and 1 for one class alone.
     """
     shards = round(gb * 1024 / shard_mb)
     rows = []
@@ -39,22 +39,26 @@ def benchmark_order(
         sizes = cut([shard_mb << 20] * shards, np.full(shards, per_shard), piece_mb)
         for lanes in sorted({1, count, 8 * count}):
             order = SampleOrder(sizes, window, seed=0, lanes=lanes)
-            first, second = zip(*(_fetched(order, lanes_of(n, count, lanes)) for n in range(count)), strict=True)
+            parts = max((_fetched(order, lanes_of(node, count, lanes)) for node in range(count)), key=sum)
+            names = ("first_epoch_gb", "of_it_one_by_one_gb", "second_epoch_gb")
+            fetched = {name: round(gb * part, 1) for name, part in zip(names, parts, strict=True)}
             row = {"nodes": count, "lanes": lanes, "piece_mb": piece_mb, "window_mb": window * (piece_mb or shard_mb)}
-            fetched = {"first_epoch_gb": round(gb * max(first), 1), "second_epoch_gb": round(gb * max(second), 1)}
             rows.append(row | fetched | {"imbalance": round(_imbalance(order, batch), 3)})
     draws = np.random.default_rng(0).integers(_CLASSES, size=(_BATCHES, batch))
     return {"gb": gb, "shards": shards, "batch": batch, "perfect": round(_distance(draws), 3), "rows": rows}
 
 
-def _fetched(order: SampleOrder, shares: dict[int, float]) -> tuple[float, float]:
-    """Parts of the set that a node fetches in the first epoch and in the second: whole pieces of which it reads most,
-    if they are not there yet, and samples one by one of the others."""
-    portions = [order.portions(epoch, shares) for epoch in range(2)]
-    whole = [portion >= WORTH for portion in portions]
-    single = [float((portion * order.sizes)[~kept].sum()) for portion, kept in zip(portions, whole, strict=True)]
-    first, anew = int(order.sizes[whole[0]].sum()), int(order.sizes[whole[1] & ~whole[0]].sum())
-    return (first + single[0]) / order.samples, (anew + single[1]) / order.samples
+def _fetched(order: SampleOrder, shares: dict[int, float]) -> tuple[float, float, float]:
+    """Parts of the set that a node fetches: in the first epoch, of that sample by sample, and in the second. Pieces of
+    which it reads most come as a whole, and stay."""
+    first, second = (order.portions(epoch, shares) for epoch in range(2))
+    kept = first >= WORTH
+    single, again = first[~kept] @ order.sizes[~kept], second[~kept] @ order.sizes[~kept]
+    return (
+        float(order.sizes[kept].sum() + single) / order.samples,
+        float(single) / order.samples,
+        float(again) / order.samples,
+    )
 
 
 def _imbalance(order: SampleOrder, batch: int) -> float:

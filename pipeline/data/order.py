@@ -8,6 +8,7 @@ order.
 """
 
 import functools
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -52,7 +53,7 @@ class _Stretch(NamedTuple):
     order: np.ndarray
     low: int
     high: int
-    starts: np.ndarray
+    starts: list[int]
 
 
 class SampleOrder:
@@ -123,8 +124,8 @@ class SampleOrder:
         lane = position % self.lanes
         place = (place - (lane - epoch * self.samples) % self.lanes) // self.lanes  # how many the lane had before
         starts = self._stretch(epoch, lane).starts
-        window = int(np.searchsorted(starts, place, side="right")) - 1
-        return epoch, lane, window, place - int(starts[window])
+        window = bisect_right(starts, place) - 1
+        return epoch, lane, window, place - starts[window]
 
     def _cuts(self, epoch: int) -> np.ndarray:
         """Where along the line the lanes meet: each owns as many records as it has positions in the epoch."""
@@ -149,7 +150,7 @@ class SampleOrder:
         drawn = philox(self.seed, Purpose.SHARDS, epoch, lane, source=self.source).permutation(count)
         order = (first + drawn).astype(np.int32)
         sizes = np.minimum(self._along[order + 1], high) - np.maximum(self._along[order], low)
-        return _Stretch(order, low, high, np.concatenate([[0], np.cumsum(sizes)[self.window - 1 : -1 : self.window]]))
+        return _Stretch(order, low, high, [0, *np.cumsum(sizes)[self.window - 1 : -1 : self.window].tolist()])
 
     def _draw_window(self, lane: int, epoch: int, window: int) -> np.ndarray:
         stretch = self._stretch(epoch, lane)

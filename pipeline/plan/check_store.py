@@ -47,10 +47,10 @@ def check_store(config: ExperimentConfig, world_size: int) -> Check | None:
         return Check("store", "warn", f"{finding}: the rest is read sample by sample", fix)
     if share > _UNEVEN / nodes or single > whole:
         fix = f"set data.lanes to a multiple of {nodes} (and raise data.segment if the run has begun)"
-        return Check("store", "warn", f"{finding}; {lanes} lanes do not divide among the nodes", fix)
+        return Check("store", "warn", f"{finding}; data.lanes={lanes} does not divide among the nodes", fix)
     if (batch := config.data.batch_size * world_size) % lanes:
         fix = "choose one of which the global batch is a multiple"
-        return Check("store", "warn", f"{finding}; {lanes} lanes do not divide a global batch of {batch}", fix)
+        return Check("store", "warn", f"{finding}; data.lanes={lanes} does not divide a global batch of {batch}", fix)
     if room < share * total:
         finding += "; what does not fit is fetched anew in every epoch"
     return Check("store", "pass", finding)

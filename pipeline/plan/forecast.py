@@ -145,11 +145,13 @@ def store(config: ExperimentConfig, ranks: int) -> dict[str, Any] | None:
         return None
     nodes, cache = ceil(ranks / RANKS_PER_NODE), config.data.cache
     whole, single = share_of_node(nodes, config.data.lanes, keeps=cache.folder is not None)
-    WEATHER.patience = _PATIENCE
+    patience, WEATHER.patience = WEATHER.patience, _PATIENCE
     try:
         total = Dataset(config.data.train).remote_bytes
     except UserError:
         total = None
+    finally:
+        WEATHER.patience = patience
     return {
         "nodes": nodes,
         "lanes": config.data.lanes,
