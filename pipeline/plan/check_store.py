@@ -11,6 +11,7 @@ from pipeline.data.order import share_of_node
 from pipeline.data.reader import Dataset
 from pipeline.files import require_writable
 from pipeline.plan.check import Check
+from pipeline.plan.check_caches import file_system, is_shared
 from pipeline.plan.check_directory import existing
 from pipeline.plan.forecast import RANKS_PER_NODE
 from pipeline.run.ownership import locks_work
@@ -36,8 +37,11 @@ def check_store(config: ExperimentConfig, world_size: int) -> Check | None:
         return Check("store", "warn", finding, "set data.cache.folder to a disk of the node")
     parent = existing(Path(cache.folder), "data.cache.folder")
     require_writable(parent, "set data.cache.folder to another")
+    own = "set data.cache.folder to a disk of the node"
     if not locks_work(parent):
-        return Check("store", "fail", f"flock does not work in {parent}", "set data.cache.folder to a disk of the node")
+        return Check("store", "fail", f"flock does not work in {parent}", own)
+    if is_shared(kind := file_system(parent)):
+        return Check("store", "warn", f"{parent} ({kind}) is on a network", own)
     room = min(cache.gb * _GB, shutil.disk_usage(parent).free)
     window = 2 * config.data.window * dataset.largest_piece * len(dataset.sources) * math.ceil(lanes / nodes)
     needed = min(window, share * total)

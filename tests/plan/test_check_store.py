@@ -58,7 +58,12 @@ def test_doctor_says_what_nodes_fetch_and_keep(
         assert part in f"{found.finding} {found.fix}"
 
 
-def test_doctor_fails_where_the_folder_cannot_be_used(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folder_that_ranks_cannot_lock_or_other_nodes_see_is_named(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(checks, "file_system", lambda folder: "nfs4")
+        found = check_store(load_config(path), 8)
+        assert found is not None
+        assert (found.status, "(nfs4) is on a network" in found.finding) == ("warn", True)
     monkeypatch.setattr(checks, "locks_work", lambda folder: False)
     found = check_store(load_config(path), 8)
     assert found is not None
