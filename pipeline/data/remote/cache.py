@@ -178,7 +178,7 @@ class Cache:
                     if piece and (name := piece.file):
                         pieces[number] = piece, name
             self._pieces, self._useless, self._planned = pieces, set(), wish
-            for number in [number for number in self._open if number not in pieces]:
+            for number in set(self._open) - set(pieces):
                 self._open.pop(number, None)
             lines = [f"{name} {wish[number]:.6f}\n" for number, (_, name) in pieces.items()]
             with self._alone():
