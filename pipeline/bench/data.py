@@ -11,7 +11,8 @@ from pipeline.config import DataConfig
 from pipeline.data.augment import P, decode_pipeline, make_pipeline, parameters
 from pipeline.data.intake import CHANNELS, Intake
 from pipeline.data.loader import Loader
-from pipeline.data.reader import Dataset, Picked, SampleStream
+from pipeline.data.reader import Picked
+from pipeline.data.reading import Reading
 
 _WARM_UP = 3  # batches; the first ones build operators and fill the queue
 
@@ -56,20 +57,15 @@ def _measure_loader(data: DataConfig, device: str, batches: int, channels: int) 
 
 
 def _measure_stages(data: DataConfig, batches: int, device_id: int | None, intake: Intake) -> dict[str, float]:
-    stream = SampleStream(
-        Dataset(data.train, data.image),
-        window=data.window,
-        seed=data.seed,
-        max_pixels=data.max_pixels,
-        unpack=intake.open,
-    )
+    reading = Reading(data, intake=intake)
     picked: list[Picked] = []
 
     def prepare() -> None:
-        picked[:] = [stream.pick(position) for position in range(data.batch_size)]
+        picked[:] = reading.pick(range(data.batch_size))
         parameters(data, 0, [p.header for p in picked], intake.channels)
 
     read = _cpu_ms(prepare, batches) / data.batch_size
+    reading.close()
     images = [np.frombuffer(p.data, np.uint8) if intake.is_rgb else p.data for p in picked]
     drawn = parameters(data, 0, [p.header for p in picked], intake.channels)
     plain, sharp = drawn.copy(), drawn.copy()

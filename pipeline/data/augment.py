@@ -64,11 +64,14 @@ class P(IntEnum):
     MIRROR_Y = 12
 
 
-def parameters(data: DataConfig, position: int, headers: Sequence[Header], channels: int = CHANNELS) -> np.ndarray:
-    """Augmentation parameters of consecutive samples.
+def parameters(
+    data: DataConfig, position: int | np.ndarray, headers: Sequence[Header], channels: int = CHANNELS
+) -> np.ndarray:
+    """Augmentation parameters of samples.
 
     Args:
-        position: global position of the first; every sample's draws depend on the seed and its own position alone.
+        position: global positions, rising by runs; of the first one alone if the others follow it. Every sample's draws
+            depend on the seed and its own position alone.
         headers: of the B images.
         channels: of all images.
 
@@ -77,22 +80,29 @@ def parameters(data: DataConfig, position: int, headers: Sequence[Header], chann
         where it is dropped, else 1.
     """
     crops = GLOBAL_CROPS + data.local_crops.count
-    generator = philox(data.seed, Purpose.AUGMENT, crops, block=position * crops * _DRAWS // 4)
-    draws = generator.random((len(headers), crops, _DRAWS))
+    positions = position + np.arange(len(headers)) if isinstance(position, int) else position
+    runs = np.split(positions, np.flatnonzero(np.diff(positions) != 1) + 1)
+    draws = np.concatenate([_draws(data.seed, crops, int(run[0]), len(run)) for run in runs])
     out = np.zeros((len(headers), crops, len(P)), np.float32)
     boxes = _boxes(data, np.array([header.size for header in headers]), draws[..., : 2 * _BOX_TRIES + 2])
     _fill_geometry(out, boxes, draws[..., -1] < _FLIP_PROBABILITY, headers)
     _fill_colours(out, draws[..., 2 * _BOX_TRIES + 2 : -1], data.blur)
     if data.channel_drop:
-        out = np.concatenate([out, _kept_channels(data, position, out.shape[:2], channels)], -1)
+        kept = np.concatenate([_kept_channels(data, run, crops, channels) for run in runs])
+        out = np.concatenate([out, kept], -1)
     return out
 
 
-def _kept_channels(data: DataConfig, position: int, shape: tuple[int, ...], channels: int) -> np.ndarray:
-    """1 or 0 for each channel of each crop; one is always left."""
-    images, crops = shape
-    generator = philox(data.seed, Purpose.CHANNELS, crops, block=position * crops * MOST_CHANNELS // 4)
-    draws = generator.random((images, crops, MOST_CHANNELS))[..., :channels]
+def _draws(seed: int, crops: int, position: int, count: int) -> np.ndarray:
+    """Of consecutive positions."""
+    generator = philox(seed, Purpose.AUGMENT, crops, block=position * crops * _DRAWS // 4)
+    return generator.random((count, crops, _DRAWS))
+
+
+def _kept_channels(data: DataConfig, run: np.ndarray, crops: int, channels: int) -> np.ndarray:
+    """1 or 0 for each channel of each crop of consecutive positions; one is always left."""
+    generator = philox(data.seed, Purpose.CHANNELS, crops, block=int(run[0]) * crops * MOST_CHANNELS // 4)
+    draws = generator.random((len(run), crops, MOST_CHANNELS))[..., :channels]
     kept = (draws >= data.channel_drop) | (draws == draws.max(-1, keepdims=True))
     return kept.astype(np.float32)
 

@@ -36,7 +36,7 @@ class EvalImages:
         from timm.data import create_transform
 
         self.intake, self.numbering = intake or Intake(), numbering or Numbering({})
-        self.dataset = Dataset(shards, self.intake.image)
+        self.dataset = Dataset(shards, image=self.intake.image)
         self.transform = create_transform(**preprocessing, is_training=False, normalize=False)
         self._mean = torch.tensor(preprocessing["mean"]).view(-1, 1, 1)
         self._std = torch.tensor(preprocessing["std"]).view(-1, 1, 1)

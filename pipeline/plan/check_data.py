@@ -21,7 +21,7 @@ _SAMPLES = 64  # images that are decoded, spread over the shards
 def check_shards(config: ExperimentConfig, world_size: int) -> Check:
     """Are the shards there, indexed, and enough for the ranks?"""
 
-    dataset = Dataset(config.data.train, config.data.image)
+    dataset = Dataset(config.data.train, image=config.data.image)
     bare = dataset.without_index
     _require_evaluation(config)
     batch = config.data.batch_size * world_size
@@ -53,14 +53,14 @@ def _require_evaluation(config: ExperimentConfig) -> None:
         raise UserError("there is nothing to evaluate on", "eval.val", "name labelled shards, or unset every_steps")
     common_numbering(name_shards(train), name_shards(val), known_classes)
     for shards in (train, val):
-        Dataset(shards, config.data.image)
+        Dataset(shards, image=config.data.image)
 
 
 def check_images(config: ExperimentConfig) -> Check:
     """Can images from all over the shards be decoded?"""
 
     intake = Intake.of_experiment(settle_values(config))
-    dataset = Dataset(config.data.train, intake.image)
+    dataset = Dataset(config.data.train, image=intake.image)
     count = min(_SAMPLES, len(dataset))
     bad: dict[int, str] = {}
     for record in (i * len(dataset) // count for i in range(count)):

@@ -23,7 +23,7 @@ def check_sources(config: ExperimentConfig) -> Check:
     """
     before, WEATHER.patience = WEATHER.patience, _PATIENCE
     try:
-        dataset = Dataset(config.data.train, config.data.image)
+        dataset = Dataset(config.data.train, image=config.data.image)
         seconds = _SECONDS / len(dataset.sources)
         found = [_try(dataset, number, seconds) for number in range(len(dataset.sources))]
     finally:

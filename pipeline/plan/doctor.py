@@ -16,6 +16,7 @@ from pipeline.plan.check_machine import check_device, check_driver, check_memory
 from pipeline.plan.check_names import check_evaluation, check_metrics, check_pretrained
 from pipeline.plan.check_ranks import check_clocks, check_collectives, check_kernels, check_network
 from pipeline.plan.check_sources import check_sources
+from pipeline.plan.check_store import check_store
 
 
 def table(checks: list[Check]) -> str:
@@ -37,7 +38,7 @@ def examine(config: ExperimentConfig, ranks: Ranks, world_size: int) -> list[Che
         ranks: at hand.
         world_size: ranks of the job to come.
     """
-    on_main: dict[str, Callable[[], Check]] = {
+    on_main: dict[str, Callable[[], Check | None]] = {
         "software": lambda: check_software(config),
         "driver": check_driver,
         "device": lambda: check_device(config),
@@ -46,6 +47,7 @@ def examine(config: ExperimentConfig, ranks: Ranks, world_size: int) -> list[Che
         "shards": lambda: check_shards(config, world_size),
         "sources": lambda: check_sources(config),
         "images": lambda: check_images(config),
+        "store": lambda: check_store(config, world_size),
         "evaluation": lambda: check_evaluation(config),
         "pretrained": lambda: check_pretrained(config),
         "metrics": lambda: check_metrics(config),
@@ -53,7 +55,8 @@ def examine(config: ExperimentConfig, ranks: Ranks, world_size: int) -> list[Che
         "disk": lambda: check_disk(config),
         "signal lead": lambda: check_lead(config, world_size),
     }
-    checks = [ranks.agree(lambda n=name, c=check: _guarded(n, c)) for name, check in on_main.items()]  # type: ignore[misc]
+    found = [ranks.agree(lambda n=name, c=check: _guarded(n, c)) for name, check in on_main.items()]  # type: ignore[misc]
+    checks = [check for check in found if check is not None]
     checks.append(check_kernels(config, ranks))
     checks.append(check_clocks(ranks))
     checks.append(check_network(ranks))
@@ -61,7 +64,7 @@ def examine(config: ExperimentConfig, ranks: Ranks, world_size: int) -> list[Che
     return checks
 
 
-def _guarded(name: str, check: Callable[[], Check]) -> Check:
+def _guarded(name: str, check: Callable[[], Check | None]) -> Check | None:
     try:
         return check()
     except UserError as error:

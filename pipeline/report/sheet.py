@@ -6,11 +6,12 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from pipeline.config import ExperimentConfig
+from pipeline.config import CacheConfig, DataConfig, ExperimentConfig
 from pipeline.data.intake import Intake, settle_values
 from pipeline.data.loader import Loader
 from pipeline.data.masks import block_masks
-from pipeline.data.reader import SampleStream, Skip
+from pipeline.data.reader import Skip
+from pipeline.data.reading import Reading
 from pipeline.elastic import Grid
 from pipeline.report.charts import table
 from pipeline.report.pictures import SIDE, darkened, picture
@@ -30,7 +31,8 @@ def contact_sheet(config: ExperimentConfig, name: str) -> str:
         UserError: shards are missing, damaged, or without statistics that are wanted.
     """
     config = settle_values(config)
-    data = config.data.model_copy(update={"batch_size": min(IMAGES, config.data.batch_size), "threads": 1})
+    count = min(IMAGES, config.data.batch_size)
+    data = config.data.model_copy(update={"batch_size": count, "threads": 1, "lanes": 1, "cache": CacheConfig()})
     skips: list[Skip] = []
     loader = Loader(data, channels=config.model.in_chans, on_skip=skips.append)
     try:
@@ -38,7 +40,7 @@ def contact_sheet(config: ExperimentConfig, name: str) -> str:
         globals_, locals_ = batch.global_crops.clone(), batch.local_crops.clone()
     finally:
         loader.close()
-    names = _names(config, loader, data.batch_size)
+    names = _names(data, loader)
     intake, local = loader.intake, data.local_crops.count
     masks = _masks(config, len(globals_))
     crops, covered, channels = [], [], []
@@ -64,13 +66,12 @@ def contact_sheet(config: ExperimentConfig, name: str) -> str:
     return page_of(name, "Contact sheet", "What the model sees", sections)
 
 
-def _names(config: ExperimentConfig, loader: Loader, images: int) -> list[str]:
+def _names(data: DataConfig, loader: Loader) -> list[str]:
     """Key and shard of the first images."""
-    data, dataset = config.data, loader.dataset
-    stream = SampleStream(
-        dataset, window=data.window, seed=data.seed, max_pixels=data.max_pixels, unpack=loader.intake.open
-    )
-    records = [stream.pick(position).record for position in range(images)]
+    dataset = loader.dataset
+    reading = Reading(data, dataset=dataset, intake=loader.intake)
+    records = [picked.record for picked in reading.pick(reading.positions(0).tolist())]
+    reading.close()
     return [f"{dataset.key(record)} ({dataset.shard(record).name})" for record in records]
 
 

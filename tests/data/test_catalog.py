@@ -159,7 +159,7 @@ def test_image_that_is_wanted_stands_in_the_catalog_until_another_is(
     one, two = (str(make_shard(files, f"{name}.tar")) for name in "ab")
 
     def images(image: str | None = None) -> list[bytes]:
-        dataset = Dataset([one, two], image)
+        dataset = Dataset([one, two], image=image)
         return [bytes(dataset.image(record)) for record in range(4)]
 
     index([one, two])
@@ -173,4 +173,4 @@ def test_image_that_is_wanted_stands_in_the_catalog_until_another_is(
         "the key appears in a.tar as well"
     ]
     with pytest.raises(UserError, match=r"none of depth.*a\.tar"):
-        Dataset([one], "depth")
+        Dataset([one], image="depth")
