@@ -24,7 +24,7 @@ def new_folder(destination: str | Path, identity: str | None = None) -> Iterator
 
     Args:
         identity: of what is made. What of it is complete, which a file `.NAME.json` for each part says, is kept if the
-            block ends by anything but a UserError, and is there again in the next folder of the same identity.
+            block does not end well, and is there again in the next folder of the same identity.
 
     Raises:
         UserError: the destination holds something or cannot be written, or the block meets an OSError. What is
@@ -45,7 +45,7 @@ def new_folder(destination: str | Path, identity: str | None = None) -> Iterator
     try:
         yield aside
     except BaseException as error:
-        if isinstance(error, UserError) or not complete_parts(aside):
+        if not complete_parts(aside):
             shutil.rmtree(aside, ignore_errors=True)
             _remove_empty(made)
         if isinstance(error, OSError):

@@ -8,6 +8,7 @@ import tarfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
@@ -21,6 +22,7 @@ from pipeline.data.images import BadImage, inspect
 from pipeline.data.items import Item
 from pipeline.data.mask_files import MASK, encode_mask
 from pipeline.data.values import decode_values
+from pipeline.errors import UserError
 from pipeline.files import write_atomically
 
 _AHEAD = 4  # images in work per thread
@@ -91,6 +93,9 @@ def pack_all(jobs: Iterable[Job], processes: int, advance: Callable[[int], None]
 
     Yields:
         What came of each job, in their order.
+
+    Raises:
+        UserError: a process has died.
     """
     if processes == 1:
         yield from (_done(job, advance) or pack(job, advance) for job in jobs)
@@ -108,6 +113,9 @@ def pack_all(jobs: Iterable[Job], processes: int, advance: Callable[[int], None]
             _take_finished(waiting, advance)
             while waiting and isinstance(waiting[0], Packed):
                 yield waiting.popleft()  # type: ignore[misc]
+    except BrokenProcessPool as error:
+        fix = "give the job more memory, or pack with fewer --jobs; complete shards are kept"
+        raise UserError("a process that packs has died, most likely killed for its memory", "packing", fix) from error
     except BaseException:
         for process in list((pool._processes or {}).values()):  # nobody waits for the shards that they are at
             process.terminate()

@@ -14,6 +14,7 @@ from pipeline.data.folder import _load as load
 from pipeline.data.items import Item
 from pipeline.data.packing import Job, Packed, done_path, pack, pack_all
 from pipeline.data.shards import build
+from pipeline.errors import UserError
 
 
 @pytest.fixture
@@ -52,6 +53,13 @@ def test_index_that_is_written_on_the_way_is_that_of_the_tar(items: list[Item], 
     assert packed.entry.bytes == job.path.stat().st_size
     assert indexes.read_index(job.path) == tars.walk(job.path)
     assert [sample.key for sample in tars.walk(job.path)] == [key for key, _ in packed.sources]
+
+
+def test_process_that_is_killed_is_one_clear_error(items: list[Item], tmp_path: Path) -> None:
+    first, *others = jobs(tmp_path / "out", items)
+    first.items = [Item("x.jpg", partial(signal.raise_signal, signal.SIGKILL))]
+    with pytest.raises(UserError, match=r"a process that packs has died.*complete shards are kept"):
+        list(pack_all([first, *others], 2, lambda _: None))
 
 
 def test_shard_that_is_done_is_not_packed_again(items: list[Item], tmp_path: Path) -> None:
