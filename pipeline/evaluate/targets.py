@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -55,12 +55,12 @@ class Target:
     Attributes:
         candidates: the models.
         preprocessing: timm's data config of all of them.
-        intake: how images become values for them.
+        intake: how images become values for them; by default 8-bit RGB.
     """
 
     candidates: list[Candidate]
     preprocessing: dict[str, Any]
-    intake: Intake
+    intake: Intake = field(default_factory=Intake)
 
     def groups(self, samples: int, budget: int) -> Iterator[list[Candidate]]:
         """Consecutive candidates that together fit into `budget` bytes; one that does not fit is alone."""
@@ -118,8 +118,9 @@ def directory_target(path: Path) -> Target:
     return Target([Candidate(path.resolve().name, lambda: model, feature_dim, params, gflops, {})], data, intake)
 
 
-def pixels_target(intake: Intake) -> Target:
+def pixels_target(intake: Intake | None = None) -> Target:
     """Raw pixels as features: the whole image squeezed to 32 x 32."""
+    intake = intake or Intake()
     channels = intake.channels
     squeezed = {
         "input_size": (channels, PIXEL_SIDE, PIXEL_SIDE),
