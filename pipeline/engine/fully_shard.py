@@ -7,6 +7,8 @@ lie in one flat vector, which is what the one pass updates. Every rank calls eve
 
 import copy
 import platform
+import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +34,10 @@ from pipeline.errors import UserError
 from pipeline.method.tri_branch import Branch
 
 
+# it warns of operations in place on what a branch returns, which would hide it from the backward pass; there are none
+warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+
+
 class FullyShard(Layout):
     """The student and its teacher under `fully_shard`.
 
@@ -54,12 +60,8 @@ class FullyShard(Layout):
         master, ema = (_lay_out(branch, parts, device) for branch in (student, teacher))
         self.student = self.branch = student
         self.teacher = teacher
-        self._whole_teacher = teacher
         self._root = cast(FSDPModule, student)
-        # a rank's sub-network leaves blocks out; before torch 2.13 only the sum of both passes can be reduced then
-        self._every_pass = self._resharded and hasattr(self._root, "set_reduce_scatter_unused_params")
-        if self._every_pass:
-            self._root.set_reduce_scatter_unused_params(True)
+        self._every_pass = self._resharded and self._takes_unused()
         self._parts = parts
         named = dict(student.named_parameters())
         self._parameters = [named[part.name] for part in parts]
@@ -70,6 +72,16 @@ class FullyShard(Layout):
         self.groups = _groups(specs, parts, self.shard)
         if mesh.ndim > 1:
             self.replica = Replica(mesh.get_local_rank("replicate"), mesh.size(0))
+
+    def _takes_unused(self) -> bool:
+        """Let FSDP2 reduce what some rank's sub-network leaves out, if this version of torch can."""
+        if not hasattr(self._root, "set_reduce_scatter_unused_params"):
+            if dist.get_rank() == 0:
+                note = "note: before torch 2.13 FSDP2 reduces after both passes alone: every rank holds all gradients"
+                print(note, file=sys.stderr)
+            return False
+        self._root.set_reduce_scatter_unused_params(True)
+        return True
 
     def backward(self, loss: Tensor, last: bool) -> None:
         self._root.set_requires_gradient_sync(last or self._every_pass)
@@ -109,7 +121,7 @@ class FullyShard(Layout):
 
     @contextmanager
     def whole_teacher(self) -> Iterator[Branch]:
-        with gathered(self._whole_teacher) as branch:
+        with gathered(cast(Branch, self.teacher)) as branch:
             yield branch
 
 

@@ -10,9 +10,12 @@ from pipeline.errors import UserError
 @pytest.mark.parametrize(
     ("engine", "way_out"),
     [
-        ({"backend": "fsdp2", "zero_stage": 3}, "zero_stage=3 means nothing .*fsdp2: set engine.zero_stage=null"),
+        (
+            {"backend": "fsdp2", "zero_stage": 3},
+            "zero_stage=3 means nothing under engine.backend=fsdp2 .*: set engine.zero_stage=null",
+        ),
         ({"backend": "fsdp2", "offload_optimizer": "cpu"}, "offload_optimizer=cpu means nothing"),
-        ({"shard_size": "node"}, "shard_size=node means nothing .*deepspeed: .* engine.backend=fsdp2"),
+        ({"shard_size": "node"}, "shard_size=node means nothing .*deepspeed .*: .* engine.backend=fsdp2"),
         ({"reshard_after_forward": False}, "reshard_after_forward=false means nothing"),
         ({"zero_stage": None}, "name a stage of 0 to 3"),
     ],

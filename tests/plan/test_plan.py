@@ -133,7 +133,7 @@ def test_fsdp2_holds_masters_and_average_alone_and_one_copy_more_of_weights_that
     assert keep["fp32 master, AdamW, EMA"] == reshard["fp32 master, AdamW, EMA"] == 4 * VIT_L_PARAMETERS
     assert keep["weights (student, teacher)"] == 0
     assert keep["gathered weights (estimate)"] - reshard["gathered weights (estimate)"] > 1.5 * VIT_L_PARAMETERS
-    assert keep["gradients"] > 4 * VIT_L_PARAMETERS > 3 * reshard["gradients"]
+    assert keep["gradients"] > 4 * VIT_L_PARAMETERS > 2 * reshard["gradients"]
 
 
 def test_sharding_divides_what_the_optimizer_holds():
