@@ -33,7 +33,6 @@ from pipeline.engine.optimizer import FlatAdamW
 from pipeline.errors import UserError
 from pipeline.method.tri_branch import Branch
 
-
 # it warns of operations in place on what a branch returns, which would hide it from the backward pass; there are none
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
