@@ -106,19 +106,25 @@ class Result(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def results(launch, experiment, tmp_path_factory) -> dict[Case, Result]:
-    directory = tmp_path_factory.mktemp("three_steps")
-    plain, found = {}, {}
-    for ranks in sorted({case.ranks for case in [*CASES, *BF16]}):
-        trees = {case: case.tree(experiment) for case in [*CASES, *BF16] if case.ranks == ranks}
-        by_kind = {case.kind: tree for case, tree in trees.items()}
-        plain |= run(launch, directory, "plain64", 1, by_kind, ranks)
-        found |= run(launch, directory, "engine", ranks, trees, ranks)
-        if ranks == RANKS:
-            of_family = {kind[0]: kind for kind in reversed(by_kind)}
-            rounded = run(launch, directory, "plain32", 1, {kind: by_kind[kind] for kind in of_family.values()})
+def results(launch, experiment, tmp_path_factory, request) -> dict[Case, Result]:
+    """Of the cases that the selected tests ask for."""
+    own = [item for item in request.session.items if item.path == request.path and "results" in item.fixturenames]
+    asked = {item.callspec.params["case"] if hasattr(item, "callspec") else "all" for item in own}
+    chosen = [case for case in [*CASES, *BF16] if asked & {case, "all"}]
+    directory, trees = tmp_path_factory.mktemp("three_steps"), {case: case.tree(experiment) for case in chosen}
+    kinds = {case.kind: case for case in reversed(chosen)}
+    of_family = {kind[0]: kind for kind in sorted(kinds, key=lambda kind: -kind[-1])}
+    plain, rounded, found = {}, {}, {}
+    for ranks in sorted({case.ranks for case in chosen}):
+        here = {kind: trees[case] for kind, case in kinds.items() if case.ranks == ranks}
+        plain |= run(launch, directory, "plain64", 1, here, ranks)
+        if few := {kind: tree for kind, tree in here.items() if kind in of_family.values()}:
+            rounded |= run(launch, directory, "plain32", 1, few, ranks)
+        found |= run(
+            launch, directory, "engine", ranks, {c: tree for c, tree in trees.items() if c.ranks == ranks}, ranks
+        )
     lost = {family: fp32_loss(rounded[kind], plain[kind]) for family, kind in of_family.items()}
-    return {case: Result(found[case], plain[case.kind], lost[case.family]) for case in found}
+    return {case: Result(found[case], plain[case.kind], lost[case.family]) for case in chosen}
 
 
 def fp32_loss(rounded, expected):
