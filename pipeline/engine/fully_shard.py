@@ -208,7 +208,7 @@ def _ranks_per_node() -> int:
     dist.all_gather_object(nodes, platform.node())
     count = nodes.count(nodes[0])
     together = [nodes[i : i + count] for i in range(0, len(nodes), count)]
-    if any(len(part) != count or len({*part}) > 1 for part in together):
+    if any({*part} != {part[0]} or nodes.count(part[0]) != count for part in together):
         raise UserError(
             "the nodes have different numbers of ranks, or ranks that do not follow one another",
             "engine.shard_size=node",
