@@ -42,7 +42,7 @@ class FullyShard(Layout):
 
     With `reshard_after_forward` a weight is whole only while its block computes, and gradients are reduced after each
     backward pass, as at ZeRO-3. Without, the student stays whole from its first forward to its last backward pass, and
-    gradients are added up on the rank and reduced once: half the traffic of each, for a copy of the weights and of the
+    gradients are added up on the rank and reduced once: half the traffic or less, for a copy of the weights and of the
     gradients on every rank. The teacher's single pass leaves nothing gathered.
     """
 
@@ -88,6 +88,7 @@ class FullyShard(Layout):
         self._root.set_reshard_after_backward(last or self._resharded)
         loss.backward()
 
+    @torch.no_grad()  # with it, what a shard holds is at hand without a call of autograd's
     def finish_backward(self) -> None:
         for parameter, part in zip(self._parameters, self._parts, strict=True):
             found = 0
