@@ -282,7 +282,7 @@ def _open_dataset(config: ExperimentConfig, global_batch: int) -> Dataset:
 def build_student(config: ExperimentConfig) -> Branch:
     """The student, initialised at random from the seed of the experiment, on the CPU in fp32."""
     torch.manual_seed(config.data.seed)
-    sharded = config.engine.effective_stage() == 3
+    sharded = config.engine.gathers_blocks
     backbone = build(
         config.model,
         attention=config.engine.kernels.attention,
