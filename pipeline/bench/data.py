@@ -10,7 +10,8 @@ import numpy as np
 from pipeline.config import DataConfig
 from pipeline.data.augment import P, decode_pipeline, make_pipeline, parameters
 from pipeline.data.loader import Loader
-from pipeline.data.reader import Dataset, Picked, SampleStream
+from pipeline.data.reader import Picked
+from pipeline.data.reading import Reading
 
 _WARM_UP = 3  # batches; the first ones build operators and fill the queue
 
@@ -53,14 +54,15 @@ def _measure_loader(data: DataConfig, device: str, batches: int) -> dict[str, fl
 
 
 def _measure_stages(data: DataConfig, batches: int, device_id: int | None) -> dict[str, float]:
-    stream = SampleStream(Dataset(data.train), window=data.window, seed=data.seed, max_pixels=data.max_pixels)
+    reading = Reading(data)
     picked: list[Picked] = []
 
     def prepare() -> None:
-        picked[:] = [stream.pick(position) for position in range(data.batch_size)]
+        picked[:] = reading.pick(range(data.batch_size))
         parameters(data, 0, [p.header for p in picked])
 
     read = _cpu_ms(prepare, batches) / data.batch_size
+    reading.close()
     encoded = [np.frombuffer(p.data, np.uint8) for p in picked]
     drawn = parameters(data, 0, [p.header for p in picked])
     plain, sharp = drawn.copy(), drawn.copy()

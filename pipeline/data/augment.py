@@ -61,24 +61,32 @@ class P(IntEnum):
     MIRROR_Y = 12
 
 
-def parameters(data: DataConfig, position: int, headers: Sequence[Header]) -> np.ndarray:
-    """Augmentation parameters of consecutive samples.
+def parameters(data: DataConfig, position: int | np.ndarray, headers: Sequence[Header]) -> np.ndarray:
+    """Augmentation parameters of samples.
 
     Args:
-        position: global position of the first; every sample's draws depend on the seed and its own position alone.
+        position: global positions, rising by runs; of the first one alone if the others follow it. Every sample's draws
+            depend on the seed and its own position alone.
         headers: of the B images.
 
     Returns:
         float32 `[B, 2 + L, len(P)]`; global crops first.
     """
     crops = GLOBAL_CROPS + data.local_crops.count
-    generator = philox(data.seed, Purpose.AUGMENT, crops, block=position * crops * _DRAWS // 4)
-    draws = generator.random((len(headers), crops, _DRAWS))
+    positions = position + np.arange(len(headers)) if isinstance(position, int) else position
+    runs = np.split(positions, np.flatnonzero(np.diff(positions) != 1) + 1)
+    draws = np.concatenate([_draws(data.seed, crops, int(run[0]), len(run)) for run in runs])
     out = np.zeros((len(headers), crops, len(P)), np.float32)
     boxes = _boxes(data, np.array([header.size for header in headers]), draws[..., : 2 * _BOX_TRIES + 2])
     _fill_geometry(out, boxes, draws[..., -1] < _FLIP_PROBABILITY, headers)
     _fill_colours(out, draws[..., 2 * _BOX_TRIES + 2 : -1], data.blur)
     return out
+
+
+def _draws(seed: int, crops: int, position: int, count: int) -> np.ndarray:
+    """Of consecutive positions."""
+    generator = philox(seed, Purpose.AUGMENT, crops, block=position * crops * _DRAWS // 4)
+    return generator.random((count, crops, _DRAWS))
 
 
 def _boxes(data: DataConfig, sizes: np.ndarray, draws: np.ndarray) -> np.ndarray:

@@ -12,10 +12,10 @@ from pipeline.config import DataConfig
 from pipeline.data.augment import make_pipeline, parameters, undecodable
 from pipeline.data.images import Header
 from pipeline.data.mixing import WHOLE, Segment
-from pipeline.data.reader import Dataset, SampleStream, Skip
+from pipeline.data.reader import Dataset, Skip
+from pipeline.data.reading import Reading
 
 _READ_AHEAD = 4  # batches whose bytes and parameters are prepared before the pipeline asks for them
-_REQUESTS = 32  # in flight at once to a store
 _DTYPES = (torch.float32, torch.float16)
 
 
@@ -29,6 +29,7 @@ class Batch(NamedTuple):
 class _Prepared(NamedTuple):
     """What the pipeline needs for a batch, and what had to be left out of it."""
 
+    positions: np.ndarray
     encoded: list[np.ndarray]
     parameters: np.ndarray
     records: list[int]
@@ -39,8 +40,9 @@ class _Prepared(NamedTuple):
 class Loader:
     """Endless iterator over batches of this rank.
 
-    Rank r of R takes positions `next_sample + r * B ... + B` of the stream, so R ranks with batches of B see what one
-    rank sees with batches of R * B, and a loader started at another's `next_sample` continues it bit for bit.
+    Rank r of R takes the r-th slice of the next R * B positions of the stream, sorted by lane (see `order`), so R ranks
+    with batches of B see what one rank sees with batches of R * B, and a loader started at another's `next_sample`
+    continues it bit for bit.
 
     Args:
         data: shards, crops and augmentation.
@@ -49,7 +51,7 @@ class Loader:
         device: `cpu` or `cuda:N`; decides where images are decoded and augmented and where tensors live.
         dtype: torch.float32 or torch.float16. For bfloat16 take float32 and cast: DALI cannot write it.
         on_skip: called once per sample left out, with its key, shard, reason and first position.
-        dataset: `data.train`, if it is open already.
+        dataset: `data.train` in pieces of `data.piece_mb`, if it is open already.
         segment: of the run, if its sources or weights have changed.
 
     Attributes:
@@ -80,18 +82,16 @@ class Loader:
             raise ValueError(f"dtype {dtype}: expected one of {_DTYPES}")
         self.data, self.rank, self.world_size, self.on_skip = data, rank, world_size, on_skip
         self.device_id, self._half = _device_id(torch.device(device)), dtype == torch.float16
-        self.dataset = dataset = dataset or Dataset(data.train)
-        self._stream = SampleStream(
-            dataset, window=data.window, seed=data.seed, max_pixels=data.max_pixels, segment=segment
-        )
-        self.samples, self.next_sample = len(dataset), start_sample
+        self._reading = Reading(data, rank, world_size, dataset, segment)
+        self._stream, self.dataset = self._reading.stream, self._reading.dataset
+        self.samples, self.next_sample = len(self.dataset), start_sample
         self.skipped: Counter[str] = Counter()
         self.used: Counter[str] = Counter()
         self._reported: set[int] = set()
         self._handed_out: Any = None
         self._in_use: deque[tuple[torch.cuda.Event, Any]] = deque()
         self._pool = ThreadPoolExecutor(_READ_AHEAD, thread_name_prefix="poa-reader")
-        self._requests = ThreadPoolExecutor(_REQUESTS, "poa-fetch") if dataset.is_remote else None
+        self._reading.want(start_sample)
         self._start_pipeline()
 
     def __iter__(self) -> "Loader":
@@ -100,12 +100,12 @@ class Loader:
     def __next__(self) -> Batch:
         self._release_buffers()
         outputs = self._handed_out = self._run()
-        position = self.next_sample + self.rank * self.data.batch_size
         prepared = self._prepared.pop(self.next_sample).result()
         positions = np.asarray(outputs[0].as_tensor()).ravel()
-        assert (positions == position + np.arange(self.data.batch_size)).all(), "the pipeline lost a batch"
+        assert (positions == prepared.positions).all(), "the pipeline lost a batch"
         self._report(prepared)
         self.next_sample += self._stride
+        self._reading.want(self.next_sample)  # not what is read ahead: this batch may still be on its way
         self.used.update(self.dataset.source(record).name for record in prepared.records)
         crops = [torch.from_dlpack(output.as_tensor()).flatten(0, 1) for output in outputs[2:]]
         if len(crops) == 1:
@@ -115,8 +115,8 @@ class Loader:
 
     def close(self) -> None:
         """Stop the reading threads and free the pipeline; tensors handed out stay valid."""
-        for pool in filter(None, (self._pool, self._requests)):
-            pool.shutdown(wait=True, cancel_futures=True)
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._reading.close()
         del self._pipeline
 
     @property
@@ -134,23 +134,22 @@ class Loader:
                 if ahead not in self._prepared:
                     self._prepared[ahead] = self._pool.submit(self._prepare, ahead)
             prepared = self._prepared[wanted].result()
-            first = wanted + self.rank * self.data.batch_size
-            positions = np.arange(first, first + self.data.batch_size)[:, None]
-            return prepared.encoded, list(prepared.parameters), positions
+            return prepared.encoded, list(prepared.parameters), prepared.positions[:, None]
 
         self._pipeline = make_pipeline(self.data, source, device_id=self.device_id, half=self._half)
 
     def _prepare(self, sample: int) -> _Prepared:
-        position = sample + self.rank * self.data.batch_size
-        positions = range(position, position + self.data.batch_size)
-        picked = list((self._requests.map if self._requests else map)(self._stream.pick, positions))
+        positions = self._reading.positions(sample)
+        numbers = positions.tolist()
+        picked = self._reading.pick(numbers)
         headers = [p.header for p in picked]
         return _Prepared(
+            positions,
             [np.frombuffer(p.data, np.uint8) for p in picked],
-            parameters(self.data, position, headers),
+            parameters(self.data, positions, headers),
             [p.record for p in picked],
             headers,
-            [(position + i, record, reason) for i, p in enumerate(picked) for record, reason in p.rejected],
+            [(number, *verdict) for number, p in zip(numbers, picked, strict=True) for verdict in p.rejected],
         )
 
     def _run(self) -> Any:

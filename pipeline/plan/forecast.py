@@ -1,7 +1,8 @@
-"""What a run costs on N GPUs, on paper: stragglers, communication, time, data. No torch, no GPU, no network."""
+"""What a run costs on N GPUs, on paper: stragglers, communication, time, data. No torch, no GPU, and no network unless
+the data is in a store."""
 
 from functools import partial
-from math import gcd, sqrt
+from math import ceil, gcd, sqrt
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +11,10 @@ from pipeline.elastic import cost
 from pipeline.elastic.sampling import ASSIGNMENTS, SubnetSampler
 from pipeline.elastic.subnet import Grid
 from pipeline.errors import UserError
+
+_PATIENCE = 5.0  # seconds for a store that may not be in reach
+RANKS_PER_NODE = 8
+"""Where nobody says how many GPUs a node has."""
 
 
 class Gpu(NamedTuple):
@@ -125,6 +130,37 @@ def data(config: ExperimentConfig, ranks: int) -> dict[str, Any]:
         "samples": samples,
         "passes_per_epoch": per_epoch / samples if samples else None,
         "passes_in_all": batch * config.optim.total_steps / samples if samples else None,
+    }
+
+
+def store(config: ExperimentConfig, ranks: int) -> dict[str, Any] | None:
+    """What a node fetches from stores and keeps; None if all shards are on disks. Bytes are None where the catalogs
+    cannot be read within some seconds."""
+    from pipeline.data.order import share_of_node
+    from pipeline.data.patterns import patterns_of
+    from pipeline.data.reader import Dataset
+    from pipeline.data.remote.patience import WEATHER
+
+    if not any("://" in pattern for pattern in patterns_of(config.data.train)):
+        return None
+    nodes, cache = ceil(ranks / RANKS_PER_NODE), config.data.cache
+    whole, single = share_of_node(nodes, config.data.lanes, keeps=cache.folder is not None)
+    patience, WEATHER.patience = WEATHER.patience, _PATIENCE
+    try:
+        total = Dataset(config.data.train).remote_bytes
+    except UserError:
+        total = None
+    finally:
+        WEATHER.patience = patience
+    return {
+        "nodes": nodes,
+        "lanes": config.data.lanes,
+        "share_in_pieces": whole,
+        "share_by_sample": single,
+        "bytes": total,
+        "bytes_per_node_and_epoch": None if total is None else (whole + single) * total,
+        "cache_folder": cache.folder,
+        "cache_bytes": cache.gb * 1e9 if cache.folder else 0,
     }
 
 

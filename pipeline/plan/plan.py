@@ -71,6 +71,7 @@ def plan(config: ExperimentConfig, gpus: int, gpu: str, mfu: float) -> dict[str,
         "speed": forecast.speed(config, gpus, card, mfu),
         "steps": config.optim.total_steps,
         "data": forecast.data(config, gpus),
+        "store": forecast.store(config, gpus),
         "checkpoint_bytes": checkpoint_bytes(config),
         "checkpoints_kept": config.run.keep,
     }
@@ -97,6 +98,7 @@ def plan_text(p: dict[str, Any]) -> str:
         f"data         global batch {data['global_batch']}, peak lr {data['peak_lr']:.2e}, "
         f"{data['images_per_epoch']} images per epoch, {data['images_in_all'] / 1e6:.0f} M in all",
         f"shards       {data['shards']} for {p['gpus']} ranks (any rank reads any shard); {_passes(data)}",
+        *_store(p["store"]),
         f"kernels      {', '.join(map(' '.join, p['kernels'].items()))}",
         f"checkpoints  {p['checkpoint_bytes'] / _GIB:.2f} GiB each, {p['checkpoints_kept'] + 1} at most at a time: "
         f"{p['checkpoint_bytes'] * (p['checkpoints_kept'] + 1) / _GIB:.1f} GiB",
@@ -129,6 +131,19 @@ def _passes(data: dict[str, Any]) -> str:
         f"{data['samples']} samples, seen {data['passes_per_epoch']:.2f} times per epoch and "
         f"{data['passes_in_all']:.0f} times in all"
     )
+
+
+def _store(store: dict[str, Any] | None) -> list[str]:
+    if store is None:
+        return []
+    whole, single = store["share_in_pieces"], store["share_by_sample"]
+    size = "" if store["bytes"] is None else f" ({store['bytes_per_node_and_epoch'] / 1e9:.3g} GB)"
+    text = (
+        f"store        {store['nodes']} nodes of {forecast.RANKS_PER_NODE} GPUs, {store['lanes']} lanes: in the first "
+        f"epoch a node fetches {whole + single:.1%} of the set{size}; {single:.1%} one by one and in every epoch anew"
+    )
+    kept = f"; it keeps up to {store['cache_bytes'] / 1e9:.3g} GB in {store['cache_folder']}"
+    return [text + (kept if store["cache_folder"] else " (no data.cache.folder)")]
 
 
 def _columns(table: dict[str, dict[str, Any]], besides: tuple[str, ...]) -> list[str]:

@@ -79,7 +79,8 @@ def _train(
 ) -> End:
     run, job = RunDirectory(Path(config.run.dir)), Job.from_environment()
     seconds = config.run.hang_timeout_seconds
-    watchdog = Watchdog(ranks.rank, ranks.world_size, seconds, distributed.collectives_begun)
+    watchdog = Watchdog(ranks.rank, ranks.world_size, seconds, distributed.collectives_begun, WEATHER.longest)
+    WEATHER.patience = min(config.data.cache.patience_s, seconds / 2)  # to save before the watchdog ends it
     trainer, checkpoints, policy = None, None, Policy.of(config)
     try:
         with distributed.crash_together(ranks), _giving_up(job, ranks):

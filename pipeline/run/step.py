@@ -266,7 +266,10 @@ def _require_kernels(config: ExperimentConfig, device: torch.device) -> None:
 
 
 def _open_dataset(config: ExperimentConfig, global_batch: int) -> Dataset:
-    dataset = Dataset(config.data.train)
+    dataset = Dataset(config.data.train, config.data.piece_mb)
+    if config.data.lanes > global_batch:
+        what = f"{config.data.lanes} lanes are more than the {global_batch} images of a global batch"
+        raise UserError(what, "data.lanes", "set it to the number of nodes, or of ranks")
     if len(dataset) < global_batch:
         raise UserError(
             f"{len(dataset)} images are fewer than a global batch of {global_batch}",

@@ -253,3 +253,15 @@ def test_gpu_delivers_what_the_cpu_delivers_and_resumes_exactly(shards: list[Pat
                 assert x.is_cuda
                 assert (x.cpu() - y).abs().mean() < 0.02  # a level is 0.017
         assert equal(take(5, data, device="cuda:0", start_sample=28), gpu[7:])
+
+
+def test_lanes_are_the_same_batches_on_any_number_of_ranks(shards: list[Path]) -> None:
+    """Every rank takes lanes of the batch; all together see what one rank sees, in the same order."""
+    lanes = {"lanes": 4, "seed": 2}
+    one = take(6, data_config(shards, batch_size=8, **lanes), start_sample=16)
+    ranks = [take(6, data_config(shards, **lanes), rank=rank, world_size=2, start_sample=16) for rank in range(2)]
+    joined = [
+        Batch(*(torch.cat(crops) for crops in zip(*batches, strict=True))) for batches in zip(*ranks, strict=True)
+    ]
+    assert equal(joined, one)
+    assert not equal(one, take(6, data_config(shards, batch_size=8, seed=2), start_sample=16))
