@@ -44,48 +44,54 @@ class Normalisation(NamedTuple):
     std: tuple[float, float, float]
 
 
-class Tables(NamedTuple):
-    """What the parameters say, in the form in which it is used; fp32.
+TONE, TURN, BLUR, WIDTH = 9, 12, 16, 17 + REACH
+"""Where in a row of `table` its parts begin, and how long it is; the matrix of the colours is first."""
 
-    Attributes:
-        colour: `[N, 9]`, what channels are multiplied by, row by row.
-        tone: `[N, 3]`, contrast, brightness, whether to solarise.
-        turn: `[N, 4]`, whether to transpose, to mirror in x, in y; hue in sixths of a circle.
-        blur: `[N, 1 + REACH]`, weights by distance.
+
+def table(parameters: Tensor, hue: str) -> Tensor:
+    """What the parameters say, in the form in which it is used.
+
+    Args:
+        parameters: `[N, len(Column)]`.
+        hue: "yiq" turns hue and saturation together in YIQ, "hsv" the hue before in HSV, as torchvision does.
+
+    Returns:
+        fp32 `[N, WIDTH]`: the matrix that channels are multiplied by, row by row; contrast, brightness, whether to
+        solarise; whether to transpose, to mirror in x, in y, and the hue in sixths of a circle if it is turned in HSV;
+        weights of the blur by distance.
+
+    Raises:
+        ValueError: `hue` is unknown, or the parameters have another shape.
     """
-
-    colour: Tensor
-    tone: Tensor
-    turn: Tensor
-    blur: Tensor
-
-    @classmethod
-    def of(cls, parameters: Tensor, hue: str) -> "Tables":
-        """Where the parameters are, see `colour`."""
-        p = parameters.to(torch.float32)
-        zero = torch.zeros_like(p[:, Column.HUE])
-        turned = zero if hue == "hsv" else torch.deg2rad(p[:, Column.HUE])
-        distances = torch.arange(1 + REACH, device=p.device)
-        sigma = p[:, Column.SIGMA, None]
-        weights = torch.where(sigma > 0, torch.exp(-(distances**2) / (2 * sigma**2)), (distances == 0).float())
-        return cls(
-            _matrices(turned, p[:, Column.SATURATION]).flatten(1),
+    if hue not in ("yiq", "hsv"):
+        raise ValueError(f"hue={hue!r} is unknown; expected yiq or hsv")
+    if parameters.ndim != 2 or parameters.shape[1] != len(Column):
+        raise ValueError(f"parameters: expected [N, {len(Column)}], got {list(parameters.shape)}")
+    p = parameters.to(torch.float32)
+    degrees, none = p[:, Column.HUE], torch.zeros_like(p[:, Column.HUE])
+    by_matrix, in_hsv = (none, degrees / 60) if hue == "hsv" else (torch.deg2rad(degrees), none)
+    distances = torch.arange(1 + REACH, device=p.device)
+    sigma = p[:, Column.SIGMA, None]
+    weights = torch.where(sigma > 0, torch.exp(-(distances**2) / (2 * sigma**2)), (distances == 0).float())
+    return torch.cat(
+        [
+            _matrices(by_matrix, p[:, Column.SATURATION]).flatten(1),
             p[:, [Column.CONTRAST, Column.BRIGHTNESS, Column.SOLARIZE]],
-            torch.stack([*p[:, Column.TRANSPOSE :].unbind(1), p[:, Column.HUE] / 60], 1),
+            p[:, Column.TRANSPOSE :],
+            in_hsv[:, None],
             weights / (2 * weights.sum(1, keepdim=True) - weights[:, :1]),
-        )
+        ],
+        1,
+    )
 
 
-def colour(
-    crops: Tensor, parameters: Tensor, normalisation: Normalisation, *, hue: str, dtype: torch.dtype, impl: str
-) -> Tensor:
+def colour(crops: Tensor, looked_up: Tensor, normalisation: Normalisation, *, dtype: torch.dtype, impl: str) -> Tensor:
     """Turn, colour, blur, solarise and normalise crops, in this order of DINO's augmentation.
 
     Args:
-        crops: uint8 `[N, S, S, 3]`, contiguous.
-        parameters: fp32 `[N, len(Column)]` on the device of `crops`, or on the CPU.
+        crops: uint8 `[N, S, S, 3]`.
+        looked_up: their `table`, on the same device.
         normalisation: what the result is normalised by.
-        hue: "yiq" turns hue and saturation together in YIQ, "hsv" the hue before in HSV, as torchvision does.
         dtype: of the result: float32, bfloat16 or float16.
         impl: "eager" or "triton".
 
@@ -93,24 +99,20 @@ def colour(
         `[N, 3, S, S]`.
 
     Raises:
-        ValueError: shapes or dtypes do not fit, or `impl` or `hue` is unknown or cannot run here.
+        ValueError: shapes or dtypes do not fit, or `impl` is unknown or cannot run here.
     """
     if crops.ndim != 4 or crops.shape[1] != crops.shape[2] or crops.shape[3] != 3 or crops.dtype != torch.uint8:
         raise ValueError(f"crops: expected uint8 [N, S, S, 3], got {crops.dtype} {list(crops.shape)}")
     if crops.shape[1] <= REACH:
         raise ValueError(f"crops: expected sides of more than {REACH} pixels, got {crops.shape[1]}")
-    if parameters.shape != (len(crops), len(Column)):
-        raise ValueError(f"parameters: expected {[len(crops), len(Column)]}, got {list(parameters.shape)}")
-    if hue not in ("yiq", "hsv"):
-        raise ValueError(f"hue={hue!r} is unknown; expected yiq or hsv")
+    if looked_up.shape != (len(crops), WIDTH) or looked_up.dtype != torch.float32:
+        raise ValueError(f"table: expected fp32 {[len(crops), WIDTH]}, got {list(looked_up.shape)}")
     out = torch.empty(len(crops), 3, *crops.shape[1:3], dtype=dtype, device=crops.device)
-    triton = use_triton(impl, out)
-    tables = Tables(*(table.to(crops.device, non_blocking=True).contiguous() for table in Tables.of(parameters, hue)))
-    if not triton:
-        return out.copy_(_eager(crops, tables, normalisation, hue))
+    if not use_triton(impl, out):
+        return out.copy_(_eager(crops, looked_up, normalisation))
     from kernels.fused.colours import colour as fused
 
-    return fused(crops.contiguous(), tables, LUMA, normalisation, out, by_hsv=hue == "hsv")
+    return fused(crops.contiguous(), looked_up.contiguous(), (TONE, TURN, BLUR), LUMA, normalisation, out)
 
 
 def _matrices(turned: Tensor, saturation: Tensor) -> Tensor:
@@ -126,26 +128,25 @@ def _matrices(turned: Tensor, saturation: Tensor) -> Tensor:
     return torch.where(unchanged, torch.eye(3, device=turned.device), changed)
 
 
-def _eager(crops: Tensor, tables: Tables, normalisation: Normalisation, hue: str) -> Tensor:
+def _eager(crops: Tensor, looked_up: Tensor, normalisation: Normalisation) -> Tensor:
     """Levels as fp32; one operation after the other."""
 
     def each(values: Tensor) -> Tensor:
         return values.view(-1, 1, 1, 1)
 
     x = crops.permute(0, 3, 1, 2).float()
-    transpose, mirror_x, mirror_y, turned = tables.turn.unbind(1)
-    x = torch.where(each(transpose) > 0, x.transpose(2, 3), x)
-    x = torch.where(each(mirror_x) > 0, x.flip(3), x)
-    x = torch.where(each(mirror_y) > 0, x.flip(2), x)
-    if hue == "hsv":
-        x = torch.where(each(turned) != 0, _turn_hue(x, each(turned)), x)
-    x = _whole(torch.einsum("nij,njyx->niyx", tables.colour.view(-1, 3, 3), x))
-    contrast, brightness, solarize = map(each, tables.tone.unbind(1))
+    transpose, mirror_x, mirror_y, turned = map(each, looked_up[:, TURN:BLUR].unbind(1))
+    x = torch.where(transpose > 0, x.transpose(2, 3), x)
+    x = torch.where(mirror_x > 0, x.flip(3), x)
+    x = torch.where(mirror_y > 0, x.flip(2), x)
+    x = torch.where(turned != 0, _turn_hue(x, turned), x)
+    x = _whole(torch.einsum("nij,njyx->niyx", looked_up[:, :TONE].view(-1, 3, 3), x))
+    contrast, brightness, solarize = map(each, looked_up[:, TONE:TURN].unbind(1))
     luma = torch.tensor(LUMA, device=x.device).view(3, 1, 1)
     centre = each((x * luma).sum(1).mean((1, 2)))
     x = _whole(_whole(centre + contrast * (x - centre)) * brightness)
     for axis in (3, 2):
-        x = _blurred(x, tables.blur, axis)
+        x = _blurred(x, looked_up[:, BLUR:], axis)
     x = _whole(x)
     x = torch.where((solarize > 0) & (x >= 128), 255 - x, x)
     mean, std = (255 * torch.tensor(values, device=x.device).view(3, 1, 1) for values in normalisation)

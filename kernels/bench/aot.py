@@ -121,8 +121,7 @@ def cases(dtype: torch.dtype, presets_only: bool = False) -> Iterator[tuple[str,
         yield f"residual C={channels}", partial(_residual, dtype, channels, False, False)
         yield f"residual C={channels} factors", partial(_residual, dtype, channels, True, True)
     yield "optimizer", partial(_optimizer, dtype)
-    for hue in ("yiq", "hsv"):
-        yield f"colours {hue}", partial(_colours, dtype, hue)
+    yield "colours", partial(_colours, dtype)
 
 
 def reports(dtype: torch.dtype, arch: int, presets_only: bool = False) -> Iterator[Report]:
@@ -211,12 +210,11 @@ def _optimizer(dtype: torch.dtype) -> None:
         )
 
 
-def _colours(dtype: torch.dtype, hue: str) -> None:
+def _colours(dtype: torch.dtype) -> None:
     crops = torch.zeros(2, 224, 224, 3, dtype=torch.uint8)
-    tables = colours.Tables.of(torch.zeros(2, len(colours.Column)), hue)
-    out = torch.empty(2, 3, 224, 224, dtype=dtype)
-    normalisation = colours.Normalisation((0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
-    fused_colours.colour(crops, tables, colours.LUMA, normalisation, out, by_hsv=hue == "hsv")
+    table, out = torch.zeros(2, colours.WIDTH), torch.empty(2, 3, 224, 224, dtype=dtype)
+    parts = colours.TONE, colours.TURN, colours.BLUR
+    fused_colours.colour(crops, table, parts, colours.LUMA, ((0.5, 0.5, 0.5), (0.2, 0.2, 0.2)), out)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -26,29 +26,29 @@ def _by_hue(value, chroma, sector):
 
 @triton.jit
 def _colour_kernel(
-    crops, turn, matrices, planes, sums, S, luma_r, luma_g, luma_b, BY_HSV: tl.constexpr, BLOCK: tl.constexpr
+    crops, table, planes, sums, S, luma_r, luma_g, luma_b, TURN: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr
 ):
     crop = tl.program_id(0).to(tl.int64)
+    row, turn = table + WIDTH * crop, table + WIDTH * crop + TURN
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < S * S
     y, x = at // S, at % S
-    x = tl.where(tl.load(turn + 4 * crop + 1) > 0, S - 1 - x, x)
-    y = tl.where(tl.load(turn + 4 * crop + 2) > 0, S - 1 - y, y)
-    source = crops + 3 * (crop * S * S + tl.where(tl.load(turn + 4 * crop) > 0, x * S + y, y * S + x))
+    x = tl.where(tl.load(turn + 1) > 0, S - 1 - x, x)
+    y = tl.where(tl.load(turn + 2) > 0, S - 1 - y, y)
+    source = crops + 3 * (crop * S * S + tl.where(tl.load(turn) > 0, x * S + y, y * S + x))
     r = tl.load(source, mask=inside, other=0).to(tl.float32)
     g = tl.load(source + 1, mask=inside, other=0).to(tl.float32)
     b = tl.load(source + 2, mask=inside, other=0).to(tl.float32)
-    if BY_HSV:
-        turned = tl.load(turn + 4 * crop + 3)
+    turned = tl.load(turn + 3)
+    if turned != 0:
         value = tl.maximum(tl.maximum(r, g), b)
         chroma = value - tl.minimum(tl.minimum(r, g), b)
         per_chroma = tl.div_rn(1.0, tl.maximum(chroma, 1.0))
         sector = tl.where(g == value, (b - r) * per_chroma + 2.0, (r - g) * per_chroma + 4.0)
         sector = tl.where(r == value, (g - b) * per_chroma, sector) + turned
-        r = tl.where(turned != 0, _by_hue(value, chroma, sector + 5.0), r)
-        g = tl.where(turned != 0, _by_hue(value, chroma, sector + 3.0), g)
-        b = tl.where(turned != 0, _by_hue(value, chroma, sector + 1.0), b)
-    row = matrices + 9 * crop
+        r = _by_hue(value, chroma, sector + 5.0)
+        g = _by_hue(value, chroma, sector + 3.0)
+        b = _by_hue(value, chroma, sector + 1.0)
     red = _whole(tl.load(row) * r + tl.load(row + 1) * g + tl.load(row + 2) * b)
     green = _whole(tl.load(row + 3) * r + tl.load(row + 4) * g + tl.load(row + 5) * b)
     blue = _whole(tl.load(row + 6) * r + tl.load(row + 7) * g + tl.load(row + 8) * b)
@@ -68,45 +68,49 @@ def _toned(plane, at, inside, centre, contrast, brightness):
 
 @triton.jit
 def _rows_kernel(
-    planes, sums, tone, blur, out, S, tiles, REACH: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr
-):
+    planes, sums, table, out, S, tiles, TONE: tl.constexpr, BLUR: tl.constexpr, WIDTH: tl.constexpr,
+    TILES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     plane = tl.program_id(0).to(tl.int64)
     crop = plane // 3
+    tone, weights = table + WIDTH * crop + TONE, table + WIDTH * crop + BLUR
     tile = tl.arange(0, TILES)
     centre = tl.sum(tl.load(sums + crop * tiles + tile, mask=tile < tiles, other=0.0), 0) / (S * S)
-    contrast, brightness = tl.load(tone + 3 * crop), tl.load(tone + 3 * crop + 1)
+    contrast, brightness = tl.load(tone), tl.load(tone + 1)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < S * S
     x = at % S
     here = planes + plane * S * S
-    total = tl.load(blur + (REACH + 1) * crop) * _toned(here, at, inside, centre, contrast, brightness)
-    for distance in tl.static_range(1, REACH + 1):
+    total = tl.load(weights) * _toned(here, at, inside, centre, contrast, brightness)
+    for distance in tl.static_range(1, WIDTH - BLUR):
         before = at - x + tl.abs(x - distance)
         after = at - x + S - 1 - tl.abs(S - 1 - x - distance)
         pair = _toned(here, before, inside, centre, contrast, brightness)
         pair += _toned(here, after, inside, centre, contrast, brightness)
-        total += tl.load(blur + (REACH + 1) * crop + distance) * pair
+        total += tl.load(weights + distance) * pair
     tl.store(out + plane * S * S + at, total, mask=inside)
 
 
 @triton.jit
 def _columns_kernel(
-    rows, tone, blur, out, S, mean_r, mean_g, mean_b, std_r, std_g, std_b, REACH: tl.constexpr, BLOCK: tl.constexpr
-):
+    rows, table, out, S, mean_r, mean_g, mean_b, std_r, std_g, std_b, SOLARIZE: tl.constexpr, BLUR: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     plane = tl.program_id(0).to(tl.int64)
     crop, channel = plane // 3, plane % 3
+    weights = table + WIDTH * crop + BLUR
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < S * S
     y, x = at // S, at % S
     here = rows + plane * S * S
-    total = tl.load(blur + (REACH + 1) * crop) * tl.load(here + at, mask=inside, other=0.0)
-    for distance in tl.static_range(1, REACH + 1):
+    total = tl.load(weights) * tl.load(here + at, mask=inside, other=0.0)
+    for distance in tl.static_range(1, WIDTH - BLUR):
         before = tl.load(here + tl.abs(y - distance) * S + x, mask=inside, other=0.0)
         after = tl.load(here + (S - 1 - tl.abs(S - 1 - y - distance)) * S + x, mask=inside, other=0.0)
-        total += tl.load(blur + (REACH + 1) * crop + distance) * (before + after)
+        total += tl.load(weights + distance) * (before + after)
     level = _whole(total)
     solarized = tl.where(level >= 128, 255.0 - level, level)
-    level = tl.where(tl.load(tone + 3 * crop + 2) > 0, solarized, level)
+    level = tl.where(tl.load(table + WIDTH * crop + SOLARIZE) > 0, solarized, level)
     mean = tl.where(channel == 0, mean_r, tl.where(channel == 1, mean_g, mean_b))
     std = tl.where(channel == 0, std_r, tl.where(channel == 1, std_g, std_b))
     value = tl.div_rn(level - mean, std)
@@ -115,34 +119,34 @@ def _columns_kernel(
 
 def colour(
     crops: Tensor,
-    tables: tuple[Tensor, Tensor, Tensor, Tensor],
+    table: Tensor,
+    parts: tuple[int, int, int],
     luma: tuple[float, float, float],
     normalisation: tuple[tuple[float, float, float], tuple[float, float, float]],
     out: Tensor,
-    *,
-    by_hsv: bool,
 ) -> Tensor:
-    """Fill `out`; see `kernels.colours.colour` and `Tables`, whose parts are contiguous.
+    """Fill `out`; see `kernels.colours`.
 
     Args:
         crops: uint8 `[N, S, S, 3]`, contiguous.
-        tables: of all crops.
+        table: fp32 `[N, width]`, contiguous; the colours' matrix first.
+        parts: where tone, turn and blur begin in a row of it; the flag to solarise ends the tone.
         luma: weights of the channels in a crop's mean.
         normalisation: mean and standard deviation of pixels in 0 to 1.
         out: `[N, 3, S, S]`, contiguous.
-        by_hsv: turn the hue in HSV.
     """
-    matrices, tone, turn, blur = tables
-    count, size = crops.shape[:2]
+    (count, size), width, (tone, turn, blur) = crops.shape[:2], table.shape[1], parts
     tiles = triton.cdiv(size * size, BLOCK)
     planes = torch.empty(count, 3, size, size, dtype=torch.uint8, device=crops.device)
     rows = torch.empty(planes.shape, dtype=torch.float32, device=crops.device)
     sums = torch.empty(count, tiles, dtype=torch.float32, device=crops.device)
-    reach = blur.shape[1] - 1
-    _colour_kernel[(count, tiles)](crops, turn, matrices, planes, sums, size, *luma, BY_HSV=by_hsv, BLOCK=BLOCK)
+    _colour_kernel[(count, tiles)](crops, table, planes, sums, size, *luma, TURN=turn, WIDTH=width, BLOCK=BLOCK)
     _rows_kernel[(3 * count, tiles)](
-        planes, sums, tone, blur, rows, size, tiles, REACH=reach, TILES=triton.next_power_of_2(tiles), BLOCK=BLOCK
-    )
+        planes, sums, table, rows, size, tiles, TONE=tone, BLUR=blur, WIDTH=width,
+        TILES=triton.next_power_of_2(tiles), BLOCK=BLOCK,
+    )  # fmt: skip
     mean, std = ([255 * value for value in values] for values in normalisation)
-    _columns_kernel[(3 * count, tiles)](rows, tone, blur, out, size, *mean, *std, REACH=reach, BLOCK=BLOCK)
+    _columns_kernel[(3 * count, tiles)](
+        rows, table, out, size, *mean, *std, SOLARIZE=turn - 1, BLUR=blur, WIDTH=width, BLOCK=BLOCK
+    )
     return out

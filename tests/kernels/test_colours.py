@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.colours import LUMA, REACH, Column, Normalisation, colour
+from kernels.colours import LUMA, REACH, WIDTH, Column, Normalisation, colour, table
 
 PLAIN = Normalisation((0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255))  # gives levels
 IMAGENET = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -36,6 +36,11 @@ def problem(count: int = 6, size: int = SIZE) -> tuple[Tensor, Tensor]:
     parameters[1, Column.SATURATION] = 0
     parameters[2, Column.SATURATION] = 1
     return crops, parameters
+
+
+def coloured(crops, parameters, normalisation, hue, dtype, impl, device) -> Tensor:
+    looked_up = table(parameters, hue).to(device)
+    return colour(crops.to(device), looked_up, normalisation, dtype=dtype, impl=impl).cpu()
 
 
 def whole(x: np.ndarray) -> np.ndarray:
@@ -90,7 +95,7 @@ def levels(crop: Tensor, row: Tensor, hue: str) -> np.ndarray:
 @pytest.mark.parametrize("hue", ["yiq", "hsv"])
 def test_levels_are_those_of_the_formulas(hue: str, impl: str, device: str) -> None:
     crops, parameters = problem()
-    found = colour(crops.to(device), parameters, PLAIN, hue=hue, dtype=torch.float32, impl=impl).cpu()
+    found = coloured(crops, parameters, PLAIN, hue, torch.float32, impl, device)
     for one, crop, row in zip(found, crops, parameters, strict=True):
         expected = torch.from_numpy(levels(crop, row, hue)).permute(2, 0, 1)
         difference = (one - expected).abs()
@@ -103,7 +108,7 @@ def test_each_parameter_does_its_own_alone_and_none_changes_nothing(impl: str, d
     parameters = nothing(len(crops))
     for column in Column:
         parameters[column, column] = drawn[1, column] if column < Column.SOLARIZE else 1
-    found = colour(crops.to(device), parameters, PLAIN, hue="yiq", dtype=torch.float32, impl=impl).cpu()
+    found = coloured(crops, parameters, PLAIN, "yiq", torch.float32, impl, device)
     before = crops.permute(0, 3, 1, 2).float()
     assert ((found - before).abs() < 0.5).flatten(1).all(1).tolist() == [False] * len(Column) + [True]
     for one, crop, row in zip(found, crops, parameters, strict=True):
@@ -114,8 +119,8 @@ def test_each_parameter_does_its_own_alone_and_none_changes_nothing(impl: str, d
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_the_result_is_normalised_and_rounded_once(dtype: torch.dtype, impl: str, device: str) -> None:
     crops, parameters = problem(3, 2 * REACH)
-    plain = colour(crops.to(device), parameters, PLAIN, hue="yiq", dtype=torch.float32, impl=impl).cpu().round()
-    found = colour(crops.to(device), parameters, IMAGENET, hue="yiq", dtype=dtype, impl=impl).cpu()
+    plain = coloured(crops, parameters, PLAIN, "yiq", torch.float32, impl, device).round()
+    found = coloured(crops, parameters, IMAGENET, "yiq", dtype, impl, device)
     mean, std = (torch.tensor(values, dtype=torch.float64).view(3, 1, 1) for values in IMAGENET)
     expected = (plain.double() / 255 - mean) / std
     assert found.dtype == dtype
@@ -123,15 +128,21 @@ def test_the_result_is_normalised_and_rounded_once(dtype: torch.dtype, impl: str
 
 
 @pytest.mark.parametrize(
-    ("crops", "columns", "hue", "what"),
+    ("crops", "width", "what"),
     [
-        (torch.zeros(2, 8, 8, 3), len(Column), "yiq", "expected uint8"),
-        (torch.zeros(2, 8, 9, 3, dtype=torch.uint8), len(Column), "yiq", "crops"),
-        (torch.zeros(2, 4, 4, 3, dtype=torch.uint8), len(Column), "yiq", "more than 4 pixels"),
-        (torch.zeros(2, 8, 8, 3, dtype=torch.uint8), 3, "yiq", "parameters"),
-        (torch.zeros(2, 8, 8, 3, dtype=torch.uint8), len(Column), "lab", "hue='lab' is unknown"),
+        (torch.zeros(2, 8, 8, 3), WIDTH, "expected uint8"),
+        (torch.zeros(2, 8, 9, 3, dtype=torch.uint8), WIDTH, "crops"),
+        (torch.zeros(2, 4, 4, 3, dtype=torch.uint8), WIDTH, "more than 4 pixels"),
+        (torch.zeros(2, 8, 8, 3, dtype=torch.uint8), 3, "table"),
     ],
 )
-def test_what_does_not_fit_is_refused(crops: Tensor, columns: int, hue: str, what: str) -> None:
+def test_what_does_not_fit_is_refused(crops: Tensor, width: int, what: str) -> None:
     with pytest.raises(ValueError, match=what):
-        colour(crops, torch.zeros(2, columns), PLAIN, hue=hue, dtype=torch.float32, impl="eager")
+        colour(crops, torch.zeros(2, width), PLAIN, dtype=torch.float32, impl="eager")
+
+
+def test_parameters_that_mean_nothing_are_refused() -> None:
+    with pytest.raises(ValueError, match="hue='lab' is unknown"):
+        table(nothing(2), "lab")
+    with pytest.raises(ValueError, match=r"parameters: expected \[N, 9\]"):
+        table(torch.zeros(2, 3), "yiq")
