@@ -137,6 +137,10 @@ def _passes(data: dict[str, Any]) -> str:
     )
 
 
+def _title(engine: str) -> str:
+    return f"stage {engine}" if engine.isdigit() else engine
+
+
 def _store(store: dict[str, Any] | None) -> list[str]:
     if store is None:
         return []
@@ -148,10 +152,6 @@ def _store(store: dict[str, Any] | None) -> list[str]:
     )
     kept = f"; it keeps up to {store['cache_bytes'] / 1e9:.3g} GB in {store['cache_folder']}"
     return [text + (kept if store["cache_folder"] else " (no data.cache.folder)")]
-
-
-def _title(engine: str) -> str:
-    return f"stage {engine}" if engine.isdigit() else engine
 
 
 def _columns(table: dict[str, dict[str, Any]], besides: tuple[str, ...]) -> list[str]:

@@ -157,6 +157,7 @@ class Trainer:
             world_size=self.ranks.world_size,
             start_sample=sample,
             device=self.ranks.device,
+            colours="triton" if self.config.engine.kernels.colours == "triton" else None,
             on_skip=self.skips.append,
             dataset=self.dataset,
             segment=self.segment,
