@@ -10,8 +10,9 @@ OUTSIDE = 3 << 30
 allowance, not measured: `poa_device_memory_bytes{kind="outside"}` of a run says what it is there."""
 
 # Activations that the backward pass of one block keeps per token, in multiples of its width: input of both norms, qkv,
-# attention output, both sides of the 4x MLP, and the two residual sums. Counted from the operations of a ViT block.
-_KEPT_PER_TOKEN = 1 + 1 + 3 + 1 + 1 + 1 + 4 + 4 + 1
+# attention output, and the two residual sums; both sides of the MLP, whose width is a multiple, are added. Counted from
+# the operations of a ViT block.
+_KEPT_PER_TOKEN = 1 + 1 + 3 + 1 + 1 + 1 + 1
 
 
 def memory_estimate(config: ExperimentConfig, world_size: int = 1, stage: int | None = None) -> dict[str, float]:
@@ -30,6 +31,7 @@ def memory_estimate(config: ExperimentConfig, world_size: int = 1, stage: int | 
     rows = config.data.batch_size * (2 * (1 + cost.masked_patches(config)) + config.data.local_crops.count)
     return {
         "weights (student, teacher)": 2.0 * low * count / shards,
+        **_anchor(config, low),
         "gathered weights (estimate)": 1.0 * low * block,  # one at a time
         "gradients": _gradient_bytes(config, stage, count, world_size, bucket),
         "fp32 master, AdamW, EMA": 0.0 if config.engine.offload_optimizer else state_bytes(config, world_size, stage),
@@ -37,6 +39,12 @@ def memory_estimate(config: ExperimentConfig, world_size: int = 1, stage: int | 
         # student's logits with their gradient, the intact student's copy, and the teacher's
         "logits": 4.0 * low * rows * sum(config.heads.prototypes),
     }
+
+
+def _anchor(config: ExperimentConfig, low: int) -> dict[str, float]:
+    if not config.loss.anchor_weight:
+        return {}
+    return {"frozen network of the anchor": 1.0 * low * cost.trained_params(config).backbone}
 
 
 def _gradient_bytes(config: ExperimentConfig, stage: int, count: int, world_size: int, bucket: int) -> float:
@@ -77,7 +85,7 @@ def checkpoint_bytes(config: ExperimentConfig) -> int:
 def _activations(config: ExperimentConfig, subnet: Subnet, low: int) -> float:
     model, data = config.model, config.data
     crops = [(2, data.global_crops.size), (data.local_crops.count, data.local_crops.size)]
-    kept = 2 if config.engine.activation_checkpointing else _KEPT_PER_TOKEN
+    kept = 2 if config.engine.activation_checkpointing else _KEPT_PER_TOKEN + 2 * model.mlp_ratio.max
     total = 0.0
     for stage, depth in enumerate(subnet.depths):
         side = model.patch_size << (0 if model.one_stage else stage)
