@@ -48,9 +48,11 @@ def test_the_loss_is_a_cross_entropy_between_different_crops_by_hand():
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
 
 
-def test_effects_are_derivatives_by_a_factor_on_a_unit(backbone):
-    backbone = backbone.double()
-    glob, local = (torch.randn(3, n, 3, 32, 32).double() for n in (2, 1))  # at another size positions are fp32
+@pytest.mark.parametrize("family", ["vit", "eva", "swin", "resnet"])
+def test_effects_are_derivatives_by_a_factor_on_a_unit(experiment, family):
+    backbone = scrambled(build(ModelConfig.model_validate(experiment(family)["model"]))).double()
+    size = backbone.config.image_size
+    glob, local = (torch.randn(3, n, 3, size, size).double() for n in (2, 1))  # at another size positions are fp32
     found, parameters = _effects(backbone, glob, local), dict(backbone.named_parameters())
 
     @torch.no_grad()
@@ -60,7 +62,9 @@ def test_effects_are_derivatives_by_a_factor_on_a_unit(backbone):
         return students[0], self_distillation(students[0] if teacher is None else teacher, torch.cat(students, 1))
 
     teacher, _ = loss()
-    for axis in axes(backbone)[:3]:  # channels, heads and hidden units
+    of_each_kind = {axis.name.rpartition(".")[2]: axis for axis in axes(backbone)}
+    assert set(of_each_kind) == ({"groups"} if family == "resnet" else {"channels", "heads", "hidden"})
+    for axis in of_each_kind.values():
         sides = []
         for factor in (1 + 1e-6, 1 - 1e-6):
             kept_back = {place.name: parameters[place.name].clone() for place in axis.gate}
@@ -86,6 +90,13 @@ def test_blocks_that_do_nothing_are_the_least_important(backbone):
     assert sorted(range(4), key=lambda i: scores[i])[:2] == [0, 2]
     assert max(scores[0], scores[2]) < 1e-5
     assert (scores[1], scores[3]) == (2.0, 2.0)  # no depth is without them: the least is two blocks
+
+
+def test_every_depth_of_a_resnet_has_the_first_block_of_each_stage(experiment):
+    backbone = scrambled(build(ModelConfig.model_validate(experiment("resnet")["model"])))
+    scores = _leave_out(backbone, torch.randn(4, 3, 64, 64))
+    assert [*map(len, scores)] == [1, 2, 3, 1]
+    assert all(first == 2.0 and all(0 <= score < 2 for score in rest) for first, *rest in scores)
 
 
 @dataclass
