@@ -148,10 +148,10 @@ def test_missing_shard_names_the_shard(refused, config):
 def test_run_directory_of_another_config(refused, config, tmp_path):
     (tmp_path / "run").mkdir()
     other = yaml.safe_load(config.read_text())
-    other["optim"]["layer_decay"] = 0.7
+    other["heads"]["hidden_dim"] = 96
     (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(other))
     line = refused("train", config)
-    assert "optim.layer_decay is 0.7 there and 0.9 here" in line
+    assert "heads.hidden_dim is 96 there and 64 here" in line
     (tmp_path / "run" / "config.yaml").write_text("][")
     assert "not YAML" in refused("train", config)
 

@@ -45,7 +45,8 @@ class Case(NamedTuple):
     def tree(self, experiment):
         return experiment(
             self.family,
-            model={"drop_path": 0.3},  # the two groups of crops keep different shares of their images
+            # the two groups of crops keep different shares of their images
+            model={"drop_path": 0.3} | ({"mlp_ratio": {"min": 2, "max": 4, "step": 1}} if self.family == "eva" else {}),
             loss={"centering": self.centering, "ibot_start_epoch": 0.5},  # the first step without masked patches
             heads={"prototype_gain": "unit" if self.family == "resnet" else "learned"},
             sampling={"assignment": self.assignment},

@@ -156,7 +156,7 @@ def test_the_host_holds_the_snapshot_of_a_checkpoint_and_what_is_offloaded(capsy
 
 def test_implementations_are_said_as_they_resolve(capsys):
     assert main(["plan", str(VIT_L), "engine.kernels.attention=sdpa", "--gpus", "1", "--gpu", "h100"]) == 0
-    words = "attention eager, residual triton, loss triton, sinkhorn triton, optimizer triton"
+    words = "attention eager, residual triton, loss triton, sinkhorn triton, colours triton, optimizer triton"
     assert f"kernels      {words}\n" in capsys.readouterr().out
     assert main(["train", str(VIT_L), "engine.kernels.attention=sdpa", "--dry-run"]) == 0
     assert f"kernels: {words}\n" in capsys.readouterr().out
