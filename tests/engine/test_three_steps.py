@@ -75,7 +75,6 @@ CASES = [
     Case("resnet", 3),
     Case("vit", "keep"),
     Case("vit", "reshard", checkpointing=True, compiled=True),
-    Case("eva", "reshard"),
     Case("swin", "keep", checkpointing=True),
     Case("swin", "reshard"),
     Case("resnet", "keep"),
@@ -83,7 +82,6 @@ CASES = [
     Case("vit", "reshard", ranks=3),  # most parameters have another number of rows than a multiple of 3
     Case("resnet", "keep", ranks=3),
     Case("vit", "keep", "softmax", shard_size="node", ranks=4),
-    Case("swin", "reshard", "softmax", shard_size="node", ranks=4),
 ]
 BF16 = [Case("vit", stage, precision="bf16") for stage in (2, 3, "keep", "reshard")]
 
