@@ -131,7 +131,7 @@ def bring_the_rest(engine: Engine, centering: Centering, source: str, begun: Beg
     there: dict[str, dict[str, Tensor]] = {}
 
     def read() -> int:
-        bundle, model = Bundle(Path(source)), engine.engine.module.backbone.config
+        bundle, model = Bundle(Path(source)), engine.branch.backbone.config
         shapes = {n: torch.Size(s) for g in engine.groups for n, s in zip(g.spec.names, g.spec.shapes, strict=True)}
         there.update(ema=bundle.fit("teacher", shapes, model).weights, centers=bundle.centers())
         if begun.complete:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import ExperimentConfig, dump_config, load_config
+from pipeline.data.order import Order
 from pipeline.errors import UserError
 from pipeline.files import Journal, read_json_lines, write_atomically, write_json_lines
 from pipeline.measure.provenance import code_revision, environment, versions
@@ -135,7 +136,7 @@ class RunDirectory:
         with self._usable():
             manifest = self._read_manifest()
         data, where = config.data, str(self.path)
-        return settle_segments(manifest, sources, data.segment, samples, data.seed, where, forked)
+        return settle_segments(manifest, sources, data.segment, samples, data.seed, where, forked, Order.of(data))
 
     def record_start(
         self,

@@ -17,7 +17,7 @@ from pipeline.data.segments import segment_of
 from pipeline.engine import distributed
 from pipeline.engine.checkpoint import Checkpoints, Progress, Saved, SaveError, Written
 from pipeline.engine.distributed import Ranks
-from pipeline.engine.layouts import deepspeed
+from pipeline.engine.zero import deepspeed
 from pipeline.errors import UserError
 from pipeline.evaluate.online import OnlineEvaluation
 from pipeline.monitor.monitor import Monitor
@@ -79,7 +79,8 @@ def _train(
 ) -> End:
     run, job = RunDirectory(Path(config.run.dir)), Job.from_environment()
     seconds = config.run.hang_timeout_seconds
-    watchdog = Watchdog(ranks.rank, ranks.world_size, seconds, distributed.collectives_begun)
+    watchdog = Watchdog(ranks.rank, ranks.world_size, seconds, distributed.collectives_begun, WEATHER.longest)
+    WEATHER.patience = min(config.data.cache.patience_s, seconds / 2)  # to save before the watchdog ends it
     trainer, checkpoints, policy = None, None, Policy.of(config)
     try:
         with distributed.crash_together(ranks), _giving_up(job, ranks):
@@ -98,7 +99,7 @@ def _train(
                 if saved:
                     config = _with_measured(fork.source if fork and origin else run.path, config, ranks)
                 settings = ranks.agree(lambda: _settle(run, fork if origin else None, config, ranks, progress.step))
-                _import_the_rest(watchdog.beat)
+                _import_the_rest(config, watchdog.beat)
                 watchdog.beat("the start: model and optimizer")
                 trainer = make(settings.config, ranks, watchdog.beat, fresh=saved is None, rise=settings.rise)
                 config = with_measured(config, trainer.config)
@@ -136,10 +137,14 @@ def _train(
         distributed.shut_down()
 
 
-def _import_the_rest(enter: Callable[[str], None]) -> None:
+def _import_the_rest(config: ExperimentConfig, enter: Callable[[str], None]) -> None:
     """What is imported late, where it is used; on a loaded machine that takes long, so each has a phase of its own."""
-    enter("the start: DeepSpeed")
-    deepspeed()
+    if config.engine.backend == "fsdp2":
+        enter("the start: FSDP2")
+        importlib.import_module("pipeline.engine.fully_shard")
+    else:
+        enter("the start: DeepSpeed")
+        deepspeed()
     enter("the start: DALI")
     with suppress(ImportError):  # a trainer of other data does without it
         importlib.import_module("nvidia.dali.fn")

@@ -173,6 +173,7 @@ class Trainer:
             world_size=self.ranks.world_size,
             start_sample=sample,
             device=self.ranks.device,
+            colours="triton" if self.config.engine.kernels.colours == "triton" else None,
             on_skip=self.skips.append,
             dataset=self.dataset,
             segment=self.segment,
@@ -282,7 +283,10 @@ def _require_kernels(config: ExperimentConfig, device: torch.device) -> None:
 
 
 def _open_dataset(config: ExperimentConfig, global_batch: int) -> Dataset:
-    dataset = Dataset(config.data.train)
+    dataset = Dataset(config.data.train, config.data.piece_mb)
+    if config.data.lanes > global_batch:
+        what = f"{config.data.lanes} lanes are more than the {global_batch} images of a global batch"
+        raise UserError(what, "data.lanes", "set it to the number of nodes, or of ranks")
     if len(dataset) < global_batch:
         raise UserError(
             f"{len(dataset)} images are fewer than a global batch of {global_batch}",
@@ -295,7 +299,7 @@ def _open_dataset(config: ExperimentConfig, global_batch: int) -> Dataset:
 def build_student(config: ExperimentConfig) -> Branch:
     """The student, initialised at random from the seed of the experiment, on the CPU in fp32."""
     torch.manual_seed(config.data.seed)
-    sharded = config.engine.effective_stage() == 3
+    sharded = config.engine.gathers_blocks
     backbone = build(
         config.model,
         attention=config.engine.kernels.attention,
