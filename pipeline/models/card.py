@@ -131,7 +131,7 @@ def _blocks(config: ModelConfig, subnet: Subnet) -> str:
         return ""
     stages = "; ".join(", ".join(map(str, blocks)) for blocks in kept(config, subnet))
     order = "" if config.init_order == "none" else f" ({config.init_order}), which also sorted channels, heads and MLPs"
-    return f": of its blocks, counted from 0, {stages}, by the importance measured before training{order}"
+    return f": its blocks {stages} (from 0), chosen by the importance measured before training{order}"
 
 
 def _maps(family: str, subnet: Subnet) -> str:

@@ -158,7 +158,7 @@ def test_a_run_begins_with_the_units_in_order_and_keeps_the_importance_of_blocks
         assert left == tuple(sorted(sorted(range(4), key=lambda i: -importance[0][i])[:2]))
     (model,) = extract(run, ["32x2"], tmp_path)
     card = (model.path / "README.md").read_text()
-    assert f"of its blocks, counted from 0, {left[0]}, {left[1]}, by the importance measured before training" in card
+    assert f": its blocks {left[0]}, {left[1]} (from 0), chosen by the importance measured before training" in card
 
 
 def test_features_are_held_to_the_network_that_the_run_began_with(begun):
