@@ -189,6 +189,17 @@ class ModelConfig(Section):
             )
         return self
 
+    def alone(self, width: int | None = None, depths: tuple[int, ...] | None = None) -> "ModelConfig":
+        """The grid that holds nothing but one network of this one, the largest if none is named."""
+        width = width or self.width.max
+        listed = list(depths) if depths and not self.one_stage else depths[0] if depths else self.depth.max
+        return self.model_copy(
+            update={
+                "width": Span(min=width, max=width, step=self.width.step),
+                "depth": DepthSpan(min=listed, max=listed, step=self.depth.step),
+            }
+        )
+
     @property
     def one_stage(self) -> bool:
         """Whether all blocks are alike, over tokens of one size."""

@@ -69,7 +69,9 @@ def expected_slowest(costs: list[float], ranks: int, assignment: str) -> float:
 
 def stragglers(config: ExperimentConfig, ranks: int) -> dict[str, dict[str, float]]:
     """Per assignment: FLOPs of the elastic student of the slowest rank and of the mean one, and how much longer the
-    step takes than if no rank waited."""
+    step takes than if no rank waited. Without elastic students there is one assignment, and nothing to wait for."""
+    if config.sampling.alone:
+        return {config.sampling.assignment: {"mean": 0.0, "slowest": 0.0, "slowdown": 0.0}}
     entries = sampler(config, ranks).entries
     steps = {subnet: cost.step_flops(config, subnet) for subnet in set(entries)}
     costs = [steps[subnet].elastic for subnet in entries]
@@ -88,7 +90,7 @@ def communication(config: ExperimentConfig, ranks: int, stage: int) -> dict[str,
 
     At stage 0 gradients are all-reduced once per step, at stage 1 scattered once, from stage 2 on after each student's
     pass, in `engine.reduce_dtype`. With sharded masters the updated weights of student and teacher are gathered, at
-    stage 3 for every pass: forward and backward of two students, forward of the teacher.
+    stage 3 for every pass: forward and backward of each student, forward of the teacher.
     """
     low = 2 if config.engine.precision == "bf16" else 4
     reduced = 2 if config.engine.reduce_dtype == "bf16" else 4
@@ -96,11 +98,13 @@ def communication(config: ExperimentConfig, ranks: int, stage: int) -> dict[str,
     share = (ranks - 1) / ranks
     stage = config.engine.effective_stage(stage)
     gathered = weights * share if stage else 0.0
+    students = 1 if config.sampling.alone else 2
+    passes = {0: 2, 1: 1}.get(stage, students)  # an all-reduce is as much as scattering twice
     # Sinkhorn: 3 iterations, cls and patches, one fp64 sum per prototype; centering: one
     rounds = {"sinkhorn": 3, "softmax": 1, "none": 0}[config.loss.centering]
     return {
-        "gradients": (1.0 if stage == 1 else 2.0) * reduced * cost.trained_params(config).total * share,
-        "student weights": gathered * (4 if stage == 3 else 1),
+        "gradients": 1.0 * passes * reduced * cost.trained_params(config).total * share,
+        "student weights": gathered * (2 * students if stage == 3 else 1),
         "teacher weights": gathered,
         "targets": 2.0 * share * rounds * 2 * 8 * sum(config.heads.prototypes),
     }

@@ -34,8 +34,8 @@ def memory_estimate(config: ExperimentConfig, world_size: int = 1, stage: int | 
         "gradients": _gradient_bytes(config, stage, count, world_size, bucket),
         "fp32 master, AdamW, EMA": 0.0 if config.engine.offload_optimizer else state_bytes(config, world_size, stage),
         "activations (estimate)": _activations(config, largest, low),
-        # student's logits with their gradient, the intact student's copy, and the teacher's
-        "logits": 4.0 * low * rows * sum(config.heads.prototypes),
+        # student's logits with their gradient, the teacher's, and the intact student's copy for the elastic one
+        "logits": (3.0 if config.sampling.alone else 4.0) * low * rows * sum(config.heads.prototypes),
     }
 
 
