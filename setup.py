@@ -29,8 +29,11 @@ def dali_wheel() -> str:
 
 
 ONNX = ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5"]
+SINKS = {"wandb": ["wandb>=0.19"], "mlflow": ["mlflow-skinny>=2.20"]}
 DEVELOPMENT = [
     *ONNX,
+    *SINKS["mlflow"],
+    *SINKS["wandb"],
     "coverage>=7.6",
     "grafana-foundation-sdk",
     "import-linter>=2.3",
@@ -78,6 +81,6 @@ setup(
         "tqdm>=4.66",
         "webdataset>=0.2.100,<2",
     ],
-    extras_require={"dev": DEVELOPMENT, "onnx": ONNX},
+    extras_require={"dev": DEVELOPMENT, "onnx": ONNX, **SINKS},
     entry_points={"console_scripts": ["poa=pipeline.cli:main"]},
 )
