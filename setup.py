@@ -2,9 +2,11 @@
 
 import ctypes
 import os
+import sys
+import sysconfig
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Distribution, find_packages, setup
 
 DALI_WHEELS = {"cuda120": 525, "cuda130": 580}  # wheel -> oldest NVIDIA driver that runs it
 
@@ -28,6 +30,12 @@ def dali_wheel() -> str:
     return "cuda130"
 
 
+class WithDataFiles(Distribution):
+    """Has editable installations copy `data_files` too: setuptools asks for them under this name, which it lacks."""
+
+    has_data = Distribution.has_data_files
+
+
 ONNX = ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5"]
 SINKS = {"wandb": ["wandb>=0.19"], "mlflow": ["mlflow-skinny>=2.20"]}
 DEVELOPMENT = [
@@ -48,6 +56,7 @@ DEVELOPMENT = [
 ]
 
 setup(
+    distclass=WithDataFiles,
     name="poa-pretrain",
     version="0.1.0",
     description="Pre-train a vision backbone once, ship every size of it as a plain timm model.",
@@ -57,6 +66,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["pipeline*", "kernels*"]),
     package_data={"pipeline": ["*/*.html"]},
+    data_files=[(os.path.relpath(sysconfig.get_path("purelib"), sys.prefix), ["poa_safe_path.pth"])],
     install_requires=[
         "torch>=2.9,<2.16",
         "torchvision>=0.24",

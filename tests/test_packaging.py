@@ -32,3 +32,13 @@ def test_the_oldest_versions_that_setup_admits_are_those_that_are_tried():
         found = [*map(int, tried[package].split("."))]
         assert found[: len(release)] == release, package
         assert not any(found[len(release) : 3]), f"{package} {floor} may be older than {tried[package]}"
+
+
+def test_what_a_launcher_starts_by_name_is_ours_though_a_folder_of_that_name_is_there(tmp_path):
+    (tmp_path / "pipeline").mkdir()
+    (tmp_path / "pipeline" / "__main__.py").write_text("print('of the user')")
+    launch = "import subprocess, sys; sys.exit(subprocess.call([sys.executable, *sys.argv[1:]]))"
+    command = [sys.executable, "-c", launch, "-m", "pipeline", "--help"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert run.stdout.startswith("usage: poa")

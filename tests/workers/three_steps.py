@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.fused import optimizer
 from pipeline.bench.plain import Inputs, Plain
 from pipeline.config import ExperimentConfig, load_config
 from pipeline.data.loader import Loader
@@ -59,7 +60,7 @@ def by_engine(config: ExperimentConfig, ranks: Ranks) -> dict:
         spec = group.spec
         for branch, shard in (("student", group.master), ("teacher", group.ema)):
             flat = torch.full((spec.numel,), torch.nan)
-            for pieces, part in ranks.gather((group.pieces, shard.detach().cpu())):
+            for pieces, part in ranks.gather((group.pieces, shard.detach().cpu().clone())):
                 for piece in pieces:
                     flat[piece.there] = part[piece.here]
             for name, shape, offset, size in zip(spec.names, spec.shapes, spec.offsets, spec.sizes, strict=True):
@@ -137,6 +138,8 @@ def main() -> None:
     # smooth, since it is chance on which side of ReLU's kink a rounding falls, and one that falls on the other changes
     # the gradients of a whole block; the real one is held against timm's networks
     nn.ReLU.forward = lambda self, x: F.silu(x)
+    # the interpreter takes a program's time whatever its width; the kernel's own width is tested where the kernel is
+    optimizer.BLOCK = 1 << 16
     ranks = distributed.initialize() if mode == "engine" else None
     for path, out in zip(files[::2], files[1::2], strict=True):
         config = load_config(path)
