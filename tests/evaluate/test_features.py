@@ -20,6 +20,7 @@ from pipeline.errors import UserError
 from pipeline.evaluate.embed import read_part
 from pipeline.evaluate.evaluation import Evaluation, Request, evaluate
 from pipeline.evaluate.features import extract_features
+from pipeline.evaluate.knn import knn_votes
 from pipeline.evaluate.targets import Candidate, Target, directory_target, pixels_target, run_target
 from pipeline.models.extract import extract
 from pipeline.models.loading import RunModels
@@ -152,6 +153,11 @@ def test_two_ranks_get_what_one_process_gets(trained_run, labelled, val_images, 
         for key in ("miou", "accuracy", "knn_miou", "knn_accuracy"):  # sums in another order turn a few pixels
             assert found["segment"]["64x4"][key] == pytest.approx(segmented[key], abs=2e-3), key
         assert found["segment"]["64x4"]["train_images"] == segmented["train_images"]
+    random = torch.Generator().manual_seed(0)  # the same as the worker's
+    x, queries = torch.randn(45, 6, generator=random), torch.randn(9, 6, generator=random)
+    whole = knn_votes(x, torch.randint(4, (45,), generator=random), queries)
+    assert torch.equal(torch.load(tmp_path / "found.0")["votes"], whole)
+    assert len(torch.load(tmp_path / "found.1")["votes"]) == 0
     cls, part = read_part(tmp_path / "found.parts", 0, "cls")
     assert torch.allclose(torch.from_numpy(cls), alone.features["64x4"], atol=1e-5)
     assert part["labels"] == alone.labels.tolist()

@@ -11,8 +11,17 @@ from pipeline.engine import distributed
 from pipeline.evaluate.embed import Wanted, embed
 from pipeline.evaluate.evaluation import Request, evaluate
 from pipeline.evaluate.features import extract_features
+from pipeline.evaluate.knn import knn_votes
 from pipeline.evaluate.targets import run_target
 from pipeline.models.loading import RunModels
+
+
+def uneven() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A bank of 45 rows in 4 classes, and 9 queries."""
+    random = torch.Generator().manual_seed(0)
+    x, queries = torch.randn(45, 6, generator=random), torch.randn(9, 6, generator=random)
+    return x, torch.randint(4, (45,), generator=random), queries
+
 
 out, run, masked, *shards = sys.argv[1:]
 ranks = distributed.initialize()
@@ -24,6 +33,9 @@ results = {
 }
 results["segment"] = evaluate(Request(Path(run), "segment", train=masked, val=masked, subnets=["64x4"]), ranks)
 embed(Wanted(Path(run), shards, Path(f"{out}.parts"), "64x4", kind="both"), ranks)
-record = {"labels": found.labels, "features": found.features["64x4"], **results}
+x, classes, queries = uneven()
+own, asked = (slice(0, 5), slice(0, 9)) if ranks.is_main else (slice(5, None), slice(9, 9))
+votes = knn_votes(x[own], classes[own], queries[asked], ranks=ranks)  # rank 1 asks nothing, rank 0 knows little
+record = {"votes": votes, "labels": found.labels, "features": found.features["64x4"], **results}
 torch.save(record, f"{out}.{ranks.rank}")
 distributed.shut_down()
