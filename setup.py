@@ -45,6 +45,7 @@ DEVELOPMENT = [
     "coverage>=7.6",
     "grafana-foundation-sdk",
     "import-linter>=2.3",
+    "moto[server]>=5",
     "mypy>=1.15",
     "pre-commit>=4",
     "pytest>=8.3",

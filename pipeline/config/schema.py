@@ -66,6 +66,9 @@ class LossConfig(Section):
     )
     ibot_weight: Changeable[float] = Field(1.0, ge=0)
     ibot_start_epoch: Changeable[float] = Field(30, ge=0)
+    anchor_weight: Changeable[float] = Field(
+        0.0, ge=0, description="holds the intact student's features to those of the frozen network of model.init_from"
+    )
     mask_probability: Changeable[float] = Field(0.5, ge=0, le=1)
     mask_ratio: Changeable[Fraction] = (0.1, 0.5)
     centering: Literal["sinkhorn", "softmax", "none"] = "sinkhorn"
@@ -90,8 +93,8 @@ class OptimConfig(Section):
     min_lr: Changeable[float] = Field(2.0e-5, ge=0)
     warmup_epochs: Changeable[float] = Field(10, ge=0)
     weight_decay: Changeable[tuple[float, float]] = (0.04, 0.4)
-    layer_decay: float = Field(0.9, gt=0, le=1)
-    patch_embed_lr_scale: float = Field(0.2, gt=0)
+    layer_decay: Changeable[float] = Field(0.9, gt=0, le=1)
+    patch_embed_lr_scale: Changeable[float] = Field(0.2, gt=0)
     freeze_prototypes_epochs: Changeable[float] = Field(1, ge=0)
     head_warmup_epochs: Changeable[float] = Field(
         0, ge=0, description="only the heads learn at first; 1 if model.init_from is set and this is not"
@@ -224,6 +227,10 @@ class ExperimentConfig(Section):
         except ValidationError:  # it is about to be told, by the name of its key
             return values
 
+    def with_model(self, **values: Any) -> "ExperimentConfig":
+        """This experiment with other values of keys of `model`, checked."""
+        return self.model_copy(update={"model": ModelConfig.model_validate({**self.model.model_dump(), **values})})
+
     def kernels_in_use(self) -> dict[str, str]:
         """What each operation that this experiment has resolves to: "eager" or "triton".
 
@@ -269,6 +276,17 @@ class ExperimentConfig(Section):
             raise ValueError(
                 f"data.global_crops.size={self.data.global_crops.size} differs from "
                 f"model.image_size={self.model.image_size}: set both to the same value"
+            )
+        source, order = self.model.init_from, self.model.init_order
+        if source and order != "none" and is_bundle(source):
+            raise ValueError(
+                f"model.init_order={order} sorts timm's weights, and {source} is a bundle, which comes with heads that "
+                "know its order: leave init_order out, or extract its largest network and name that"
+            )
+        if self.loss.anchor_weight and self.model.init_from is None:
+            raise ValueError(
+                f"loss.anchor_weight={self.loss.anchor_weight:g} holds on to a network that there is not: "
+                "set model.init_from, or leave it out"
             )
         if self.optim.head_warmup_epochs and self.model.init_from is None:
             raise ValueError(

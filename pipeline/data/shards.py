@@ -139,8 +139,10 @@ def _why_none(report: BuildReport) -> str:
 def index(shards: str | Sequence[str]) -> list[IndexReport]:
     """Write the index beside each shard, and the catalog of each folder; samples without an image are left out.
 
+    A tar without any member, as some writers leave one at their end, is listed in the catalog as holding nothing.
+
     Raises:
-        UserError: a shard is missing, damaged or without any image, or its folder cannot be written.
+        UserError: a shard is missing or damaged, has members but no image, or its folder cannot be written.
     """
     paths = expand_shards(shards)
     reports = [_index(path) for path in paths]
@@ -156,6 +158,8 @@ def index(shards: str | Sequence[str]) -> list[IndexReport]:
 def _index(shard: Path) -> IndexReport:
     contents = tars.scan(shard)
     complete = [sample for sample in contents.samples if sample.image]
+    if not any(contents):
+        return IndexReport(str(shard), 0, 0, [])
     if not complete:
         raise tars.no_image(shard, contents)
     try:

@@ -99,6 +99,20 @@ def no_image(shard: Path, contents: Contents) -> UserError:
     return UserError(f"the shard holds no image{detail}", str(shard), "leave it out, or build it again")
 
 
+def is_empty(shard: Path) -> bool:
+    """Whether a tar has no member at all, as one that a writer opened and never used.
+
+    Raises:
+        UserError: as `scan`.
+    """
+    try:
+        with open(shard, "rb") as file:
+            head = file.read(BLOCK)
+    except OSError:
+        return False  # whoever reads it says why
+    return head == bytes(BLOCK) and not any(scan(shard))
+
+
 def walk(shard: Path) -> list[Sample]:
     """The samples of `scan`."""
     return scan(shard).samples

@@ -237,7 +237,7 @@ def _prepare(request: Request, ranks: Ranks | None, progress: bool) -> tuple[Eva
     target = run_target(RunModels.open(path, request.branch), request.subnets, request.branch)
     if request.untrained:
         same = [candidate.name for candidate in target.candidates]
-        fresh = run_target(RunModels.untrained(config), same, request.branch)
+        fresh = run_target(RunModels.untrained(config, path), same, request.branch)
         target = Target([*target.candidates, *fresh.candidates], target.preprocessing)
     return _judge(request.method, *shards, ranks, progress, config.data.max_pixels), target
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kernels.distillation import Targets
 from pipeline.config import LossConfig
-from pipeline.elastic.backbone import Backbone
+from pipeline.elastic.backbone import Backbone, Features
 from pipeline.elastic.head import ProjectionHeads
 from pipeline.elastic.stochastic_depth import keep_indices
 from pipeline.elastic.subnet import Subnet
@@ -29,6 +29,7 @@ TERMS = (
     ("ibot", "elastic"),
     ("koleo", "intact"),
     ("koleo", "elastic"),
+    ("anchor", "intact"),
     ("distill_global", "elastic"),
     ("distill_local", "elastic"),
 )
@@ -149,6 +150,7 @@ class TriBranch:
         drop: stochastic depth of the students.
         centering: makes targets of the teacher's logits.
         lap: told the name of each part of the step when it is done.
+        anchor: features of images by a frozen network that the intact student is held to, if there is one.
     """
 
     def __init__(
@@ -158,8 +160,10 @@ class TriBranch:
         drop: StochasticDepth,
         centering: Centering,
         lap: Callable[[str], None] = lambda part: None,
+        anchor: Callable[[Tensor], Features] | None = None,
     ):
         self.loss, self.full, self.drop, self.centering, self.lap = loss, full, drop, centering, lap
+        self.anchor = anchor
         self.impl, self.device = centering.impl, centering.device
 
     @torch.no_grad()
@@ -207,6 +211,9 @@ class TriBranch:
         intact = self._self_distillation(logits, targets, crops, pairing, "intact", terms)
         spread = 1 / self.passes(subnet)
         intact_loss = share * intact + spread * self._spread(cls, crops, "intact", terms)
+        if self.anchor and self.loss.anchor_weight:
+            terms["anchor", "intact"] = term = self._away(cls, crops, self.anchor)
+            intact_loss = intact_loss + self.loss.anchor_weight * term
         if observer:
             observer.student("intact", logits.cls, cls)
         self.lap("intact")
@@ -264,6 +271,12 @@ class TriBranch:
             return torch.zeros((), device=self.device)
         terms["koleo", branch] = term = losses.koleo(cls, loss.koleo_group or crops.images)
         return loss.koleo_weight * term
+
+    def _away(self, cls: Tensor, crops: Crops, anchor: Callable[[Tensor], Features]) -> Tensor:
+        """How far the features of unmasked global crops have turned away from the frozen network's."""
+        with torch.no_grad():
+            held = anchor(crops.global_).cls
+        return losses.turned(cls, held, ~crops.masks.any(1))
 
     def _from_intact(
         self, logits: Logits, reference: Logits, pairing: Pairing, terms: dict[tuple[str, str], Tensor]

@@ -99,7 +99,9 @@ class Ledger:
         images = sum((s.end - s.begin) * s.ranks * s.batch for s in self.stretches)
         largest = subnet == self.grid.largest
         spent = self._largest if largest else self._elastic.get(subnet, 0.0)
-        alone = self.config.model_copy(update={"model": self.config.model.alone(subnet.width, subnet.depths)})
+        alone = self.config.model_copy(
+            update={"model": self.config.model.alone(subnet.width, subnet.depths, subnet.mlp_ratio)}
+        )
         by_itself = cost.step_flops(alone, None)
         total = max(self.flops, 1e-30)
         return Account(

@@ -4,7 +4,10 @@ from collections.abc import Mapping
 from shlex import quote
 from typing import Any
 
+from pipeline.config import ModelConfig
+from pipeline.config.model import MLP_RATIO
 from pipeline.elastic import Subnet
+from pipeline.elastic.subnet import kept, mlp_ratio
 from pipeline.models.account import Account
 from pipeline.models.formats import FORMATS
 from pipeline.models.loading import RunModels
@@ -26,8 +29,8 @@ pre-trained once, self-supervised, together with all of its sub-networks (POA, a
 
 | | |
 |---|---|
-| Sub-network | {name}: width {width}, blocks per stage {depths} |
-| Cut out of | {largest} |
+| Sub-network | {name}: width {width}, blocks per stage {depths}{mlp} |
+| Cut out of | {largest}{blocks} |
 | Parameters | {params:.2f} M |
 | GFLOPs | {gflops:.3g} per image of {side} x {side} px (a multiply-accumulate counts as 2) |
 | Weights | {branch} after {step} steps; {objective} |
@@ -112,6 +115,8 @@ def model_card(
         feature_dim=hub["num_features"],
         width=subnet.width,
         depths=", ".join(map(str, subnet.depths)),
+        mlp=_mlp(config.model, subnet),
+        blocks=_blocks(config.model, subnet),
         largest=models.grid.largest,
         params=models.params(subnet) / 1e6,
         gflops=models.gflops(subnet),
@@ -130,6 +135,20 @@ def model_card(
         shards=_summary(proof["shards"]),
         formats=_formats(proof["formats"]),
     )
+
+
+def _mlp(config: ModelConfig, subnet: Subnet) -> str:
+    usual = config.mlp_ratio.min == config.mlp_ratio.max == MLP_RATIO["max"]
+    return "" if usual else f", {mlp_ratio(config, subnet)} hidden units of an MLP per channel"
+
+
+def _blocks(config: ModelConfig, subnet: Subnet) -> str:
+    """Where blocks and channels are not those that everybody would expect."""
+    if config.block_importance is None:
+        return ""
+    stages = "; ".join(", ".join(map(str, blocks)) for blocks in kept(config, subnet))
+    order = "" if config.init_order == "none" else f" ({config.init_order}), which also sorted channels, heads and MLPs"
+    return f": of its blocks, counted from 0, {stages}, by the importance measured before training{order}"
 
 
 def _maps(family: str, subnet: Subnet) -> str:

@@ -64,7 +64,8 @@ class Share(NamedTuple):
         used: samples by source since the process started.
         fetched: bytes from stores by source.
         retries: reads tried again by reason.
-        fetch_wait: seconds that reads from stores took.
+        fetch_wait: seconds that samples waited for stores.
+        hits, misses: samples that the node's cache had, or had not.
     """
 
     busy: float
@@ -77,6 +78,8 @@ class Share(NamedTuple):
     fetched: dict[str, int]
     retries: dict[str, int]
     fetch_wait: float
+    hits: int
+    misses: int
 
 
 class Monitor:
@@ -288,6 +291,8 @@ class Monitor:
             fetched=dict(WEATHER.fetched),
             retries=dict(WEATHER.retries),
             fetch_wait=WEATHER.waited,
+            hits=WEATHER.hits,
+            misses=WEATHER.misses,
         )
 
     def _set_node(self, shares: list[Share]) -> None:
@@ -296,6 +301,8 @@ class Monitor:
         for phase in PHASES:
             values.set("poa_phase_seconds_total", _mean(share.total[phase] for share in shares), phase)
         values.set("poa_fetch_wait_seconds_total", sum(share.fetch_wait for share in shares))
+        values.set("poa_cache_hits_total", sum(share.hits for share in shares))
+        values.set("poa_cache_misses_total", sum(share.misses for share in shares))
         fetched = _total(share.fetched for share in shares)
         for source in _total(share.used for share in shares):  # of one that lies on a disk 0, so that none is missed
             values.set("poa_fetched_bytes_total", fetched.get(source, 0), source or _UNNAMED)

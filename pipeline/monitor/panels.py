@@ -52,6 +52,7 @@ def _sum_by(label: str, name: str, window: str = RATE) -> str:
 
 _BUCKETS = _sum_by("le", "poa_step_seconds_bucket")
 _PER_STEP = f"sum(rate(poa_step_seconds_count{RUN}{RATE}))"
+_LOOKED_UP = f"rate(poa_cache_hits_total{RUN}[5m]) + rate(poa_cache_misses_total{RUN}[5m])"
 _ETA = (
     f"(max(poa_last_step{RUN}) - max(poa_step{RUN})) "
     f"* sum(rate(poa_step_seconds_sum{RUN}{RATE})) / sum(rate(poa_step_seconds_count{RUN}{RATE}))"
@@ -247,7 +248,17 @@ SECTIONS = (
                 "Read from stores",
                 "Bps",
                 (Query("{{source}}", f"sum by (source) (rate(poa_fetched_bytes_total{RUN}[5m]))"),),
-                help="Bytes of samples, over all nodes.",
+                help="Bytes over all nodes, of samples and of what is kept on their disks.",
+                floor_zero=True,
+            ),
+            Panel(
+                "Found in the node's cache",
+                "percentunit",
+                (
+                    Query("{{node}}", f"rate(poa_cache_hits_total{RUN}[5m]) / ({_LOOKED_UP})"),
+                    Query("run, 15 minutes", f"1 - run:poa_cache_misses:ratio15m{RUN}"),
+                ),
+                help="Samples of stores that lay on the node's disk when they were read; the rest is read one by one.",
                 floor_zero=True,
             ),
             Panel(
@@ -261,7 +272,7 @@ SECTIONS = (
                 "Reads in flight",
                 "none",
                 (Query("{{node}}", f"rate(poa_fetch_wait_seconds_total{RUN}[5m])"),),
-                help="Seconds that reads from stores took per second; a rank has at most 32 at once.",
+                help="Seconds that samples waited for stores per second; a rank has at most 32 at once.",
                 floor_zero=True,
             ),
         ),

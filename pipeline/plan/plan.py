@@ -1,12 +1,12 @@
 """What a config asks for on N GPUs: parameters, FLOPs, memory, traffic, days, as one value and as text."""
 
-from typing import Any, get_args
+from typing import Any
 
-from pipeline.config import EngineConfig, ExperimentConfig, dump_config
+from pipeline.config import ExperimentConfig, dump_config
 from pipeline.elastic import cost
 from pipeline.elastic.subnet import Grid
 from pipeline.plan import forecast
-from pipeline.plan.memory import OUTSIDE, checkpoint_bytes, host_bytes, memory_estimate
+from pipeline.plan.memory import OUTSIDE, checkpoint_bytes, host_bytes, memory_estimate, shard_ranks, under
 from pipeline.plan.subnets import subnet_table
 
 _GIB = 1 << 30
@@ -46,9 +46,10 @@ def plan(config: ExperimentConfig, gpus: int, gpu: str, mfu: float) -> dict[str,
         "intact": step.intact,
         "elastic_mean": waiting[config.sampling.assignment]["mean"],
     }
-    stages = get_args(EngineConfig.model_fields["zero_stage"].annotation)
+    engines = {str(stage): under(config, zero_stage=stage) for stage in range(4)}
+    engines |= {f"fsdp2 {word}": under(config, reshard_after_forward=reshard) for word, reshard in _FSDP2}
     outside = {"CUDA, NCCL, DALI (allowance)": float(OUTSIDE)}
-    memory = {str(stage): memory_estimate(config, gpus, stage) | outside for stage in stages}
+    memory = {name: memory_estimate(each, gpus) | outside for name, each in engines.items()}
     return {
         "gpus": gpus,
         "gpu": gpu,
@@ -66,21 +67,24 @@ def plan(config: ExperimentConfig, gpus: int, gpu: str, mfu: float) -> dict[str,
         "stragglers": waiting,
         "assignment": config.sampling.assignment,
         "memory": {
-            stage: parts | {"total": sum(parts.values()), "fits": sum(parts.values()) <= card.memory}
-            for stage, parts in memory.items()
+            name: parts | {"total": sum(parts.values()), "fits": sum(parts.values()) <= card.memory}
+            for name, parts in memory.items()
         },
         "card_memory": card.memory,
         "peak_flops": card.peak(config.engine.precision),
         "host_memory": host_bytes(config, gpus),
-        "communication": {str(stage): forecast.communication(config, gpus, stage) for stage in stages},
+        "communication": {name: forecast.communication(each, gpus) for name, each in engines.items()},
+        "fsdp2_shard_ranks": shard_ranks(engines["fsdp2 keep"], gpus),
         "speed": forecast.speed(config, gpus, card, mfu),
         "steps": config.optim.total_steps,
         "data": forecast.data(config, gpus),
+        "store": forecast.store(config, gpus),
         "checkpoint_bytes": checkpoint_bytes(config),
         "checkpoints_kept": config.run.keep,
     }
 
 
+_FSDP2 = (("keep", False), ("reshard", True))
 _WITHOUT_TF32 = {"fp32": " (TF32 is never switched on)"}
 
 
@@ -102,6 +106,7 @@ def plan_text(p: dict[str, Any]) -> str:
         f"data         global batch {data['global_batch']}, peak lr {data['peak_lr']:.2e}, "
         f"{data['images_per_epoch']} images per epoch, {data['images_in_all'] / 1e6:.0f} M in all",
         f"shards       {data['shards']} for {p['gpus']} ranks (any rank reads any shard); {_passes(data)}",
+        *_store(p["store"]),
         f"kernels      {', '.join(map(' '.join, p['kernels'].items()))}",
         f"checkpoints  {p['checkpoint_bytes'] / _GIB:.2f} GiB each, {p['checkpoints_kept'] + 1} at most at a time: "
         f"{p['checkpoint_bytes'] * (p['checkpoints_kept'] + 1) / _GIB:.1f} GiB",
@@ -113,12 +118,13 @@ def plan_text(p: dict[str, Any]) -> str:
             for name, row in p["stragglers"].items()
         ),
         "",
-        f"GiB per GPU by ZeRO stage (the card has {p['card_memory'] / _GIB:.0f}; activations are an estimate)",
+        f"GiB per GPU by ZeRO stage, and under FSDP2 in shards of {p['fsdp2_shard_ranks']} ranks, which keep or",
+        f"reshard weights after a forward pass; the card has {p['card_memory'] / _GIB:.0f}, activations are estimated",
         *_columns(p["memory"], ("total", "fits")),
         "  and in the host's memory per GPU: "
         + ", ".join(f"{name} {size / _GIB:.2f}" for name, size in p["host_memory"].items() if size),
         "",
-        "GiB that a GPU sends per step by ZeRO stage (ring algorithms)",
+        "GiB that a GPU sends per step (ring algorithms)",
         *_columns(p["communication"], ()),
     ]
     return "\n".join(lines)
@@ -136,13 +142,30 @@ def _passes(data: dict[str, Any]) -> str:
     )
 
 
+def _title(engine: str) -> str:
+    return f"stage {engine}" if engine.isdigit() else engine
+
+
+def _store(store: dict[str, Any] | None) -> list[str]:
+    if store is None:
+        return []
+    whole, single = store["share_in_pieces"], store["share_by_sample"]
+    size = "" if store["bytes"] is None else f" ({store['bytes_per_node_and_epoch'] / 1e9:.3g} GB)"
+    text = (
+        f"store        {store['nodes']} nodes of {forecast.RANKS_PER_NODE} GPUs, {store['lanes']} lanes: in the first "
+        f"epoch a node fetches {whole + single:.1%} of the set{size}; {single:.1%} one by one and in every epoch anew"
+    )
+    kept = f"; it keeps up to {store['cache_bytes'] / 1e9:.3g} GB in {store['cache_folder']}"
+    return [text + (kept if store["cache_folder"] else " (no data.cache.folder)")]
+
+
 def _columns(table: dict[str, dict[str, Any]], besides: tuple[str, ...]) -> list[str]:
     purposes = [name for name in next(iter(table.values())) if name not in besides]
-    rows = [f"  {'':<28}" + "".join(f"{'stage ' + stage:>10}" for stage in table)]
+    rows = [f"  {'':<28}" + "".join(f"{_title(name):>14}" for name in table)]
     for name in purposes:
-        rows.append(f"  {name:<28}" + "".join(f"{column[name] / _GIB:>10.2f}" for column in table.values()))
+        rows.append(f"  {name:<28}" + "".join(f"{column[name] / _GIB:>14.2f}" for column in table.values()))
     total = [sum(column[name] for name in purposes) for column in table.values()]
-    rows.append(f"  {'total':<28}" + "".join(f"{size / _GIB:>10.2f}" for size in total))
+    rows.append(f"  {'total':<28}" + "".join(f"{size / _GIB:>14.2f}" for size in total))
     if "fits" in besides:
-        rows.append(f"  {'fits':<28}" + "".join(f"{'yes' if c['fits'] else 'NO':>10}" for c in table.values()))
+        rows.append(f"  {'fits':<28}" + "".join(f"{'yes' if c['fits'] else 'NO':>14}" for c in table.values()))
     return rows

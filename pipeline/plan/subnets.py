@@ -2,11 +2,14 @@
 
 from pipeline.config import ExperimentConfig
 from pipeline.elastic import cost
-from pipeline.elastic.subnet import Grid
+from pipeline.elastic.subnet import Grid, mlp_ratio
 
 
 def subnet_rows(config: ExperimentConfig) -> list[dict]:
-    """One entry per sub-network: name, width, depths, params, gflops (one image of the training size), multiplicity."""
+    """One entry per sub-network: name, width, depths, params, gflops (one image of the training size), multiplicity.
+
+    And `mlp_ratio`, where that is an axis of the grid.
+    """
     grid = Grid(config.model, config.sampling.small_bias)
     return [
         {
@@ -16,6 +19,7 @@ def subnet_rows(config: ExperimentConfig) -> list[dict]:
             "params": cost.params(config.model, subnet),
             "gflops": cost.flops(config.model, subnet) / 1e9,
             "multiplicity": grid.multiplicity(subnet),
+            **({"mlp_ratio": mlp_ratio(config.model, subnet)} if len(grid.mlp_ratios) > 1 else {}),
         }
         for subnet in grid.subnets
     ]

@@ -121,7 +121,7 @@ def _summary(config: ExperimentConfig, records: Records, manifest: dict[str, Any
 def _losses(records: Records) -> str:
     both = {"intact": "{}_intact", "elastic": "{}_elastic"}
     charts = [line_chart("Total loss", {"total": curve(records, "loss")})]
-    for term, title in (("dino", "DINO"), ("ibot", "iBOT"), ("koleo", "KoLeo")):
+    for term, title in (("dino", "DINO"), ("ibot", "iBOT"), ("koleo", "KoLeo"), ("anchor", "Anchor")):
         found = curves(records, {k: v.format(term) for k, v in both.items()})
         used = any(value for points in found.values() for _, value in points)  # zero before iBOT starts
         charts.append(line_chart(title, found) if used else "")

@@ -93,7 +93,7 @@ class Console:
             self.say(f"note: from step {step} on {key} is {now}, and was {before}")
         for name, (before, now) in settings.courses.items() if settings else ():
             self.say(f"note: {name} is laid out anew: {course_text(now)} (it was to be {course_text(before)})")
-        if engine.effective_stage() != engine.zero_stage:
+        if engine.backend == "deepspeed" and engine.effective_stage() != engine.zero_stage:
             self.say("note: bf16 shards its fp32 masters even at ZeRO stage 0: running stage 1")
 
     def compiling(self, number: int, total: int, width: int) -> None:

@@ -56,6 +56,23 @@ def test_a_patch_of_another_size_changes_the_stride_of_swin():
     assert parse_config(tree).model.stride == 16
 
 
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"family": "resnet", "mlp_ratio": {"min": 2}}, "mlp_ratio=.* has no effect on resnet .*leave it out"),
+        ({"mlp_ratio": {"min": 3, "step": 2}}, r"model\.mlp_ratio.*3\.\.4 is not reached in steps of 2"),
+        (
+            {"family": "eva", "swiglu": True, "head_dim": 4, "mlp_ratio": {"min": 3}},
+            "mlp_ratio 3 with head_dim=4: SwiGLU has hidden units in multiples of 8",
+        ),
+    ],
+)
+def test_mlp_ratios_that_cannot_be_are_refused_in_one_line(model, message):
+    with pytest.raises(UserError, match=message) as raised:
+        parse_config({"model": model})
+    assert "\n" not in str(raised.value)
+
+
 @pytest.mark.parametrize("channels", [1, 4])
 @pytest.mark.parametrize("family", ["vit", "eva", "swin", "resnet"])
 def test_channels_that_the_data_path_does_not_deliver_are_refused(family, channels):

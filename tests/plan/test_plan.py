@@ -14,6 +14,7 @@ from pipeline.elastic import build, cost
 from pipeline.elastic.head import ProjectionHeads
 from pipeline.elastic.stochastic_depth import keep_indices
 from pipeline.plan.forecast import communication, expected_slowest, sampler, stragglers
+from pipeline.plan.memory import under
 from pipeline.plan.plan import memory_estimate, plan
 
 PRESETS = Path(__file__).parents[2] / "yaml"
@@ -107,6 +108,32 @@ def test_traffic_counts_what_a_ring_sends():
     assert many["gradients"] == pytest.approx(weights, rel=2e-3)
     assert communication(config, 2, 0)["student weights"] == 0  # replicas update themselves
     assert sum(communication(config, 1, 1).values()) == 0
+
+
+def test_fsdp2_sends_once_or_for_every_pass_and_the_rest_between_replicas():
+    fsdp2 = ["engine.precision=fp32", "engine.backend=fsdp2"]
+    weights = 4 * VIT_L_PARAMETERS
+    config = load_config(VIT_L, [*fsdp2, "engine.shard_size=node"])
+    keep, reshard = (under(config, reshard_after_forward=reshard) for reshard in (False, True))
+    share = 7 / 8  # of 8 ranks of a node, 4 nodes
+    assert communication(keep, 32)["gradients"] == communication(keep, 32)["student weights"] == share * weights
+    assert communication(reshard, 32)["gradients"] == 2 * share * weights
+    assert communication(reshard, 32)["student weights"] == 4 * share * weights
+    for each in (keep, reshard):
+        assert communication(each, 32)["teacher weights"] == share * weights
+        assert communication(each, 32)["gradients between replicas"] == 2 * (3 / 4) * weights / 8
+    one = communication(load_config(VIT_L, [*fsdp2, "engine.shard_size=one"]), 32)
+    assert one["gradients between replicas"] == 2 * (31 / 32) * weights
+    assert one["gradients"] == one["student weights"] == 0
+
+
+def test_fsdp2_holds_masters_and_average_alone_and_one_copy_more_of_weights_that_stay_gathered():
+    config = load_config(VIT_L, ["engine.backend=fsdp2"])
+    keep, reshard = (memory_estimate(under(config, reshard_after_forward=each), 4) for each in (False, True))
+    assert keep["fp32 master, AdamW, EMA"] == reshard["fp32 master, AdamW, EMA"] == 4 * VIT_L_PARAMETERS
+    assert keep["weights (student, teacher)"] == 0
+    assert keep["gathered weights (estimate)"] - reshard["gathered weights (estimate)"] > 1.5 * VIT_L_PARAMETERS
+    assert keep["gradients"] > 4 * VIT_L_PARAMETERS > 2 * reshard["gradients"]
 
 
 def test_sharding_divides_what_the_optimizer_holds():
