@@ -109,8 +109,9 @@ def test_sources_are_read_one_by_one_and_a_mistake_names_its_own(tmp_path: Path)
 @pytest.mark.parametrize("family", ["vit", "eva", "swin", "resnet"])
 def test_a_network_alone_is_a_grid_of_one(family):
     """No other sub-network is trained, so none may be listed or extracted; the largest is built as it was."""
-    tree = {"model": {"family": family}, "sampling": {"assignment": "none"}}
-    model, whole = parse_config(tree).model, parse_config({"model": {"family": family}}).model
+    ratios = {} if family == "resnet" else {"mlp_ratio": {"min": 2, "max": 4, "step": 2}}
+    tree = {"model": {"family": family, **ratios}, "sampling": {"assignment": "none"}}
+    model, whole = parse_config(tree).model, parse_config({"model": {"family": family, **ratios}}).model
     grid = Grid(model)
     assert grid.subnets == (Grid(whole).largest,)
     assert model.alone() == model
