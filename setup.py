@@ -38,9 +38,12 @@ class WithDataFiles(Distribution):
 
 ONNX = ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5"]
 PARQUET = ["pyarrow>=17"]
+SINKS = {"wandb": ["wandb>=0.19"], "mlflow": ["mlflow-skinny>=2.20"]}
 DEVELOPMENT = [
     *ONNX,
     *PARQUET,
+    *SINKS["mlflow"],
+    *SINKS["wandb"],
     "coverage>=7.6",
     "grafana-foundation-sdk",
     "import-linter>=2.3",
@@ -92,6 +95,6 @@ setup(
         "tifffile>=2024.8.10",
         "tqdm>=4.66",
     ],
-    extras_require={"dev": DEVELOPMENT, "onnx": ONNX, "parquet": PARQUET},
+    extras_require={"dev": DEVELOPMENT, "onnx": ONNX, "parquet": PARQUET, **SINKS},
     entry_points={"console_scripts": ["poa=pipeline.cli:main"]},
 )

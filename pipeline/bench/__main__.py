@@ -71,7 +71,12 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("--warmup", type=int, default=5, help="steps before (default: %(default)s)")
     step = kinds.choices["step"]
     step.add_argument("--synthetic", action="store_true", help="random pictures: no shards, no DALI")
-    step.add_argument("--against", choices=("plain",), help="a plain implementation beside ours, step by step")
+    step.add_argument(
+        "--against",
+        default="",
+        metavar="NAME,...",
+        help="beside ours, step by step: plain (without engine), zero0 to zero3, fsdp2-keep, fsdp2-reshard",
+    )
     step.add_argument("--subnets", default="", metavar="NAME,...", help="elastic students, by turns")
     order = kinds.add_parser("order", help="what nodes fetch of a large set, by lanes and pieces; simulated")
     order.add_argument("--gb", type=float, default=1024, help="of the set (default: %(default)s)")
@@ -112,7 +117,7 @@ def _measure(args: argparse.Namespace, config: ExperimentConfig, device: str) ->
 
     options = {
         "synthetic": args.synthetic,
-        "against": args.against,
+        "against": args.against.split(",") if args.against else [],
         "subnets": args.subnets.split(",") if args.subnets else [],
     }
     return benchmark_step(config, args.steps, args.warmup, **options)

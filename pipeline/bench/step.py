@@ -1,4 +1,4 @@
-"""What a training step costs, by phase, alone or by turns with a plain implementation of the same step.
+"""What a training step costs, by phase, alone or by turns with other engines or a plain implementation of it.
 
 Nothing is measured that happens once: every width is compiled first. On a CPU processor time stands beside wall time,
 since other work on the machine disturbs it less.
@@ -25,10 +25,18 @@ from pipeline.engine.layouts import working_dtype
 from pipeline.errors import UserError
 from pipeline.measure.metrics import PHASES
 from pipeline.measure.phases import Phases
+from pipeline.plan.memory import under
 from pipeline.run.step import Underway, build_student
 
 ENGINE = ("reduce", "optimizer", "ema")
 """Phases of what surrounds the networks: gradient reduction and norms, clip and AdamW, moving average."""
+
+OTHERS: dict[str, dict[str, Any]] = {
+    **{f"zero{stage}": {"zero_stage": stage} for stage in range(4)},
+    "fsdp2-keep": {"reshard_after_forward": False},
+    "fsdp2-reshard": {"reshard_after_forward": True},
+}
+"""Engines that may make every step beside the config's own."""
 
 _PROFILED = 2  # steps
 
@@ -94,7 +102,7 @@ class Contender:
 
 
 class StepBench:
-    """Steps of one experiment by one or two contenders in turn; iBOT is on from the first step.
+    """Steps of one experiment by one or more contenders in turn; iBOT is on from the first step.
 
     Args:
         config: the experiment; nothing is written.
@@ -105,15 +113,35 @@ class StepBench:
     def __init__(self, config: ExperimentConfig, ranks: Ranks, synthetic: bool):
         self.config = config.model_copy(update={"loss": config.loss.model_copy(update={"ibot_start_epoch": 0})})
         self.ranks, self.step = ranks, 0
-        self._before: Underway | None = None
-        before = self._held()
-        self.trainer = BenchTrainer(self.config, ranks, synthetic)
-        self.trainer.start_data(0)
-        self.trainer.phases = laps = Laps(ranks.device)
-        self.trainer.tri_branch.lap = laps.lap
-        self.ours = Contender(self._run_ours, laps)
-        self.ours.state_bytes = self._held() - before
+        self._trainers: list[BenchTrainer] = []
+        self.ours = self._add_trainer(self.config, synthetic)
+        self.trainer = self._trainers[0]
         self.contenders = {"ours": self.ours}
+
+    def _add_trainer(self, config: ExperimentConfig, synthetic: bool) -> Contender:
+        before = self._held()
+        trainer = BenchTrainer(config, self.ranks, synthetic)
+        trainer.start_data(0)
+        trainer.phases = laps = Laps(self.ranks.device)
+        trainer.tri_branch.lap = laps.lap
+        self._trainers.append(trainer)
+        last: list[Underway] = []
+
+        def run(number: int) -> tuple[float, float]:
+            last.append(trainer.step(number))
+            agreed = last[0].report.agreed  # read one step late, as in training
+            del last[:-1]
+            return agreed.losses["total"], agreed.flops
+
+        return Contender(run, laps, state_bytes=self._held() - before)
+
+    def add_engine(self, name: str) -> None:
+        """Let another engine make every further step too.
+
+        Args:
+            name: a key of `OTHERS`.
+        """
+        self.contenders[name] = self._add_trainer(under(self.config, **OTHERS[name]), self.trainer.synthetic)
 
     def add_plain(self, compiled: bool) -> None:
         """Let the plain implementation make every further step too; from the weights of the start, as ours.
@@ -141,11 +169,11 @@ class StepBench:
             self._turn(subnet)
 
     def widths(self) -> list[Subnet]:
-        """A sub-network of every width, the cheapest; none where nothing is compiled."""
+        """A sub-network of every width and MLP ratio, the shallowest; none where nothing is compiled."""
         grid = self.trainer.grid
         if not self.config.engine.compile and not self.config.uses_triton():
             return []
-        return [Subnet(width, grid.smallest.depths) for width in grid.widths]
+        return grid.of_every_shape(grid.smallest.depths)
 
     def measure(self, subnets: Sequence[Subnet | None]) -> dict[str, Any]:
         """Make a step of each sub-network; figures of these steps."""
@@ -177,8 +205,9 @@ class StepBench:
         }
         if self.ranks.device.type == "cuda":
             result["peak_gib"] = max(cost.peak_bytes for cost in self.ours.costs[-count:]) / 2**30
-        if "plain" in self.contenders:
-            result["plain"] = self._against(self.contenders["plain"], count)
+        for name, other in self.contenders.items():
+            if other is not self.ours:
+                result[name] = self._against(name, other, count)
         return result
 
     def gpu_busy(self, subnet: Subnet | None = None) -> dict[str, Any] | None:
@@ -202,17 +231,13 @@ class StepBench:
         }
 
     def close(self) -> None:
-        self.trainer.close()
-
-    def _run_ours(self, number: int) -> tuple[float, float]:
-        step = self.trainer.step(number)
-        before, self._before = self._before or step, step  # read one step late, as in training
-        agreed = before.report.agreed
-        return agreed.losses["total"], agreed.flops
+        for trainer in self._trainers:
+            trainer.close()
 
     def _turn(self, subnet: Subnet | None) -> None:
         """One step by every contender."""
-        self.trainer.chosen = subnet
+        for trainer in self._trainers:
+            trainer.chosen = subnet
         for contender in self.contenders.values():
             contender.costs.append(self._cost(contender))
         self.step += 1
@@ -239,18 +264,18 @@ class StepBench:
         others = sum(other.state_bytes for other in self.contenders.values() if other is not contender)
         return Cost(wall, cpu, engine, engine_cpu, torch.cuda.max_memory_allocated() - others if cuda else 0)
 
-    def _against(self, plain: Contender, count: int) -> dict[str, Any]:
-        """The plain step's medians, and ours as multiples of them, step by step."""
+    def _against(self, name: str, other: Contender, count: int) -> dict[str, Any]:
+        """Another's medians, and ours as multiples of them, step by step."""
         kinds = ("seconds", "cpu_seconds", "engine_seconds", "engine_cpu_seconds")
-        result: dict[str, Any] = {kind: plain.median(kind, count) for kind in kinds}
+        result: dict[str, Any] = {kind: other.median(kind, count) for kind in kinds}
         result["ours"] = {kind: self.ours.median(kind, count) for kind in kinds}
-        pairs = list(zip(self.ours.costs[-count:], plain.costs[-count:], strict=True))
-        result["ours_over_plain"] = {
+        pairs = list(zip(self.ours.costs[-count:], other.costs[-count:], strict=True))
+        result[f"ours_over_{name}"] = {
             kind: statistics.median(getattr(a, kind) / max(getattr(b, kind), 1e-9) for a, b in pairs) for kind in kinds
         }
-        result["first_losses"] = {"ours": self.ours.losses[0], "plain": plain.losses[0]}
+        result["first_losses"] = {"ours": self.ours.losses[0], name: other.losses[0]}
         if self.ranks.device.type == "cuda":
-            result["peak_gib"] = max(cost.peak_bytes for cost in plain.costs[-count:]) / 2**30
+            result["peak_gib"] = max(cost.peak_bytes for cost in other.costs[-count:]) / 2**30
         return result
 
     @staticmethod
@@ -273,7 +298,7 @@ def benchmark_step(
     warmup: int,
     *,
     synthetic: bool = False,
-    against: str | None = None,
+    against: Sequence[str] = (),
     subnets: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Time real training steps, on one rank or under torchrun.
@@ -283,7 +308,7 @@ def benchmark_step(
         steps: measured steps.
         warmup: steps before them, after one of every width where something is compiled.
         synthetic: random pictures, no shards and no DALI.
-        against: "plain" for the plain implementation beside ours, step by step.
+        against: what makes every step beside ours: "plain", the plain implementation, and entries of `OTHERS`.
         subnets: names of the elastic students, by turns; those that training draws if there are none.
 
     Returns:
@@ -291,13 +316,16 @@ def benchmark_step(
         share and peak memory.
 
     Raises:
-        UserError: see `BenchTrainer` and `StepBench.add_plain`; no such sub-network.
+        UserError: see `BenchTrainer` and `StepBench.add_plain`; no such sub-network or engine.
     """
+    choices = ("plain", *OTHERS)
+    if unknown := [name for name in against if name not in choices]:
+        raise UserError(f"there is no {unknown[0]!r} to compare with", "--against", f"choose of {', '.join(choices)}")
     ranks = distributed.initialize()
     bench = StepBench(config, ranks, synthetic)
     try:
-        if against:
-            bench.add_plain(config.engine.compile)
+        for name in against:
+            bench.add_plain(config.engine.compile) if name == "plain" else bench.add_engine(name)
         chosen: list[Subnet | None] = [bench.trainer.grid.parse(name) for name in subnets] or [None]
         for subnet in bench.widths():
             if ranks.is_main:
@@ -323,8 +351,7 @@ def union(spans: Iterable[tuple[float, float]]) -> float:
 
 
 def _plain(trainer: BenchTrainer, config: ExperimentConfig, compiled: bool) -> Contender:
-    engine = config.engine.model_copy(update={"kernels": KernelsConfig.of("eager"), "zero_stage": 0})
-    plain_config = config.model_copy(update={"engine": engine})
+    plain_config = under(config, zero_stage=0, kernels=KernelsConfig.of("eager"))
     student = build_student(plain_config)
     if compiled:
         student.backbone.compile_blocks()

@@ -1,10 +1,13 @@
 """How a step is computed, which changes nothing of what is computed."""
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_serializer, model_validator
 
 from pipeline.config.section import Section
+
+KEPT_BYTES = 2 << 30
+"""A student of at most this size stays gathered between forward and backward pass under fsdp2, unless the user says."""
 
 Impl = Literal["triton", "eager"]
 
@@ -18,6 +21,7 @@ class KernelsConfig(Section):
     residual: Impl = Field("triton", description="stochastic depth, LayerScale and the sum of a block's branch")
     loss: Impl = Field("triton", description="cross-entropy, and the sums over logits that centering takes")
     sinkhorn: Impl = "triton"
+    colours: Impl = Field("triton", description="orientation, colour, blur and normalisation of crops; eager is DALI's")
     optimizer: Impl = Field("triton", description="clipping, AdamW, moving average and the copies of both")
 
     @model_serializer
@@ -34,7 +38,14 @@ class KernelsConfig(Section):
 class EngineConfig(Section):
     """How the step is computed; none of it changes what is computed."""
 
-    zero_stage: Literal[0, 1, 2, 3] = 1
+    backend: Literal["deepspeed", "fsdp2"] = "deepspeed"
+    zero_stage: Literal[0, 1, 2, 3] | None = Field(1, description="DeepSpeed's; null under fsdp2")
+    shard_size: Literal["node", "all", "one"] | None = Field(
+        None, description="fsdp2's: ranks that share a copy of the state; all if not set"
+    )
+    reshard_after_forward: bool | None = Field(
+        None, description="fsdp2's: let go of a block's weights until its backward pass; by their size if not set"
+    )
     precision: Literal["bf16", "fp32"] = "bf16"
     reduce_dtype: Literal["bf16", "fp32"] = Field(
         "fp32", description="in which gradients are added up over ranks and over both backward passes"
@@ -46,13 +57,43 @@ class EngineConfig(Section):
         None, description="keep fp32 masters, moments and EMA in host memory and update them there; ZeRO stage 1 and up"
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_the_backend(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("backend") == "fsdp2":
+            return {"zero_stage": None, **values, "shard_size": values.get("shard_size") or "all"}
+        return values
+
     @model_validator(mode="after")
-    def _offload_needs_shards(self) -> "EngineConfig":
+    def _keys_are_of_the_backend(self) -> "EngineConfig":
+        theirs = {"deepspeed": ("zero_stage", "offload_optimizer"), "fsdp2": ("shard_size", "reshard_after_forward")}
+        for backend, keys in theirs.items():
+            for key in keys:
+                value = getattr(self, key)
+                if backend != self.backend and value is not None:
+                    shown = str(value).lower() if isinstance(value, bool) else value
+                    raise ValueError(
+                        f"{key}={shown} means nothing under engine.backend={self.backend}: "
+                        f"set engine.{key}=null, or engine.backend={backend}"
+                    )
+        if self.backend == "deepspeed" and self.zero_stage is None:
+            raise ValueError("zero_stage=null: name a stage of 0 to 3, or set engine.backend=fsdp2")
         if self.offload_optimizer and self.effective_stage() == 0:
             raise ValueError("offload_optimizer needs a ZeRO stage of 1 or more: set engine.zero_stage")
         return self
 
-    def effective_stage(self, zero_stage: int | None = None) -> int:
-        """The ZeRO stage that runs, for `zero_stage` if given: DeepSpeed shards masters of bf16 even at stage 0."""
-        stage = self.zero_stage if zero_stage is None else zero_stage
-        return max(stage, 1 if self.precision == "bf16" else 0)
+    def effective_stage(self) -> int:
+        """The ZeRO stage that runs under DeepSpeed, which shards masters of bf16 even at stage 0."""
+        assert self.zero_stage is not None, "FSDP2 has no stages"
+        return max(self.zero_stage, 1 if self.precision == "bf16" else 0)
+
+    @property
+    def gathers_blocks(self) -> bool:
+        """Whether weights are gathered block by block, so that every rank has to call every block."""
+        return self.backend == "fsdp2" or self.effective_stage() == 3
+
+    def reshards(self, parameters: int) -> bool:
+        """Whether fsdp2 lets go of a block's weights after its forward pass, in a student of so many parameters."""
+        if self.reshard_after_forward is None:
+            return parameters * (2 if self.precision == "bf16" else 4) > KEPT_BYTES
+        return self.reshard_after_forward

@@ -14,7 +14,10 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from kernels.colours import table
 from pipeline.config import DataConfig
 from pipeline.data.generated import remove_generated_files
 from pipeline.data.images import Header
@@ -62,6 +65,12 @@ class P(IntEnum):
     TRANSPOSE = 10
     MIRROR_X = 11
     MIRROR_Y = 12
+
+
+def colour_table(drawn: np.ndarray, hue: str) -> Tensor:
+    """What `kernels.colours` wants to know of crops, by parameters `[..., len(P)]`: fp32 `[..., width]`."""
+    columns = torch.from_numpy(drawn[..., P.HUE : len(P)])
+    return table(columns.flatten(0, -2), hue).unflatten(0, columns.shape[:-1])
 
 
 def parameters(
@@ -165,6 +174,7 @@ def make_pipeline(
     *,
     device_id: int | None,
     half: bool,
+    coloured: bool = True,
     intake: Intake | None = None,
 ) -> Any:
     """A DALI pipeline that executes the parameters; it is built by its first `run`.
@@ -173,10 +183,13 @@ def make_pipeline(
         source: batch number -> (images as `Intake.open` has them, their `parameters`, positions `[B, 1]`).
         device_id: CUDA device, None for the CPU.
         half: float16 instead of float32 output.
+        coloured: False ends with crops of 8-bit RGB that are cut out and resized, which `kernels.colours` then does the
+            rest to.
         intake: of the images; by default as `data` says of 8-bit RGB.
 
     Outputs per batch, the first two on the CPU: positions int64 `[B, 1]`, shapes int64 `[B, 3]` of the decoded images,
-    global crops `[B, 2, C, S, S]` and, if there are any, local crops `[B, L, C, s, s]`.
+    global crops `[B, 2, C, S, S]` and, if there are any, local crops `[B, L, C, s, s]`; not coloured, they are uint8
+    `[B, 2, S, S, 3]` and `[B, L, s, s, 3]`.
     """
     from nvidia.dali import fn, pipeline_def, types
     from nvidia.dali.pipeline import do_not_convert
@@ -198,16 +211,18 @@ def make_pipeline(
         )
         image = _decode(given, device_id) if how.is_rgb else given if device_id is None else given.gpu()
         shapes = image.shape() if how.is_rgb else given.shape()
-        crop = partial(_crop, hue=data.hue) if how.is_rgb else partial(_crop_values, channels=how.channels)
         local = data.local_crops
-        crops = [crop(image, drawn[i], data.global_crops.size, where) for i in range(GLOBAL_CROPS)]
-        if how.is_rgb:
-            crops[1] = _solarize(crops[1], drawn[1], where)
-        found = [_normalize(crops, how, half)]
-        if local.count:
-            rows = (drawn[GLOBAL_CROPS + i] for i in range(local.count))
-            found.append(_normalize([crop(image, row, local.size, where) for row in rows], how, half))
-        if data.channel_drop:
+        rows = [drawn[i] for i in range(GLOBAL_CROPS + local.count)]
+        sizes = [data.global_crops.size] * GLOBAL_CROPS + [local.size] * local.count
+        crops = [_cut(image, row, size) for row, size in zip(rows, sizes, strict=True)]
+        if coloured:
+            change = partial(_colour, hue=data.hue) if how.is_rgb else partial(_change_values, channels=how.channels)
+            crops = [change(crop, row, where) for crop, row in zip(crops, rows, strict=True)]
+            if how.is_rgb:
+                crops[1] = _solarize(crops[1], rows[1], where)
+        groups = [group for group in (crops[:GLOBAL_CROPS], crops[GLOBAL_CROPS:]) if group]
+        found = [_normalize(group, how, half) if coloured else _stack(group) for group in groups]
+        if coloured and data.channel_drop:
             found = [_drop_channels(x, drawn, i * GLOBAL_CROPS) for i, x in enumerate(found)]
         return positions, shapes, *found
 
@@ -268,14 +283,20 @@ def _decode(encoded: Any, device_id: int | None) -> Any:
     )
 
 
-def _cut(image: Any, p: Any, size: int, where: Where) -> Any:
-    """The box of an image, upright, of the crop's size and flipped; `p` is the crop's row of parameters."""
+def _cut(image: Any, p: Any, size: int) -> Any:
+    """One crop, HWC; `p` is its row of parameters."""
     from nvidia.dali import fn, types
 
     # `roi_start` of `resize` would save this copy, but lets the kernel reach beyond the box: up to 50 levels at borders
     box = fn.cast(p[P.TOP : P.RIGHT + 1], dtype=types.INT32)
     x = fn.slice(image, start=box[:2], end=box[2:], axes=(0, 1))
-    x = fn.resize(x, size=(size, size), interp_type=types.INTERP_CUBIC, antialias=True)
+    return fn.resize(x, size=(size, size), interp_type=types.INTERP_CUBIC, antialias=True)
+
+
+def _turn(x: Any, p: Any, where: Where) -> Any:
+    """A crop put upright and flipped."""
+    from nvidia.dali import fn, types
+
     x = where(p[P.TRANSPOSE] > 0.0, lambda x: fn.transpose(x, perm=[1, 0, 2], transpose_layout=False), x)
     return fn.flip(
         x, horizontal=fn.cast(p[P.MIRROR_X], dtype=types.INT32), vertical=fn.cast(p[P.MIRROR_Y], dtype=types.INT32)
@@ -288,20 +309,20 @@ def _blur(x: Any, p: Any, where: Where) -> Any:
     return where(p[P.SIGMA] > 0.0, lambda x: fn.gaussian_blur(x, window_size=_BLUR_WINDOW, sigma=p[P.SIGMA]), x)
 
 
-def _crop_values(image: Any, p: Any, size: int, where: Where, *, channels: int) -> Any:
-    """One augmented crop of an image that is not 8-bit RGB, float32 HWC."""
+def _change_values(x: Any, p: Any, where: Where, *, channels: int) -> Any:
+    """All that is done to a crop of an image that is not 8-bit RGB, float32 HWC."""
     from nvidia.dali import types
 
-    x = _cut(image, p, size, where)
+    x = _turn(x, p, where)
     x = _contrast_and_brightness(x, p, np.full(channels, 1 / channels, np.float32), types.FLOAT)
     return _blur(x, p, where)
 
 
-def _crop(image: Any, p: Any, size: int, where: Where, *, hue: str) -> Any:
-    """One augmented crop, uint8 HWC; `p` is its row of parameters."""
+def _colour(x: Any, p: Any, where: Where, *, hue: str) -> Any:
+    """All that is done to a crop before it is solarised, if it is; uint8 HWC."""
     from nvidia.dali import types
 
-    x = _cut(image, p, size, where)
+    x = _turn(x, p, where)
     if hue == "hsv":
         x = where(p[P.HUE] != 0.0, lambda x: _turn_hue(x, p), x)
         x = _saturate(x, p, where)
@@ -395,13 +416,19 @@ def _beside(value: Any, x: Any) -> Any:
     return value.gpu() if x.device == "gpu" else value
 
 
+def _stack(crops: list[Any]) -> Any:
+    from nvidia.dali import fn
+
+    return fn.stack(*crops, axis_name="F")
+
+
 def _normalize(crops: list[Any], how: Intake, half: bool) -> Any:
     """Stack HWC crops of an image, 8-bit or in 0..1, and normalise them: `[crops, C, size, size]`."""
     from nvidia.dali import fn, types
 
     levels = 255 if how.is_rgb else 1
     return fn.crop_mirror_normalize(
-        fn.stack(*crops, axis_name="F"),
+        _stack(crops),
         mean=[levels * m for m in how.mean],
         std=[levels * s for s in how.std],
         output_layout="FCHW",

@@ -50,12 +50,26 @@ class EvalImages:
         Raises:
             BadImage: it cannot be used, for the reason given.
         """
-        data = self.dataset.image(record)
+        return self.prepare(self.dataset.image(record))[0]
+
+    def prepare(self, data: bytearray) -> tuple[Tensor, tuple[int, int]]:
+        """What `load` makes of a file, and the upright width and height that it had.
+
+        Raises:
+            BadImage: it cannot be used, for the reason given.
+        """
         if self.intake.is_rgb:
             inspect(data, self.intake.max_pixels)
-            return self.transform(decode(data))
+            image = decode(data)
+            return self.transform(image), image.size
         values, header = self.intake.open(data)
-        return self.transform(torch.from_numpy(upright(values, header.orientation).transpose(2, 0, 1).copy()))
+        rows, cols = header.size
+        turned = upright(values, header.orientation).transpose(2, 0, 1).copy()
+        return self.transform(torch.from_numpy(turned)), (cols, rows)
+
+    def sample(self, record: int) -> tuple[int, Tensor]:
+        """Label and image of a record; raises as `label` and `load` do."""
+        return self.label(record), self.load(record)
 
     def label(self, record: int) -> int:
         """The class index.

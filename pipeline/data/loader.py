@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from kernels.colours import Normalisation, colour
 from pipeline.config import DataConfig
-from pipeline.data.augment import make_pipeline, parameters, undecodable
+from pipeline.data.augment import GLOBAL_CROPS, P, colour_table, make_pipeline, parameters, undecodable
 from pipeline.data.images import Header
 from pipeline.data.intake import CHANNELS, Intake
 from pipeline.data.mixing import WHOLE, Segment
@@ -36,6 +37,7 @@ class _Prepared(NamedTuple):
     records: list[int]
     headers: list[Header]
     rejected: list[tuple[int, int, str]]
+    colours: torch.Tensor | None
 
 
 class Loader:
@@ -50,7 +52,8 @@ class Loader:
         rank, world_size: this process among those that share the stream.
         start_sample: samples consumed so far by all ranks together.
         device: `cpu` or `cuda:N`; decides where images are decoded and augmented and where tensors live.
-        dtype: torch.float32 or torch.float16. For bfloat16 take float32 and cast: DALI cannot write it.
+        dtype: torch.float32 or torch.float16; torch.bfloat16 with `colours` alone, for DALI cannot write it.
+        colours: `impl` of `kernels.colours`, which then does what follows the resizing; None leaves it to DALI.
         on_skip: called once per sample left out, with its key, shard, reason and first position.
         dataset: `data.train` in pieces of `data.piece_mb`, if it is open already.
         segment: of the run, if its sources or weights have changed.
@@ -76,16 +79,19 @@ class Loader:
         start_sample: int = 0,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
+        colours: str | None = None,
         on_skip: Callable[[Skip], None] | None = None,
         dataset: Dataset | None = None,
         segment: Segment = WHOLE,
         channels: int = CHANNELS,
     ) -> None:
-        if dtype not in _DTYPES:
-            raise ValueError(f"dtype {dtype}: expected one of {_DTYPES}")
+        dtypes = (*_DTYPES, torch.bfloat16) if colours else _DTYPES
+        if dtype not in dtypes:
+            raise ValueError(f"dtype {dtype}: expected one of {dtypes}")
         self.data, self.rank, self.world_size, self.on_skip = data, rank, world_size, on_skip
-        self.device_id, self._half = _device_id(torch.device(device)), dtype == torch.float16
         self.intake = Intake.of(data, channels)
+        self._colours = colours if self.intake.is_rgb else None
+        self.device_id, self._dtype = _device_id(torch.device(device)), dtype
         self._reading = Reading(data, rank, world_size, dataset, segment, self.intake)
         self._stream, self.dataset = self._reading.stream, self._reading.dataset
         self.samples, self.next_sample = len(self.dataset), start_sample
@@ -112,10 +118,32 @@ class Loader:
         self._reading.want(self.next_sample)  # not what is read ahead: this batch may still be on its way
         self.used.update(self.dataset.source(record).name for record in prepared.records)
         crops = [torch.from_dlpack(output.as_tensor()).flatten(0, 1) for output in outputs[2:]]
+        if prepared.colours is not None:
+            crops = self._coloured(crops, prepared)
+        elif self._dtype == torch.bfloat16:  # which DALI cannot write
+            crops = [group.to(self._dtype) for group in crops]
         if len(crops) == 1:
             size = self.data.local_crops.size
             crops.append(crops[0].new_empty(0, self.intake.channels, size, size))
         return Batch(*crops)
+
+    def _coloured(self, crops: list[torch.Tensor], prepared: _Prepared) -> list[torch.Tensor]:
+        """Crops as the network takes them."""
+        assert self._colours is not None
+        assert prepared.colours is not None
+        rows = prepared.colours.to(crops[0].device, non_blocking=True)
+        parts, look = (
+            [GLOBAL_CROPS, rows.shape[1] - GLOBAL_CROPS],
+            Normalisation(_three(self.intake.mean), _three(self.intake.std)),
+        )
+        coloured = [
+            colour(group, row.flatten(0, 1), look, dtype=self._dtype, impl=self._colours)
+            for group, row in zip(crops, rows.split(parts, 1), strict=False)
+        ]
+        if not self.data.channel_drop:
+            return coloured
+        kept = torch.from_numpy(prepared.parameters[..., len(P) :]).to(rows.device).split(parts, 1)
+        return [x * keep.flatten(0, 1)[..., None, None].to(x.dtype) for x, keep in zip(coloured, kept, strict=False)]
 
     def close(self) -> None:
         """Stop the reading threads and free the pipeline; tensors handed out stay valid."""
@@ -140,20 +168,32 @@ class Loader:
             prepared = self._prepared[wanted].result()
             return prepared.encoded, list(prepared.parameters), prepared.positions[:, None]
 
-        self._pipeline = make_pipeline(self.data, source, device_id=self.device_id, half=self._half, intake=self.intake)
+        self._pipeline = make_pipeline(
+            self.data,
+            source,
+            device_id=self.device_id,
+            half=self._dtype == torch.float16,
+            coloured=not self._colours,
+            intake=self.intake,
+        )
 
     def _prepare(self, sample: int) -> _Prepared:
         positions = self._reading.positions(sample)
         numbers = positions.tolist()
         picked = self._reading.pick(numbers)
         headers = [p.header for p in picked]
+        drawn = parameters(self.data, positions, headers, self.intake.channels)
+        colours = colour_table(drawn, self.data.hue) if self._colours else None
+        if colours is not None and self.device_id is not None:
+            colours = colours.pin_memory()
         return _Prepared(
             positions,
             [np.frombuffer(p.data, np.uint8) if self.intake.is_rgb else p.data for p in picked],
-            parameters(self.data, positions, headers, self.intake.channels),
+            drawn,
             [p.record for p in picked],
             headers,
             [(number, *verdict) for number, p in zip(numbers, picked, strict=True) for verdict in p.rejected],
+            colours,
         )
 
     def _run(self) -> Any:
@@ -198,6 +238,11 @@ class Loader:
 def _shapes_as_announced(shapes: Any, headers: list[Header]) -> bool:
     announced = [(header.rows, header.cols) for header in headers]
     return bool((np.asarray(shapes.as_tensor())[:, :2] == announced).all())
+
+
+def _three(values: tuple[float, ...]) -> tuple[float, float, float]:
+    red, green, blue = values
+    return red, green, blue
 
 
 def _device_id(device: torch.device) -> int | None:

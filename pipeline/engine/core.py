@@ -1,23 +1,22 @@
-"""The engine: the student under DeepSpeed, its optimizer step, and the EMA teacher."""
+"""The engine: the student over the ranks, its optimizer step, and the EMA teacher."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from kernels.optimizer import AdamWEma, Shard
 from pipeline.config import EngineConfig, OptimConfig
 from pipeline.engine.groups import FlatGroup, GroupSpec, parameter_groups
-from pipeline.engine.layouts import FlatShards, Layout, Replicated
+from pipeline.engine.layouts import Layout, Replica
 from pipeline.engine.optimizer import Decision, clip_factors, module_squares, update_of
 from pipeline.method.schedules import StepValues
 from pipeline.method.tri_branch import Branch
 
 
 class Engine:
-    """The student under DeepSpeed with its teacher.
+    """The student under DeepSpeed or FSDP2 with its teacher.
 
     Use it step by step:
 
@@ -34,6 +33,7 @@ class Engine:
 
     Attributes:
         student, teacher: called like `Branch`.
+        branch: the student itself, whose parameters may be in shards.
         groups: the parameter groups, as this rank holds them.
     """
 
@@ -46,8 +46,8 @@ class Engine:
         impl = "eager" if config.offload_optimizer else config.kernels.optimizer
         segments = [group.segment for group in layout.groups]
         layout.optimizer.attach(AdamWEma(layout.shard, segments, impl=impl))
-        self.engine, self.optimizer, self.groups = layout.engine, layout.optimizer, layout.groups
-        self.student, self.teacher = layout.engine, layout.teacher
+        self.optimizer, self.groups = layout.optimizer, layout.groups
+        self.student, self.branch, self.teacher = layout.student, layout.branch, layout.teacher
 
     @contextmanager
     def backward_window(self, passes: int = 2) -> Iterator[None]:
@@ -66,16 +66,12 @@ class Engine:
         if not self._passes_left:
             raise RuntimeError("backward outside of a backward_window: its gradients would be lost or counted twice")
         self._passes_left -= 1
-        last = self._passes_left == 0
-        self._layout.before_backward(last)
-        self.engine.backward(loss)
-        self._layout.after_backward(last)
+        self._layout.backward(loss, last=self._passes_left == 0)
 
     @torch.no_grad()
     def gradient_squares(self) -> Tensor:
         """Squared gradient norm per entry of `MODULES`, fp32 `[2]`; its sum over the ranks is the global one."""
-        squares = module_squares(self.groups, self._layout.gradients()).to(self.device)
-        return squares / dist.get_world_size() if self.replicated else squares
+        return module_squares(self.groups, self._layout.gradients()).to(self.device) / self.replica.total
 
     @torch.no_grad()
     def apply(
@@ -95,9 +91,9 @@ class Engine:
         lap("ema")
 
     @property
-    def replicated(self) -> bool:
-        """Whether every rank holds all of every vector."""
-        return self._layout.replicated
+    def replica(self) -> Replica:
+        """Which of how many copies of its shard this rank holds."""
+        return self._layout.replica
 
     def whole_teacher(self) -> AbstractContextManager[Branch]:
         """The teacher as a `Branch` with all of its weights on every rank, to be read only. Collective."""
@@ -136,9 +132,15 @@ class Engine:
 
 
 def _layout(student: Branch, specs: list[GroupSpec], config: EngineConfig, device: torch.device) -> Layout:
+    if config.backend == "fsdp2":
+        from pipeline.engine.fully_shard import FullyShard
+
+        return FullyShard(student, specs, config, device)
     stage = config.effective_stage()
     if stage == 3:
         from pipeline.engine.zero3 import ParameterShards
 
         return ParameterShards(student, specs, config, device)
+    from pipeline.engine.zero import FlatShards, Replicated
+
     return (FlatShards if stage else Replicated)(student, specs, config, device)

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d, rendezvous
 
+from pipeline.engine import private
 from pipeline.engine.interface import VARIABLE, choose_interface, require_named_interface
 from pipeline.engine.launch import launch
 from pipeline.errors import UserError
@@ -176,10 +177,8 @@ def _lost_peer(error: BaseException) -> bool:
 
 def shut_down() -> None:
     """Leave the process group, and the environment as it was: a later child is no rank of it."""
-    if dist.is_initialized():
-        deepspeed = sys.modules.get("deepspeed.comm.comm")  # it holds groups of its own, for the next engine too
-        owner = deepspeed if deepspeed is not None and deepspeed.is_initialized() else dist
-        owner.destroy_process_group()
+    if dist.is_initialized() and not private.leave_groups():
+        dist.destroy_process_group()
     while _changed_variables:
         name, before = _changed_variables.pop()
         if before is None:

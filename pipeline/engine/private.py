@@ -3,11 +3,18 @@
 `tests/engine/test_private.py` fails by name where a version of DeepSpeed lacks one.
 """
 
+import sys
 from collections.abc import Sequence
+from contextlib import suppress
+from importlib import import_module
 from typing import Any
 
 from torch import Tensor
 
+from pipeline.elastic.compiler import compiler_deferred
+
+OPERATORS = ("__compatible_ops__",)
+COMM = ("is_initialized", "destroy_process_group")
 ENGINE = ("enable_backward_allreduce",)
 FLAT = ("bit16_groups_flat", "single_partition_of_fp32_groups", "_coalesce_grad_reduction")
 CUT_UP = (
@@ -25,6 +32,24 @@ CUT_UP = (
 PARAMETER = ("ds_tensor", "ds_grad_is_ready")
 SHARD = ("ds_numel",)
 TEACHER = ("empty_partition_cache",)
+
+
+def keep_from_compiling(deepspeed: Any) -> None:
+    """Let DeepSpeed, just imported, neither build an operator nor import torch's compiler."""
+    with compiler_deferred(), suppress(ImportError):
+        # it will ask whether the optimizer is this one, whose functions are to be compiled
+        import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    # it would run a C compiler to see which of its operators it could build, and build one; none is needed
+    deepspeed.ops.__compatible_ops__ = {}
+
+
+def leave_groups() -> bool:
+    """Destroy the process groups by way of DeepSpeed, which holds groups of its own, if it was used."""
+    comm = sys.modules.get("deepspeed.comm.comm")
+    if comm is None or not comm.is_initialized():
+        return False
+    comm.destroy_process_group()
+    return True
 
 
 def flat_shards(engine: Any) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from pipeline.engine.core import Engine
 from pipeline.engine.distributed import Ranks
-from pipeline.engine.groups import FlatGroup, Piece
+from pipeline.engine.groups import Piece
+from pipeline.engine.layouts import Replica
 from pipeline.engine.saved import CENTER
 from pipeline.method.losses import Centering
 
@@ -44,7 +45,7 @@ class Snapshot:
         """Copy this rank's pieces; what an earlier call gave out is overwritten."""
         tensors: dict[str, Tensor] = {}
         for index, group in enumerate(engine.groups):
-            pieces = _own_pieces(group, engine.replicated, self.ranks)
+            pieces = own_pieces(group.pieces, engine.replica)
             places = torch.tensor([(p.start, p.length) for p in pieces], dtype=torch.int64).reshape(-1, 2)
             tensors[f"{index}.pieces"] = places
             for key, vector in {"master": group.master, "ema": group.ema, **engine.moments(group)}.items():
@@ -75,11 +76,14 @@ class Snapshot:
         return buffer
 
 
-def _own_pieces(group: FlatGroup, replicated: bool, ranks: Ranks) -> Sequence[Piece]:
-    """What this rank saves: all of a shard, an equal share of a replica."""
-    if not replicated:
-        return group.pieces
-    share = -(-group.spec.numel // ranks.world_size)
-    start = ranks.rank * share
-    length = min(share, group.spec.numel - start)
-    return [Piece(start, start, length)] if length > 0 else []
+def own_pieces(pieces: Sequence[Piece], replica: Replica) -> list[Piece]:
+    """What a rank saves of its shard: all, or an equal share of what others hold, too."""
+    share = -(-sum(piece.length for piece in pieces) // replica.total)
+    first, last = replica.number * share, (replica.number + 1) * share
+    out, begin = [], 0
+    for local, start, length in pieces:
+        low, high = max(first - begin, 0), min(last - begin, length)
+        begin += length
+        if low < high:
+            out.append(Piece(local + low, start + low, high - low))
+    return out

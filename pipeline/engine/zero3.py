@@ -17,18 +17,10 @@ from kernels.optimizer import Shard
 from pipeline.config import EngineConfig
 from pipeline.engine import private
 from pipeline.engine.groups import FlatGroup, GroupSpec, Piece
-from pipeline.engine.layouts import (
-    Layout,
-    deepspeed,
-    flat_adamw,
-    fp32_weights,
-    initialize,
-    settings,
-    start_from,
-    working_dtype,
-)
+from pipeline.engine.layouts import flat_adamw, working_dtype
 from pipeline.engine.optimizer import Decision
 from pipeline.engine.sizes import BUCKET, PERSISTENT
+from pipeline.engine.zero import Zero, deepspeed, fp32_weights, initialize, settings, start_from
 from pipeline.method.tri_branch import Branch
 
 _STAGE = 3
@@ -41,7 +33,7 @@ _GATHERING = {
 }
 
 
-class ParameterShards(Layout):
+class ParameterShards(Zero):
     """The student and its teacher at stage 3.
 
     The weights are cut up where they were made, on the CPU; a device never holds a whole network.

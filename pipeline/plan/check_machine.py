@@ -91,7 +91,8 @@ def check_memory(config: ExperimentConfig, world_size: int) -> Check:
     needed = sum(memory_estimate(config, world_size).values()) + (OUTSIDE if cuda else 0)
     finding = f"about {needed / _GIB:.1f} GiB per rank (estimate), {'the card' if cuda else 'this machine'} has "
     finding += f"{card / _GIB:.1f}"
-    fix = "lower data.batch_size, or set engine.activation_checkpointing=true or a higher engine.zero_stage"
+    less = "engine.reshard_after_forward=true" if config.engine.backend == "fsdp2" else "a higher engine.zero_stage"
+    fix = f"lower data.batch_size, or set engine.activation_checkpointing=true or {less}"
     share = needed / card
     on_node = min(world_size, torch.cuda.device_count() if cuda else 1)
     host = {purpose: size for purpose, size in host_bytes(config, world_size).items() if size}

@@ -11,6 +11,7 @@ from pipeline.elastic import cost
 from pipeline.elastic.sampling import ASSIGNMENTS, SubnetSampler
 from pipeline.elastic.subnet import Grid
 from pipeline.errors import UserError
+from pipeline.plan.memory import shard_ranks, under
 
 _PATIENCE = 5.0  # seconds for a store that may not be in reach
 RANKS_PER_NODE = 8
@@ -74,7 +75,9 @@ def expected_slowest(costs: list[float], ranks: int, assignment: str) -> float:
 
 def stragglers(config: ExperimentConfig, ranks: int) -> dict[str, dict[str, float]]:
     """Per assignment: FLOPs of the elastic student of the slowest rank and of the mean one, and how much longer the
-    step takes than if no rank waited."""
+    step takes than if no rank waited. Without elastic students there is one assignment, and nothing to wait for."""
+    if config.sampling.alone:
+        return {config.sampling.assignment: {"mean": 0.0, "slowest": 0.0, "slowdown": 0.0}}
     entries = sampler(config, ranks).entries
     steps = {subnet: cost.step_flops(config, subnet) for subnet in set(entries)}
     costs = [steps[subnet].elastic for subnet in entries]
@@ -87,28 +90,41 @@ def stragglers(config: ExperimentConfig, ranks: int) -> dict[str, dict[str, floa
     return out
 
 
-def communication(config: ExperimentConfig, ranks: int, stage: int) -> dict[str, float]:
-    """Bytes that a GPU sends per step, by ring algorithms: 2 n (R-1)/R to all-reduce n bytes, half of it to gather or
-    to reduce and scatter.
+def communication(config: ExperimentConfig, ranks: int, stage: int | None = None) -> dict[str, float]:
+    """Bytes that a GPU sends per step by the config's engine, or at a ZeRO stage.
 
-    At stage 0 gradients are all-reduced once per step, at stage 1 scattered once, from stage 2 on after each student's
-    pass, in `engine.reduce_dtype`. With sharded masters the updated weights of student and teacher are gathered, at
-    stage 3 for every pass: forward and backward of two students, forward of the teacher.
+    By ring algorithms: 2 n (R-1)/R to all-reduce n bytes, half of it to gather or to reduce and scatter. Gradients are
+    in `engine.reduce_dtype`, weights in the working precision.
     """
+    config = config if stage is None else under(config, zero_stage=stage)
     low = 2 if config.engine.precision == "bf16" else 4
     reduced = 2 if config.engine.reduce_dtype == "bf16" else 4
-    weights = low * cost.trained_params(config).total
-    share = (ranks - 1) / ranks
-    stage = config.engine.effective_stage(stage)
-    gathered = weights * share if stage else 0.0
+    count = cost.trained_params(config).total
+    shards = shard_ranks(config, ranks) if config.engine.backend == "fsdp2" else ranks
+    share = (shards - 1) / shards
+    scattered, students, teachers = _passes(config, count)
     # Sinkhorn: 3 iterations, cls and patches, one fp64 sum per prototype; centering: one
     rounds = {"sinkhorn": 3, "softmax": 1, "none": 0}[config.loss.centering]
     return {
-        "gradients": (1.0 if stage == 1 else 2.0) * reduced * cost.trained_params(config).total * share,
-        "student weights": gathered * (4 if stage == 3 else 1),
-        "teacher weights": gathered,
-        "targets": 2.0 * share * rounds * 2 * 8 * sum(config.heads.prototypes),
+        "gradients": 1.0 * scattered * reduced * count * share,
+        "gradients between replicas": 2.0 * reduced * (count / shards) * (1 - shards / ranks),
+        "student weights": 1.0 * students * low * count * share,
+        "teacher weights": 1.0 * teachers * low * count * share,
+        "targets": 2.0 * (ranks - 1) / ranks * rounds * 2 * 8 * sum(config.heads.prototypes),
     }
+
+
+def _passes(config: ExperimentConfig, count: int) -> tuple[int, int, int]:
+    """How often in a step gradients are scattered, and how often the weights of student and teacher are gathered."""
+    engine = config.engine
+    every_pass = engine.reshards(count) if engine.backend == "fsdp2" else engine.effective_stage() == 3
+    passes = 1 if config.sampling.alone else 2
+    if every_pass:  # forward and backward pass of each student, forward pass of the teacher
+        return passes, 2 * passes, 1
+    if engine.backend == "fsdp2":
+        return 1, 1, 1
+    stage = engine.effective_stage()  # at stage 0 an all-reduce, once; at stage 2 after each student's pass
+    return {0: 2, 1: 1}.get(stage, passes), min(stage, 1), min(stage, 1)
 
 
 def data(config: ExperimentConfig, ranks: int) -> dict[str, Any]:

@@ -1,12 +1,12 @@
 """What a config asks for on N GPUs: parameters, FLOPs, memory, traffic, days, as one value and as text."""
 
-from typing import Any, get_args
+from typing import Any
 
-from pipeline.config import EngineConfig, ExperimentConfig, dump_config
+from pipeline.config import ExperimentConfig, dump_config
 from pipeline.elastic import cost
 from pipeline.elastic.subnet import Grid
 from pipeline.plan import forecast
-from pipeline.plan.memory import OUTSIDE, checkpoint_bytes, host_bytes, memory_estimate
+from pipeline.plan.memory import OUTSIDE, checkpoint_bytes, host_bytes, memory_estimate, shard_ranks, under
 from pipeline.plan.subnets import subnet_table
 
 _GIB = 1 << 30
@@ -26,7 +26,8 @@ def describe(config: ExperimentConfig) -> str:
         f"largest network {largest.name}: {backbone / 1e6:.1f} M parameters, heads {heads / 1e6:.1f} M",
         f"kernels: {config.kernels_text()}",
         f"steps: {config.optim.total_steps}; per step and rank {config.data.batch_size} images, "
-        f"{(step.teacher + step.intact) / 1e12:.2f} TFLOP and the elastic student's",
+        f"{(step.teacher + step.intact) / 1e12:.2f} TFLOP"
+        + (" (no elastic student)" if config.sampling.alone else " and the elastic student's"),
         f"memory of one rank alone: {sum(memory.values()) / _GIB:.1f} GiB",
         *(f"  {name:<28}{size / _GIB:>8.2f} GiB" for name, size in memory.items()),
     ]
@@ -40,10 +41,15 @@ def plan(config: ExperimentConfig, gpus: int, gpu: str, mfu: float) -> dict[str,
     backbone, heads = cost.trained_params(config)
     waiting = forecast.stragglers(config, gpus)
     step = cost.step_flops(config, largest)
-    flops = {"teacher": step.teacher, "intact": step.intact, "elastic_mean": waiting["shared"]["mean"]}
-    stages = get_args(EngineConfig.model_fields["zero_stage"].annotation)
+    flops = {
+        "teacher": step.teacher,
+        "intact": step.intact,
+        "elastic_mean": waiting[config.sampling.assignment]["mean"],
+    }
+    engines = {str(stage): under(config, zero_stage=stage) for stage in range(4)}
+    engines |= {f"fsdp2 {word}": under(config, reshard_after_forward=reshard) for word, reshard in _FSDP2}
     outside = {"CUDA, NCCL, DALI (allowance)": float(OUTSIDE)}
-    memory = {str(stage): memory_estimate(config, gpus, stage) | outside for stage in stages}
+    memory = {name: memory_estimate(each, gpus) | outside for name, each in engines.items()}
     return {
         "gpus": gpus,
         "gpu": gpu,
@@ -61,13 +67,14 @@ def plan(config: ExperimentConfig, gpus: int, gpu: str, mfu: float) -> dict[str,
         "stragglers": waiting,
         "assignment": config.sampling.assignment,
         "memory": {
-            stage: parts | {"total": sum(parts.values()), "fits": sum(parts.values()) <= card.memory}
-            for stage, parts in memory.items()
+            name: parts | {"total": sum(parts.values()), "fits": sum(parts.values()) <= card.memory}
+            for name, parts in memory.items()
         },
         "card_memory": card.memory,
         "peak_flops": card.peak(config.engine.precision),
         "host_memory": host_bytes(config, gpus),
-        "communication": {str(stage): forecast.communication(config, gpus, stage) for stage in stages},
+        "communication": {name: forecast.communication(each, gpus) for name, each in engines.items()},
+        "fsdp2_shard_ranks": shard_ranks(engines["fsdp2 keep"], gpus),
         "speed": forecast.speed(config, gpus, card, mfu),
         "steps": config.optim.total_steps,
         "data": forecast.data(config, gpus),
@@ -77,6 +84,7 @@ def plan(config: ExperimentConfig, gpus: int, gpu: str, mfu: float) -> dict[str,
     }
 
 
+_FSDP2 = (("keep", False), ("reshard", True))
 _WITHOUT_TF32 = {"fp32": " (TF32 is never switched on)"}
 
 
@@ -110,12 +118,13 @@ def plan_text(p: dict[str, Any]) -> str:
             for name, row in p["stragglers"].items()
         ),
         "",
-        f"GiB per GPU by ZeRO stage (the card has {p['card_memory'] / _GIB:.0f}; activations are an estimate)",
+        f"GiB per GPU by ZeRO stage, and under FSDP2 in shards of {p['fsdp2_shard_ranks']} ranks, which keep or",
+        f"reshard weights after a forward pass; the card has {p['card_memory'] / _GIB:.0f}, activations are estimated",
         *_columns(p["memory"], ("total", "fits")),
         "  and in the host's memory per GPU: "
         + ", ".join(f"{name} {size / _GIB:.2f}" for name, size in p["host_memory"].items() if size),
         "",
-        "GiB that a GPU sends per step by ZeRO stage (ring algorithms)",
+        "GiB that a GPU sends per step (ring algorithms)",
         *_columns(p["communication"], ()),
     ]
     return "\n".join(lines)
@@ -133,6 +142,10 @@ def _passes(data: dict[str, Any]) -> str:
     )
 
 
+def _title(engine: str) -> str:
+    return f"stage {engine}" if engine.isdigit() else engine
+
+
 def _store(store: dict[str, Any] | None) -> list[str]:
     if store is None:
         return []
@@ -148,11 +161,11 @@ def _store(store: dict[str, Any] | None) -> list[str]:
 
 def _columns(table: dict[str, dict[str, Any]], besides: tuple[str, ...]) -> list[str]:
     purposes = [name for name in next(iter(table.values())) if name not in besides]
-    rows = [f"  {'':<28}" + "".join(f"{'stage ' + stage:>10}" for stage in table)]
+    rows = [f"  {'':<28}" + "".join(f"{_title(name):>14}" for name in table)]
     for name in purposes:
-        rows.append(f"  {name:<28}" + "".join(f"{column[name] / _GIB:>10.2f}" for column in table.values()))
+        rows.append(f"  {name:<28}" + "".join(f"{column[name] / _GIB:>14.2f}" for column in table.values()))
     total = [sum(column[name] for name in purposes) for column in table.values()]
-    rows.append(f"  {'total':<28}" + "".join(f"{size / _GIB:>10.2f}" for size in total))
+    rows.append(f"  {'total':<28}" + "".join(f"{size / _GIB:>14.2f}" for size in total))
     if "fits" in besides:
-        rows.append(f"  {'fits':<28}" + "".join(f"{'yes' if c['fits'] else 'NO':>10}" for c in table.values()))
+        rows.append(f"  {'fits':<28}" + "".join(f"{'yes' if c['fits'] else 'NO':>14}" for c in table.values()))
     return rows

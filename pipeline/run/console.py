@@ -93,7 +93,7 @@ class Console:
             self.say(f"note: from step {step} on {key} is {now}, and was {before}")
         for name, (before, now) in settings.courses.items() if settings else ():
             self.say(f"note: {name} is laid out anew: {course_text(now)} (it was to be {course_text(before)})")
-        if engine.effective_stage() != engine.zero_stage:
+        if engine.backend == "deepspeed" and engine.effective_stage() != engine.zero_stage:
             self.say("note: bf16 shards its fp32 masters even at ZeRO stage 0: running stage 1")
 
     def compiling(self, number: int, total: int, width: int) -> None:
@@ -155,10 +155,11 @@ class Console:
         seconds = (now - self._start) / max(done, 1)
         left = (self.last_step - record["step"]) * seconds
         wait = 100 * record["data_wait_seconds"] / record["step_seconds"]
+        elastic = f"subnet {record['subnet']}  " if record["subnet"] else ""
         bad = f"  NOT FINITE: {', '.join(record['bad'])} (step skipped)" if "bad" in record else ""
         return (
             f"step {record['step']}/{self.last_step}  loss {record['loss']:.4f}  lr {record['lr']:.2e}  "
-            f"{record['images_per_second']:.0f} images/s  data wait {wait:.0f}%  subnet {record['subnet']}  "
+            f"{record['images_per_second']:.0f} images/s  data wait {wait:.0f}%  {elastic}"
             f"ETA {_duration(left)}{bad}"
         )
 

@@ -18,14 +18,14 @@ from pipeline.data.segments import segment_of
 from pipeline.engine import distributed
 from pipeline.engine.checkpoint import Checkpoints, Progress, Saved, SaveError, Written
 from pipeline.engine.distributed import Ranks
-from pipeline.engine.layouts import deepspeed
+from pipeline.engine.zero import deepspeed
 from pipeline.errors import UserError
 from pipeline.evaluate.online import OnlineEvaluation
 from pipeline.monitor.monitor import Monitor
 from pipeline.monitor.report import StepReport
 from pipeline.run.console import Console
 from pipeline.run.directory import RunDirectory
-from pipeline.run.experiment import Settings
+from pipeline.run.experiment import Settings, with_measured
 from pipeline.run.fork import Fork
 from pipeline.run.policy import Decision, End, Policy, Save, after, may_run_ahead
 from pipeline.run.records import count, count_skipped, record
@@ -98,10 +98,13 @@ def _train(
                     console.already_complete(run.path, progress.step)
                     ranks.agree(lambda: _tell_job(job, End.DONE, config.run.requeue))
                     return End.DONE
+                if saved:
+                    config = _with_measured(fork.source if fork and origin else run.path, config, ranks)
                 settings = ranks.agree(lambda: _settle(run, fork if origin else None, config, ranks, progress.step))
-                _import_the_rest(watchdog.beat)
+                _import_the_rest(config, watchdog.beat)
                 watchdog.beat("the start: model and optimizer")
                 trainer = make(settings.config, ranks, watchdog.beat, fresh=saved is None, rise=settings.rise)
+                config = with_measured(config, trainer.config)
                 if saved:
                     checkpoints.load(saved, trainer.engine, trainer.tri_branch.centering)
                 watchdog.beat("the start: data")
@@ -136,10 +139,14 @@ def _train(
         distributed.shut_down()
 
 
-def _import_the_rest(enter: Callable[[str], None]) -> None:
+def _import_the_rest(config: ExperimentConfig, enter: Callable[[str], None]) -> None:
     """What is imported late, where it is used; on a loaded machine that takes long, so each has a phase of its own."""
-    enter("the start: DeepSpeed")
-    deepspeed()
+    if config.engine.backend == "fsdp2":
+        enter("the start: FSDP2")
+        importlib.import_module("pipeline.engine.fully_shard")
+    else:
+        enter("the start: DeepSpeed")
+        deepspeed()
     enter("the start: DALI")
     with suppress(ImportError):  # a trainer of other data does without it
         importlib.import_module("nvidia.dali.fn")
@@ -151,7 +158,7 @@ def _compile(trainer: Trainer, watchdog: Watchdog, console: Console) -> None:
         console.compiling(number, total, width)
 
     rehearse(trainer, tell)
-    console.compiled(len(trainer.grid.widths))
+    console.compiled(len(trainer.grid.widths) * len(trainer.grid.mlp_ratios))
 
 
 @contextmanager
@@ -180,6 +187,10 @@ def _where_to_begin(
     begins = saved.progress.step
     ranks.agree(lambda: run.require_no_past(begins))
     return saved, fork.origin(saved)
+
+
+def _with_measured(source: Path, config: ExperimentConfig, ranks: Ranks) -> ExperimentConfig:
+    return ranks.agree(lambda: RunDirectory(source).measured(config))
 
 
 def _settle(run: RunDirectory, fork: Fork | None, config: ExperimentConfig, ranks: Ranks, step: int) -> Settings:
@@ -376,6 +387,8 @@ def _open_records(
     console: Console,
     origin: dict[str, Any] | None,
 ) -> None:
+    if trainer.order:
+        run.record_order(trainer.order.as_json())
     run.record_start(config, progress.step, trainer.ranks.world_size, segments, settings, origin)
     run.rewind(progress.step, progress.samples)
     console.starting(run.path, progress.step, config.engine, settings, origin)

@@ -27,19 +27,34 @@ def config(experiment, tmp_path):
 
 @pytest.mark.gpu
 def test_ours_and_the_plain_step_begin_with_the_same_losses(config):
-    found = benchmark_step(config, 2, 1, synthetic=True, against="plain")
+    found = benchmark_step(config, 2, 1, synthetic=True, against=["plain"])
     first = found["plain"]["first_losses"]
     assert first["ours"] == pytest.approx(first["plain"], rel=1e-5)
 
 
 def test_figures_of_ours_beside_plain_fit_together(config):
-    found = benchmark_step(config, 3, 1, synthetic=True, against="plain", subnets=["32x2"])
+    found = benchmark_step(config, 3, 1, synthetic=True, against=["plain"], subnets=["32x2"])
     plain = found["plain"]
     assert plain["ours"]["cpu_seconds"] == found["cpu_seconds"]
     for kind in ("seconds", "cpu_seconds"):
         assert 0 < plain[f"engine_{kind}"] < plain[kind]
         assert 0 < plain["ours"][f"engine_{kind}"] < plain["ours"][kind]
         assert plain["ours_over_plain"][kind] > 0
+
+
+def test_other_engines_make_the_same_steps_beside_ours(config):
+    names = ["zero0", "fsdp2-keep", "fsdp2-reshard"]
+    found = benchmark_step(config, 2, 1, synthetic=True, against=names)
+    for name in names:
+        assert 0 < found[name]["engine_cpu_seconds"] < found[name]["cpu_seconds"]
+        assert found[name]["ours"]["cpu_seconds"] == found["cpu_seconds"]
+        first = found[name]["first_losses"]
+        assert first["ours"] == pytest.approx(first[name], rel=1e-5)
+
+
+def test_an_engine_that_is_none_is_refused(config):
+    with pytest.raises(UserError, match=r"no 'fsdp3' .*fsdp2-keep"):
+        benchmark_step(config, 1, 1, synthetic=True, against=["fsdp3"])
 
 
 def test_ibot_is_measured_whenever_it_begins(config):
@@ -63,7 +78,7 @@ def test_every_width_is_compiled_before_anything_is_measured(config):
 
 def test_a_plain_step_wants_synthetic_pictures(config, experiment):
     with pytest.raises(UserError, match="add --synthetic"):
-        benchmark_step(ExperimentConfig.model_validate(experiment()), 1, 1, against="plain")
+        benchmark_step(ExperimentConfig.model_validate(experiment()), 1, 1, against=["plain"])
     distributed.shut_down()
 
 

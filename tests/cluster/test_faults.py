@@ -163,8 +163,20 @@ def four_ranks(lab: Lab) -> None:
 
 
 def requeue_then_usr1_then_a_killed_rank(lab: Lab) -> None:
-    run = lab.submit("thrice", f"run.max_steps={LONG}")
-    run.expected = lab.long
+    disturbed_thrice(lab, "thrice", lab.long)
+
+
+def the_same_under_fsdp2(lab: Lab) -> None:
+    keys = ("engine.backend=fsdp2", "engine.zero_stage=null", "engine.reshard_after_forward=true")
+    expected = lab.run_plainly("plain_fsdp2", 2, f"run.max_steps={LONG}", *keys)
+    run = disturbed_thrice(lab, "fsdp2", expected, *keys)
+    manifest = json.loads((run.directory / "manifest.json").read_text())
+    assert len(manifest["starts"]) == 4
+
+
+def disturbed_thrice(lab: Lab, name: str, expected: list[dict], *overrides: str) -> Run:
+    run = lab.submit(name, f"run.max_steps={LONG}", *overrides)
+    run.expected = expected
     run.reaches(12)
     lab.cluster.run("scontrol", "requeue", run.job.id)
     run.job.until(lambda: len(run.resumed_at()) == 1)
@@ -188,6 +200,7 @@ def requeue_then_usr1_then_a_killed_rank(lab: Lab) -> None:
     run.is_complete()
     assert len(run.resumed_at()) == 3
     assert run.resumed_at()[-1] % SAVE_EVERY == 0  # since the last checkpoint, no more
+    return run
 
 
 def usr1_without_requeue(lab: Lab) -> None:
@@ -409,6 +422,7 @@ SCENARIOS: dict[str, Callable[[Lab], None]] = {
         limit_with_time_to_save,
         stopped_rank,
         requeue_then_usr1_then_a_killed_rank,
+        the_same_under_fsdp2,
         crashed_node,
         killed_daemon,
         preemption,

@@ -194,6 +194,18 @@ def test_only_bad_images_are_one_clear_error(make_shard: Callable[..., Path], pi
     loader.close()
 
 
+@pytest.mark.parametrize("local", [0, 2])
+def test_batches_coloured_by_the_kernels_twin_are_those_of_dali(shards: list[Path], local: int) -> None:
+    data = data_config(shards, local_crops={"count": local, "size": 16})
+    for ours, dalis in zip(take(3, data, colours="eager", dtype=torch.bfloat16), take(3, data), strict=True):
+        for one, other in zip(ours, dalis, strict=True):
+            assert one.shape == other.shape
+            assert one.dtype == torch.bfloat16
+            difference = (one.float() - other).abs()
+            others = (difference > 2**-7 * other.abs().clamp(min=1)).sum()
+            assert others <= 1e-3 * one.numel()  # by a level, where fp32 decides what a half is rounded to
+
+
 def test_unknown_type_or_device_is_refused(shards: list[Path]) -> None:
     with pytest.raises(ValueError, match=r"bfloat16.*float32.*float16"):
         Loader(data_config(shards), dtype=torch.bfloat16)

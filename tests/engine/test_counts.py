@@ -1,4 +1,4 @@
-"""What a step asks of the device and of the network at each ZeRO stage, exactly.
+"""What a step asks of the device and of the network at each ZeRO stage and under FSDP2, exactly.
 
 DeepSpeed's own step would wait for the whole device 3 times (its throughput timer) and search bf16 gradients for inf
 and NaN once more. With a vector per learning rate, 15 of them here, there were 30 gathers and an all-reduce of all
@@ -13,11 +13,18 @@ import yaml
 
 WORKER = Path(__file__).parents[1] / "workers" / "step_counts.py"
 RANKS = 2
-CASES = [  # stage, precision of weights, and of gradients on their way
+ENGINES = {
+    **{stage: {"zero_stage": stage} for stage in range(4)},
+    "keep": {"backend": "fsdp2", "zero_stage": None, "reshard_after_forward": False},
+    "reshard": {"backend": "fsdp2", "zero_stage": None, "reshard_after_forward": True},
+}
+CASES = [  # stage or what FSDP2 does after a forward pass, precision of weights, and of gradients on their way
     *((stage, "fp32", "fp32") for stage in range(4)),
     *((stage, "bf16", "fp32") for stage in (1, 2, 3)),
     (0, "fp32", "bf16"),
     *((stage, "bf16", "bf16") for stage in (1, 2, 3)),
+    *((kind, *precisions) for kind in ("keep", "reshard") for precisions in (("fp32", "fp32"), ("bf16", "fp32"))),
+    ("reshard", "bf16", "bf16"),
 ]
 
 
@@ -27,7 +34,7 @@ def counts(launch, experiment, tmp_path_factory):
     directory = tmp_path_factory.mktemp("counts")
     paths = []
     for stage, precision, reduced in CASES:
-        engine = {"zero_stage": stage, "precision": precision, "reduce_dtype": reduced}
+        engine = {**ENGINES[stage], "precision": precision, "reduce_dtype": reduced}
         tree = experiment(engine=engine, loss={"ibot_start_epoch": 0})
         paths.append(directory / f"{stage}-{precision}-{reduced}.yaml")
         paths[-1].write_text(yaml.safe_dump(tree))
@@ -49,9 +56,19 @@ def test_collectives_of_a_step_and_what_they_carry(counts, case):
         assert found == counts[case][0]  # ranks of different sub-networks
         weights, gradients = (found["weights"] * (2 if dtype == "bf16" else 4) for dtype in (precision, reduced))
         calls, carried = found["collectives"], found["bytes"]
-        agreed = carried["allreduce"] - (0 if stage else gradients)  # what is not gradients
+        agreed = carried["allreduce"] - (gradients if stage == 0 else 0)  # what is not gradients
         if stage == 0:  # gradients in one bucket; three iterations of Sinkhorn-Knopp, and `agree`
             assert calls == {"allreduce": 5}
+        elif stage in ("keep", "reshard"):  # 4 blocks, 2 heads, the rest
+            passes, units = 2 if stage == "reshard" else 1, 7
+            student = 4 * units if stage == "reshard" else units
+            assert calls == {
+                "allreduce": 4,
+                "reduce_scatter_base": passes * units,
+                "allgather_base": student + units,
+            }
+            assert carried["reduce_scatter_base"] == passes * gradients
+            assert carried["allgather_base"] == (student + units) // units * weights
         elif stage < 3:  # gradients once or after each of two passes; student and teacher
             passes = 1 if stage == 1 else 2
             assert calls == {"allreduce": 4, "reduce_scatter_base": passes, "allgather_base": 2}

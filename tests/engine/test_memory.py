@@ -1,4 +1,4 @@
-"""What a rank holds between steps at each ZeRO stage, against the plan's estimate."""
+"""What a rank holds between steps at each ZeRO stage and under FSDP2, against the plan's estimate."""
 
 import json
 from pathlib import Path
@@ -13,12 +13,15 @@ WORKER = Path(__file__).parents[1] / "workers" / "held_memory.py"
 RANKS = 2
 
 
-@pytest.mark.parametrize(
-    ("stage", "precision"), [(0, "fp32"), (1, "fp32"), (2, "fp32"), (1, "bf16"), (3, "fp32"), (3, "bf16")]
-)
+STAGES = [(0, "fp32"), (1, "fp32"), (2, "fp32"), (1, "bf16"), (3, "fp32"), (3, "bf16")]
+FSDP2 = [(size, "bf16") for size in ("all", "one")]
+
+
+@pytest.mark.parametrize(("stage", "precision"), [*STAGES, *FSDP2])
 def test_state_of_a_rank_is_what_the_plan_says(launch, tmp_path, experiment, stage, precision):
+    fsdp2 = {"backend": "fsdp2", "zero_stage": None, "shard_size": stage}
     tree = experiment(
-        engine={"zero_stage": stage, "precision": precision},
+        engine={**(fsdp2 if stage in ("all", "one") else {"zero_stage": stage}), "precision": precision},
         heads={"prototypes": [4096], "hidden_dim": 512, "bottleneck_dim": 256},  # so that crops count for little
     )
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))

@@ -3,12 +3,16 @@
 from pathlib import Path
 
 import pytest
+from deepspeed import ops
+from deepspeed.comm import comm
 from deepspeed.runtime import engine
 from deepspeed.runtime.zero import partition_parameters, stage3, stage_1_and_2
 
 from pipeline.engine import private
 
 PLACES = [
+    (private.OPERATORS, ops),
+    (private.COMM, comm),
     (private.ENGINE, engine),
     (private.FLAT, stage_1_and_2),
     (private.CUT_UP, stage3),

@@ -1,4 +1,7 @@
-"""What ZeRO-3 is for: no rank holds a whole network. That it trains the same is in `test_three_steps`."""
+"""What ZeRO-3, and FSDP2 that reshards, are for: no rank holds a whole network.
+
+That they train the same is in `test_three_steps`.
+"""
 
 import json
 from pathlib import Path
@@ -9,17 +12,20 @@ import yaml
 from pipeline.files import read_json_lines
 
 BUDGET = 1_620_000_000  # bytes
+FSDP2 = {"backend": "fsdp2", "zero_stage": None, "reshard_after_forward": True}
 WORKERS = Path(__file__).parents[1] / "workers"
 
 
 def test_no_weight_stays_gathered_between_forward_and_backward(launch, tmp_path, experiment):
+    configs = []
     for family in ("vit", "eva", "swin", "resnet"):
-        tree = experiment(family, engine={"zero_stage": 3}, sampling={"assignment": "independent"})
-        (tmp_path / f"{family}.yaml").write_text(yaml.safe_dump(tree))
-    configs = [tmp_path / f"{family}.yaml" for family in ("vit", "eva", "swin", "resnet")]
+        for name, engine in (("zero3", {"zero_stage": 3}), ("fsdp2", FSDP2)):
+            tree = experiment(family, engine=engine, sampling={"assignment": "independent"})
+            configs.append(tmp_path / f"{family}-{name}.yaml")
+            configs[-1].write_text(yaml.safe_dump(tree))
     launch(WORKERS / "gathered_weights.py", 2, tmp_path / "alive.json", *configs)
     alive = json.loads((tmp_path / "alive.json").read_text())
-    assert alive == {family: [[]] * 4 for family in ("vit", "eva", "swin", "resnet")}
+    assert alive == {path.stem: [[]] * 4 for path in configs}
 
 
 def test_a_network_too_large_for_a_rank_trains(launch, tmp_path, experiment):
@@ -47,10 +53,12 @@ def test_online_evaluation_sees_the_whole_teacher(launch, tmp_path, experiment, 
     tree = experiment(eval={"every_steps": 2, **shards}, run={"max_steps": 4}, sampling={"assignment": "independent"})
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
     found = {}
-    for stage in (1, 3):
-        keys = [f"run.dir={tmp_path / str(stage)}", f"engine.zero_stage={stage}"]
+    engines = {1: ["zero_stage=1"], 3: ["zero_stage=3"], "fsdp2": ["zero_stage=null", "backend=fsdp2"]}
+    for stage, engine in engines.items():
+        keys = [f"run.dir={tmp_path / str(stage)}", *(f"engine.{key}" for key in engine)]
         launch(WORKERS / "record_positions.py", 2, tmp_path / "records", tmp_path / "config.yaml", *keys)
         found[stage] = read_json_lines(tmp_path / str(stage) / "eval" / "online_knn.jsonl")
-    assert len(found[3]) == 2
-    for ours, theirs in zip(found[3], found[1], strict=True):
-        assert ours == pytest.approx(theirs, abs=0.01)  # three of the 359 images, for rounding
+    assert len(found[1]) == 2
+    for one, three, fsdp2 in zip(*found.values(), strict=True):
+        assert three == pytest.approx(one, abs=0.01)
+        assert fsdp2 == pytest.approx(one, abs=0.01)  # three of the 359 images, for rounding

@@ -140,12 +140,14 @@ def test_what_cannot_fit_is_refused_in_one_line(bundle, experiment):
 def test_ranks_begin_with_student_teacher_moments_and_centers(launch, bundle, experiment, tmp_path):
     """Two ranks at several layouts save at once what they began with: the bundle, bit for bit."""
     words = []
-    for name, engine in (("one", {"zero_stage": 1}), ("three", {"zero_stage": 3}), ("low", {"precision": "bf16"})):
+    engines = {"one": {"zero_stage": 1}, "three": {"zero_stage": 3}, "low": {"precision": "bf16"}}
+    engines["fsdp2"] = {"backend": "fsdp2", "zero_stage": None, "precision": "bf16"}
+    for name, engine in engines.items():
         tree = experiment(model={"init_from": str(bundle)}, engine=engine, data={"batch_size": 2})
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(tree))
         words += [tmp_path / f"{name}.yaml", tmp_path / name]
     launch(WORKER, 2, *words)
-    for name in ("one", "three", "low"):
+    for name in engines:
         path = tmp_path / name / "step_00000000"
         manifest = read_manifest(path)
         assert manifest["optimizer_steps"] == 8

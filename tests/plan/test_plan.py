@@ -14,6 +14,7 @@ from pipeline.elastic import build, cost
 from pipeline.elastic.head import ProjectionHeads
 from pipeline.elastic.stochastic_depth import keep_indices
 from pipeline.plan.forecast import communication, expected_slowest, sampler, stragglers
+from pipeline.plan.memory import under
 from pipeline.plan.plan import memory_estimate, plan
 
 PRESETS = Path(__file__).parents[2] / "yaml"
@@ -109,6 +110,32 @@ def test_traffic_counts_what_a_ring_sends():
     assert sum(communication(config, 1, 1).values()) == 0
 
 
+def test_fsdp2_sends_once_or_for_every_pass_and_the_rest_between_replicas():
+    fsdp2 = ["engine.precision=fp32", "engine.backend=fsdp2"]
+    weights = 4 * VIT_L_PARAMETERS
+    config = load_config(VIT_L, [*fsdp2, "engine.shard_size=node"])
+    keep, reshard = (under(config, reshard_after_forward=reshard) for reshard in (False, True))
+    share = 7 / 8  # of 8 ranks of a node, 4 nodes
+    assert communication(keep, 32)["gradients"] == communication(keep, 32)["student weights"] == share * weights
+    assert communication(reshard, 32)["gradients"] == 2 * share * weights
+    assert communication(reshard, 32)["student weights"] == 4 * share * weights
+    for each in (keep, reshard):
+        assert communication(each, 32)["teacher weights"] == share * weights
+        assert communication(each, 32)["gradients between replicas"] == 2 * (3 / 4) * weights / 8
+    one = communication(load_config(VIT_L, [*fsdp2, "engine.shard_size=one"]), 32)
+    assert one["gradients between replicas"] == 2 * (31 / 32) * weights
+    assert one["gradients"] == one["student weights"] == 0
+
+
+def test_fsdp2_holds_masters_and_average_alone_and_one_copy_more_of_weights_that_stay_gathered():
+    config = load_config(VIT_L, ["engine.backend=fsdp2"])
+    keep, reshard = (memory_estimate(under(config, reshard_after_forward=each), 4) for each in (False, True))
+    assert keep["fp32 master, AdamW, EMA"] == reshard["fp32 master, AdamW, EMA"] == 4 * VIT_L_PARAMETERS
+    assert keep["weights (student, teacher)"] == 0
+    assert keep["gathered weights (estimate)"] - reshard["gathered weights (estimate)"] > 1.5 * VIT_L_PARAMETERS
+    assert keep["gradients"] > 4 * VIT_L_PARAMETERS > 2 * reshard["gradients"]
+
+
 def test_sharding_divides_what_the_optimizer_holds():
     config = load_config(VIT_L, ["engine.precision=fp32"])
     key = "fp32 master, AdamW, EMA"
@@ -129,7 +156,7 @@ def test_the_host_holds_the_snapshot_of_a_checkpoint_and_what_is_offloaded(capsy
 
 def test_implementations_are_said_as_they_resolve(capsys):
     assert main(["plan", str(VIT_L), "engine.kernels.attention=sdpa", "--gpus", "1", "--gpu", "h100"]) == 0
-    words = "attention eager, residual triton, loss triton, sinkhorn triton, optimizer triton"
+    words = "attention eager, residual triton, loss triton, sinkhorn triton, colours triton, optimizer triton"
     assert f"kernels      {words}\n" in capsys.readouterr().out
     assert main(["train", str(VIT_L), "engine.kernels.attention=sdpa", "--dry-run"]) == 0
     assert f"kernels: {words}\n" in capsys.readouterr().out
@@ -180,3 +207,18 @@ def test_command_knows_the_samples_of_shards_at_hand(capsys, digits):
 def test_impossible_questions_are_refused(arguments, capsys):
     assert main(["plan", str(VIT_L), *arguments]) == 2
     assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_a_network_alone_costs_a_teacher_and_one_student():
+    """The largest of the grid, as if it were the whole grid; what the elastic student would add is left out."""
+    alone, elastic = (load_config(VIT_L, [f"sampling.assignment={name}"]) for name in ("none", "shared"))
+    found, whole = plan(alone, 8, "h200", 0.5), plan(elastic, 8, "h200", 0.5)
+    flops, of_whole = found["flops_per_step"], whole["flops_per_step"]
+    assert flops["elastic_mean"] == 0
+    assert flops["total"] == of_whole["teacher"] + of_whole["intact"]
+    assert found["speed"]["step_seconds"] == pytest.approx(flops["total"] / (0.5 * found["peak_flops"]))
+    assert found["parameters"]["smallest_subnet"] == found["parameters"]["backbone"] == whole["parameters"]["backbone"]
+    for stage, times in (("0", 1), ("1", 1), ("2", 2), ("3", 2)):
+        sent, of_two = found["communication"][stage]["gradients"], whole["communication"][stage]["gradients"]
+        assert of_two == pytest.approx(times * sent)
+    assert whole["communication"]["3"]["student weights"] == 2 * found["communication"]["3"]["student weights"]

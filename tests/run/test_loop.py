@@ -172,8 +172,9 @@ def test_steps_go_on_while_a_checkpoint_is_written_and_one_rank_that_cannot_writ
 
 def test_bad_steps_change_nothing_are_counted_and_stop_the_run(launch, tmp_path, experiment):
     engines = [{"zero_stage": 0}, {"zero_stage": 1}, {"zero_stage": 2, "offload_optimizer": "cpu"}, {"zero_stage": 3}]
+    engines.append({"backend": "fsdp2", "zero_stage": None, "reshard_after_forward": True})
     runs = [tmp_path / f"run{i}" for i in range(len(engines))]
-    for every, engine, run in zip((2, 100, 100, 100), engines, runs, strict=True):
+    for every, engine, run in zip((2, 100, 100, 100, 100), engines, runs, strict=True):
         keys = {"dir": str(run), "checkpoint_every_steps": every, "keep": 1}
         tree = experiment(optim={"max_bad_steps": 3}, run=keys, engine=engine)
         run.with_suffix(".yaml").write_text(yaml.safe_dump(tree))

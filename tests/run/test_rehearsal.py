@@ -10,23 +10,24 @@ import yaml
 from pipeline.run.console import Console
 
 WORKER = Path(__file__).parents[1] / "workers" / "rehearsed.py"
-STAGES = (0, 1, 3)
+ENGINES = {
+    **{f"stage {stage}": {"zero_stage": stage} for stage in (0, 1, 3)},
+    "fsdp2": {"zero_stage": None, "backend": "fsdp2"},
+}
 
 
 @pytest.fixture(scope="module")
 def results(launch, experiment, tmp_path_factory):
-    """Per rank and stage: (as training draws them, rehearsed)."""
+    """Per rank and engine: (as training draws them, rehearsed)."""
     directory = tmp_path_factory.mktemp("rehearsed")
-    for stage in STAGES:
-        tree = experiment(
-            engine={"zero_stage": stage, "compile": True}, loss={"centering": "softmax"}, model={"drop_path": 0.3}
-        )
-        (directory / f"{stage}.yaml").write_text(yaml.safe_dump(tree))
-    launch(WORKER, 2, directory / "out.json", *(directory / f"{stage}.yaml" for stage in STAGES))
+    for name, engine in ENGINES.items():
+        tree = experiment(engine={**engine, "compile": True}, loss={"centering": "softmax"}, model={"drop_path": 0.3})
+        (directory / f"{name}.yaml").write_text(yaml.safe_dump(tree))
+    launch(WORKER, 2, directory / "out.json", *(directory / f"{name}.yaml" for name in ENGINES))
     return json.loads((directory / "out.json").read_text())
 
 
-@pytest.mark.parametrize("index", range(len(STAGES)), ids=[f"stage {stage}" for stage in STAGES])
+@pytest.mark.parametrize("index", range(len(ENGINES)), ids=[*ENGINES])
 def test_a_rehearsed_run_compiles_nothing_in_its_steps_and_changes_no_bit(results, index):
     for rank in results:
         drawn, rehearsed = rank[index]

@@ -1,4 +1,4 @@
-"""A run that goes on with another number of ranks and another ZeRO stage continues the same run."""
+"""A run that goes on with another number of ranks, another ZeRO stage and another engine continues the same run."""
 
 import json
 from collections import Counter
@@ -13,8 +13,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 WORKER = Path(__file__).parents[1] / "workers" / "record_positions.py"
 GLOBAL_BATCH = 16
-# ranks, ZeRO stage, last step: 4 -> 2 -> 1 -> 2
-HISTORY = [(4, 2, 8), (2, 3, 15), (1, 0, 21), (2, 3, 28)]
+# ranks, ZeRO stage or FSDP2, last step: 4 -> 2 -> 1 -> 2
+HISTORY = [(4, 2, 8), (2, 3, 15), (1, 0, 21), (2, "fsdp2", 28)]
 
 
 @pytest.fixture
@@ -29,11 +29,12 @@ def train(launch, tmp_path, digits, experiment):
     )
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
 
-    def run(name: str, ranks: int, stage: int, last_step: int) -> None:
+    def run(name: str, ranks: int, stage: int | str, last_step: int) -> None:
         keys = {
             "run.dir": tmp_path / name,
             "run.max_steps": last_step,
-            "engine.zero_stage": stage,
+            "engine.backend": "fsdp2" if stage == "fsdp2" else "deepspeed",
+            "engine.zero_stage": "null" if stage == "fsdp2" else stage,
             "data.batch_size": GLOBAL_BATCH // ranks,
         }
         overrides = [f"{key}={value}" for key, value in keys.items()]

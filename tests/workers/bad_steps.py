@@ -9,6 +9,7 @@ import os
 import sys
 
 import torch
+from torch.distributed.tensor import DTensor
 
 import pipeline.run.loop
 from pipeline.config import load_config
@@ -32,7 +33,8 @@ def poisoned_ibot(*args, **kwargs):
 
 def state(engine: Engine) -> list[torch.Tensor]:
     tensors = [*engine.shard.vectors, engine.shard.steps]
-    weights = [getattr(p, "ds_tensor", p) for p in engine.engine.module.parameters()]  # ZeRO-3 holds a shard
+    weights = [getattr(p, "ds_tensor", p) for p in engine.branch.parameters()]  # ZeRO-3 holds a shard
+    weights = [p.to_local() if isinstance(p, DTensor) else p for p in weights]  # and FSDP2
     return [t.detach().clone() for t in [*tensors, *weights]]
 
 

@@ -1,10 +1,15 @@
-"""Which gathered weights are alive when a backward pass begins, under ZeRO-3: `gathered_weights.py OUT CONFIG...`."""
+"""Which gathered weights are alive when a backward pass begins: `gathered_weights.py OUT CONFIG...`.
+
+DeepSpeed lets go of a gathered weight's memory, FSDP2 empties it.
+"""
 
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from pipeline.config import load_config
@@ -16,16 +21,23 @@ zero3._GATHERING["stage3_param_persistence_threshold"] = 0  # all weights of the
 
 def watch(path: Path, ranks: distributed.Ranks) -> list[list[str]]:
     """Per backward pass of two steps, the parameters whose gathered weights the forward pass left alive."""
-    trainer = Trainer(load_config(path), ranks)
+    config = load_config(path)
+    trainer = Trainer(config, ranks)
     trainer.start_data(0)
-    net, seen, alive = trainer.engine.engine.module, [], []
+    net, seen, alive = trainer.engine.branch, [], []
+    emptied = config.engine.backend == "fsdp2"
 
     def used(module: torch.nn.Module, *_: object) -> None:
-        for parameter in module.parameters(recurse=module in blocks):
-            if parameter.numel():  # gathered
-                seen.append((names[parameter], StorageWeakRef(parameter.untyped_storage())))
+        for name, parameter in module.named_parameters(prefix=places[module], recurse=module in blocks):
+            if not isinstance(parameter, DTensor) and parameter.numel():  # gathered
+                storage = parameter.untyped_storage()
+                seen.append((name, storage if emptied else StorageWeakRef(storage)))
 
-    names = {parameter: name for name, parameter in net.named_parameters()}
+    def is_alive(storage: Any) -> bool:
+        return storage.nbytes() > 0 if emptied else not storage.expired()
+
+    names = {name for name, _ in net.named_parameters()}
+    places = {module: name for name, module in net.named_modules()}
     blocks = set(net.backbone.elastic_blocks())  # gathered as one, before any of their layers
     inner = {module for block in blocks for module in block.modules()} - blocks
     for module in net.modules():
@@ -34,8 +46,8 @@ def watch(path: Path, ranks: distributed.Ranks) -> list[list[str]]:
     backward = trainer.engine.backward
 
     def checked(loss: torch.Tensor) -> None:
-        assert {name for name, _ in seen} == set(names.values()), "a parameter was not watched"
-        alive.append(sorted({name for name, storage in seen if not storage.expired()}))
+        assert {name for name, _ in seen} == names, "a parameter was not watched"
+        alive.append(sorted({name for name, storage in seen if is_alive(storage)}))
         seen.clear()
         backward(loss)
 

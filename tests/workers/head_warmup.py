@@ -13,7 +13,7 @@ STEPS = 4
 
 
 def snapshot(engine: Engine) -> dict[str, dict[str, torch.Tensor]]:
-    branches = {"student": engine.engine.module, "teacher": engine.teacher}
+    branches = {"student": engine.branch, "teacher": engine.teacher}
     return {b: {n: p.detach().clone() for n, p in m.named_parameters()} for b, m in branches.items()}
 
 
@@ -26,7 +26,7 @@ trainer = Trainer(config, ranks)
 trainer.start_data(0)
 with torch.inference_mode():
     inputs = torch.load(images)
-    cls = {b: m.backbone(inputs).cls for b, m in (("s", trainer.engine.engine.module), ("t", trainer.engine.teacher))}
+    cls = {b: m.backbone(inputs).cls for b, m in (("s", trainer.engine.branch), ("t", trainer.engine.teacher))}
 states = [snapshot(trainer.engine)]
 for step in range(STEPS):
     trainer.step(step)

@@ -17,12 +17,13 @@ from unittest import mock
 
 ROOT = Path(__file__).parents[2]
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(  # what training imports, early or late, or (torch._dynamo) at ZeRO-3 only
+_FORKS.set_forkserver_preload(  # what training imports, early or late, or at ZeRO-3 and under FSDP2 only
     [
         "pipeline.run.loop",
         "deepspeed.runtime.zero.muon.muon_optimizer",  # DeepSpeed asks for it at its start
         "nvidia.dali.fn",
         "torch._dynamo",
+        "torch.distributed.fsdp",
     ]
 )
 _FRESH = multiprocessing.get_context("spawn")

@@ -9,8 +9,10 @@ each time with the images moved by a unit in the last place, since it is chance 
 """
 
 import sys
-from contextlib import nullcontext
-from types import MethodType
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partialmethod
+from types import MethodType, SimpleNamespace
 from unittest import mock
 
 import deepspeed
@@ -20,13 +22,15 @@ from torch import Tensor, nn
 
 from kernels.fused import optimizer
 from pipeline.bench.plain import Inputs, Plain
-from pipeline.config import ExperimentConfig, load_config
+from pipeline.config import EngineConfig, ExperimentConfig, load_config
 from pipeline.data.loader import Loader
 from pipeline.data.masks import block_masks
-from pipeline.elastic import Subnet
-from pipeline.engine import distributed
+from pipeline.elastic import Backbone, Subnet
+from pipeline.engine import distributed, fully_shard
 from pipeline.engine.distributed import Ranks
+from pipeline.engine.fully_shard import gathered
 from pipeline.method.schedules import Schedules, StepValues
+from pipeline.method.tri_branch import Branch
 from pipeline.run.step import Trainer, build_student
 
 STEPS = 3
@@ -67,10 +71,8 @@ def by_engine(config: ExperimentConfig, ranks: Ranks) -> dict:
                 weights[branch][name] = flat[offset : offset + size].view(shape).clone()
     with trainer.engine.whole_teacher() as branch:
         teacher = {name: p.detach().clone() for name, p in branch.named_parameters()}
-    net = trainer.engine.engine.module
-    sharded = config.engine.zero_stage == 3
-    with deepspeed.zero.GatheredParameters(list(net.parameters())) if sharded else nullcontext():
-        student = {name: p.detach().clone() for name, p in net.named_parameters()}
+    with whole(trainer.engine.branch, config.engine) as branch:
+        student = {name: p.detach().clone() for name, p in branch.named_parameters()}
     trainer.close()
     return {
         "losses": losses,
@@ -82,6 +84,15 @@ def by_engine(config: ExperimentConfig, ranks: Ranks) -> dict:
     }
 
 
+@contextmanager
+def whole(branch: Branch, engine: EngineConfig) -> Iterator[Branch]:
+    """The student with all of its working weights on every rank."""
+    sharded = engine.backend == "deepspeed" and engine.zero_stage == 3
+    theirs = deepspeed.zero.GatheredParameters(list(branch.parameters())) if sharded else nullcontext()
+    with theirs, gathered(branch):  # which does nothing to what is not FSDP2's
+        yield branch
+
+
 def last_place(x: Tensor, seed: int) -> Tensor:
     """Move every number by a unit in its last place, up or down or not at all; seed 0 moves none."""
     moves = torch.randint(-1, 2, x.shape, generator=torch.Generator().manual_seed(seed))
@@ -89,7 +100,7 @@ def last_place(x: Tensor, seed: int) -> Tensor:
 
 
 def by_plain_torch(
-    config: ExperimentConfig, subnets: list[list[Subnet]], dtype: torch.dtype, rounding: int = 0
+    config: ExperimentConfig, subnets: list[list[Subnet | None]], dtype: torch.dtype, rounding: int = 0
 ) -> dict:
     images = config.data.batch_size * len(subnets[0])
     loader = Loader(config.data.model_copy(update={"batch_size": images}))
@@ -112,7 +123,7 @@ def by_plain_torch(
     }
 
 
-def draws(config: ExperimentConfig, ranks: int) -> list[list[Subnet]]:
+def draws(config: ExperimentConfig, ranks: int) -> list[list[Subnet | None]]:
     from functools import partial
 
     from pipeline.elastic import cost
@@ -126,7 +137,7 @@ def draws(config: ExperimentConfig, ranks: int) -> list[list[Subnet]]:
     return [[sampler.draw(step, rank) for rank in range(ranks)] for step in range(config.run.max_steps or STEPS)]
 
 
-def plain(mode: str, config: ExperimentConfig, subnets: list[list[Subnet]]) -> dict | list[dict]:
+def plain(mode: str, config: ExperimentConfig, subnets: list[list[Subnet | None]]) -> dict | list[dict]:
     if mode == "plain64":
         return by_plain_torch(config, subnets, torch.float64)
     return [by_plain_torch(config, subnets, torch.float32, rounding) for rounding in range(ROUNDINGS)]
@@ -138,9 +149,12 @@ def main() -> None:
     # smooth, since it is chance on which side of ReLU's kink a rounding falls, and one that falls on the other changes
     # the gradients of a whole block; the real one is held against timm's networks
     nn.ReLU.forward = lambda self, x: F.silu(x)
+    Backbone.compile_blocks = partialmethod(Backbone.compile_blocks, backend="eager")
     # the interpreter takes a program's time whatever its width; the kernel's own width is tested where the kernel is
     optimizer.BLOCK = 1 << 16
     ranks = distributed.initialize() if mode == "engine" else None
+    if ranks:  # as if nodes had two of them
+        fully_shard.platform = SimpleNamespace(node=lambda: f"node{ranks.rank // 2}")
     for path, out in zip(files[::2], files[1::2], strict=True):
         config = load_config(path)
         result = by_engine(config, ranks) if ranks else plain(mode, config, draws(config, int(virtual)))
