@@ -37,11 +37,15 @@ class WithDataFiles(Distribution):
 
 
 ONNX = ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5"]
+SINKS = {"wandb": ["wandb>=0.19"], "mlflow": ["mlflow-skinny>=2.20"]}
 DEVELOPMENT = [
     *ONNX,
+    *SINKS["mlflow"],
+    *SINKS["wandb"],
     "coverage>=7.6",
     "grafana-foundation-sdk",
     "import-linter>=2.3",
+    "moto[server]>=5",
     "mypy>=1.15",
     "pre-commit>=4",
     "pytest>=8.3",
@@ -88,6 +92,6 @@ setup(
         "tqdm>=4.66",
         "webdataset>=0.2.100,<2",
     ],
-    extras_require={"dev": DEVELOPMENT, "onnx": ONNX},
+    extras_require={"dev": DEVELOPMENT, "onnx": ONNX, **SINKS},
     entry_points={"console_scripts": ["poa=pipeline.cli:main"]},
 )

@@ -148,10 +148,10 @@ def test_missing_shard_names_the_shard(refused, config):
 def test_run_directory_of_another_config(refused, config, tmp_path):
     (tmp_path / "run").mkdir()
     other = yaml.safe_load(config.read_text())
-    other["optim"]["layer_decay"] = 0.7
+    other["heads"]["hidden_dim"] = 96
     (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(other))
     line = refused("train", config)
-    assert "optim.layer_decay is 0.7 there and 0.9 here" in line
+    assert "heads.hidden_dim is 96 there and 64 here" in line
     (tmp_path / "run" / "config.yaml").write_text("][")
     assert "not YAML" in refused("train", config)
 
@@ -164,6 +164,8 @@ def test_a_file_in_the_way_of_the_run_directory(refused, config, tmp_path):
 def test_fewer_images_than_a_global_batch(refused, config, digits):
     line = refused("train", config, f"data.train={digits}/train-000002.tar", "data.batch_size=5000")
     assert "fewer than a global batch of 5000" in line
+    line = refused("train", config, "data.lanes=50", "data.batch_size=4")
+    assert "50 lanes are more than the 4 images of a global batch (data.lanes): set it to" in line
 
 
 def test_eager_kernels_are_not_chosen_in_silence_on_a_cpu(refused, config):

@@ -23,7 +23,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from kernels import colours
 from kernels.fused import attention, distillation, optimizer, reduce, residual
+from kernels.fused import colours as fused_colours
 
 ARCHITECTURES = (80, 90, 100)
 # What one thread block may have on the smallest device of an architecture, in bytes.
@@ -119,6 +121,7 @@ def cases(dtype: torch.dtype, presets_only: bool = False) -> Iterator[tuple[str,
         yield f"residual C={channels}", partial(_residual, dtype, channels, False, False)
         yield f"residual C={channels} factors", partial(_residual, dtype, channels, True, True)
     yield "optimizer", partial(_optimizer, dtype)
+    yield "colours", partial(_colours, dtype)
 
 
 def reports(dtype: torch.dtype, arch: int, presets_only: bool = False) -> Iterator[Report]:
@@ -205,6 +208,13 @@ def _optimizer(dtype: torch.dtype) -> None:
             eps=1e-8,
             frozen=0,
         )
+
+
+def _colours(dtype: torch.dtype) -> None:
+    crops = torch.zeros(2, 224, 224, 3, dtype=torch.uint8)
+    table, out = torch.zeros(2, colours.WIDTH), torch.empty(2, 3, 224, 224, dtype=dtype)
+    parts = colours.TONE, colours.TURN, colours.BLUR
+    fused_colours.colour(crops, table, parts, colours.LUMA, ((0.5, 0.5, 0.5), (0.2, 0.2, 0.2)), out)
 
 
 def main(arguments: list[str] | None = None) -> int:

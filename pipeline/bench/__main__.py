@@ -1,4 +1,5 @@
-"""`python -m pipeline.bench step|data|layout|metrics|start CONFIG` prints one JSON object; `... gpu` a report."""
+"""`python -m pipeline.bench step|data|layout|metrics|start CONFIG` prints one JSON object, as does `... order`;
+`... gpu` prints a report."""
 
 import argparse
 import json
@@ -21,6 +22,12 @@ def main() -> int:
             from pipeline.bench.gpu.battery import run
 
             return run(args.out, args.stages, args.tiny)
+        if args.what == "order":
+            from pipeline.bench.order import benchmark_order
+
+            sizes = (args.gb, args.shard_mb, args.per_shard, args.nodes, args.piece_mb, args.batch, args.window)
+            print(json.dumps(benchmark_order(*sizes), indent=1))
+            return 0
         config = load_config(args.config, args.overrides)
         import torch
 
@@ -71,6 +78,14 @@ def _parser() -> argparse.ArgumentParser:
         help="beside ours, step by step: plain (without engine), zero0 to zero3, fsdp2-keep, fsdp2-reshard",
     )
     step.add_argument("--subnets", default="", metavar="NAME,...", help="elastic students, by turns")
+    order = kinds.add_parser("order", help="what nodes fetch of a large set, by lanes and pieces; simulated")
+    order.add_argument("--gb", type=float, default=1024, help="of the set (default: %(default)s)")
+    order.add_argument("--shard-mb", type=int, default=1024, help="of a shard (default: %(default)s)")
+    order.add_argument("--per-shard", type=int, default=10000, help="samples of a shard (default: %(default)s)")
+    order.add_argument("--nodes", type=int, nargs="+", default=[1, 4, 32], help="default: 1 4 32")
+    order.add_argument("--piece-mb", type=int, nargs="+", default=[0, 64], help="data.piece_mb (default: 0 64)")
+    order.add_argument("--batch", type=int, default=2048, help="global batch (default: %(default)s)")
+    order.add_argument("--window", type=int, default=16, help="data.window (default: %(default)s)")
     gpu = kinds.add_parser("gpu", help="everything that wants a GPU, in a quarter of an hour, each part on its own")
     gpu.add_argument("stages", nargs="*", metavar="STAGE", default=[], help=f"of {' '.join(STAGES)}; all by default")
     gpu.add_argument(

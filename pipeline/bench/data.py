@@ -6,11 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
 
 from pipeline.config import DataConfig
 from pipeline.data.augment import P, decode_pipeline, make_pipeline, parameters
 from pipeline.data.loader import Loader
-from pipeline.data.reader import Dataset, Picked, SampleStream
+from pipeline.data.reader import Picked
+from pipeline.data.reading import Reading
 
 _WARM_UP = 3  # batches; the first ones build operators and fill the queue
 
@@ -22,15 +24,17 @@ def benchmark(data: DataConfig, *, device: str = "cpu", batches: int = 10) -> di
     add up to `cpu_ms_per_image` of a loader that does nothing else.
 
     Returns:
-        `images_per_second` and `cpu_ms_per_image` of the loader; `stages_cpu_ms_per_image` by stage (on a GPU: what is
-        left to the CPU); `threads`, `cpus`, `batch_size`, `images`.
+        `images_per_second` and `cpu_ms_per_image` of the loader; both again in `coloured_by_kernels`, where
+        `kernels.colours` does what follows the resizing (on a CPU its eager twin); `stages_cpu_ms_per_image` by stage
+        (on a GPU: what is left to the CPU); `threads`, `cpus`, `batch_size`, `images`.
 
     Raises:
         UserError: see `Loader`.
     """
-    throughput = _measure_loader(data, device, batches)
+    kernels = "triton" if device.startswith("cuda") else "eager"
     return {
-        **throughput,
+        **_measure_loader(data, device, batches, None),
+        "coloured_by_kernels": _measure_loader(data, device, batches, kernels),
         "stages_cpu_ms_per_image": _measure_stages(data, batches, 0 if device.startswith("cuda") else None),
         "threads": data.threads,
         "cpus": os.cpu_count(),
@@ -39,13 +43,15 @@ def benchmark(data: DataConfig, *, device: str = "cpu", batches: int = 10) -> di
     }
 
 
-def _measure_loader(data: DataConfig, device: str, batches: int) -> dict[str, float]:
-    loader = Loader(data, device=device)
+def _measure_loader(data: DataConfig, device: str, batches: int, colours: str | None) -> dict[str, float]:
+    loader = Loader(data, device=device, colours=colours)
     for _ in range(_WARM_UP):
         next(loader)
     wall, cpu = time.perf_counter(), time.process_time()
     for _ in range(batches):
         next(loader)
+    if loader.device_id is not None:
+        torch.cuda.synchronize(loader.device_id)
     images = batches * data.batch_size
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     loader.close()
@@ -53,14 +59,15 @@ def _measure_loader(data: DataConfig, device: str, batches: int) -> dict[str, fl
 
 
 def _measure_stages(data: DataConfig, batches: int, device_id: int | None) -> dict[str, float]:
-    stream = SampleStream(Dataset(data.train), window=data.window, seed=data.seed, max_pixels=data.max_pixels)
+    reading = Reading(data)
     picked: list[Picked] = []
 
     def prepare() -> None:
-        picked[:] = [stream.pick(position) for position in range(data.batch_size)]
+        picked[:] = reading.pick(range(data.batch_size))
         parameters(data, 0, [p.header for p in picked])
 
     read = _cpu_ms(prepare, batches) / data.batch_size
+    reading.close()
     encoded = [np.frombuffer(p.data, np.uint8) for p in picked]
     drawn = parameters(data, 0, [p.header for p in picked])
     plain, sharp = drawn.copy(), drawn.copy()

@@ -169,11 +169,11 @@ class StepBench:
             self._turn(subnet)
 
     def widths(self) -> list[Subnet]:
-        """A sub-network of every width, the cheapest; none where nothing is compiled."""
+        """A sub-network of every width and MLP ratio, the shallowest; none where nothing is compiled."""
         grid = self.trainer.grid
         if not self.config.engine.compile and not self.config.uses_triton():
             return []
-        return [Subnet(width, grid.smallest.depths) for width in grid.widths]
+        return grid.of_every_shape(grid.smallest.depths)
 
     def measure(self, subnets: Sequence[Subnet | None]) -> dict[str, Any]:
         """Make a step of each sub-network; figures of these steps."""

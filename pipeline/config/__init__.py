@@ -4,7 +4,7 @@ Everything here is a frozen value that knows nothing of how it is used, and impo
 node. Other rooms take the section that they need rather than the whole experiment.
 """
 
-from pipeline.config.data import CropConfig, DataConfig, LocalCropConfig
+from pipeline.config.data import CacheConfig, CropConfig, DataConfig, LocalCropConfig
 from pipeline.config.engine import EngineConfig, KernelsConfig
 from pipeline.config.model import DepthSpan, ModelConfig, Span
 from pipeline.config.reading import dump_config, load_config, parse_config
@@ -21,6 +21,7 @@ from pipeline.config.schema import (
 )
 
 __all__ = [
+    "CacheConfig",
     "CheckpointConfig",
     "CropConfig",
     "DataConfig",

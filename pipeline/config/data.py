@@ -36,6 +36,14 @@ class SourceConfig(Section):
     weight: float = Field(1, gt=0)
 
 
+class CacheConfig(Section):
+    """Where a node keeps what its ranks read from stores."""
+
+    folder: PathText | None = Field(None, description="on a local disk of every node; null: nothing is kept")
+    gb: float = Field(100, gt=0, description="of 10^9 bytes, for all ranks of a node together")
+    patience_s: float = Field(600, gt=0, description="for which a read is tried again, in a store or on a disk")
+
+
 class DataConfig(Section):
     """Shards, crops and augmentation. `batch_size` counts images per rank."""
 
@@ -50,7 +58,10 @@ class DataConfig(Section):
     threads: Free[int] = Field(4, gt=0)
     seed: int = Field(0, ge=0)
     max_pixels: Changeable[int] = Field(178956970, gt=0)
-    window: int = Field(16, gt=0, description="shards whose samples are permuted together")
+    window: int = Field(16, gt=0, description="shards, or pieces of them, whose samples are permuted together")
+    lanes: Free[int] = Field(1, gt=0, le=65536, description="into which the set is divided, e.g. the number of nodes")
+    piece_mb: Free[int] = Field(0, ge=0, le=65536, description="of what is permuted and fetched as one; 0: shards")
+    cache: Free[CacheConfig] = CacheConfig()
     hue: Changeable[Literal["yiq", "hsv"]] = "yiq"
     blur: Changeable[tuple[float, float, float]] = Field(
         (0.0, 0.9, 0.5), description="probability: global 1, global 2, local"

@@ -21,6 +21,7 @@ class KernelsConfig(Section):
     residual: Impl = Field("triton", description="stochastic depth, LayerScale and the sum of a block's branch")
     loss: Impl = Field("triton", description="cross-entropy, and the sums over logits that centering takes")
     sinkhorn: Impl = "triton"
+    colours: Impl = Field("triton", description="orientation, colour, blur and normalisation of crops; eager is DALI's")
     optimizer: Impl = Field("triton", description="clipping, AdamW, moving average and the copies of both")
 
     @model_serializer

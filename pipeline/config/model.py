@@ -39,6 +39,9 @@ FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 LARGEST_GRID = 100_000
 """Sub-networks; the paper's largest grid has 465. Far beyond it lies a typing error that would fill the memory."""
+SWIGLU_ALIGN = 8
+"""Hidden units of a SwiGLU come in multiples of it, as in DINOv3."""
+MLP_RATIO = {"min": 4, "max": 4, "step": 1}
 UNUSED_KEYS = {
     "vit": ("window_size", "swiglu"),
     "eva": ("window_size",),
@@ -50,8 +53,13 @@ UNUSED_KEYS = {
         "layer_scale",
         "registers",
         "swiglu",
+        "mlp_ratio",
     ),  # its stem takes every fourth pixel
 }
+
+
+def _written(value: Any) -> Any:
+    return value.model_dump() if isinstance(value, Section) else value
 
 
 def is_bundle(source: str) -> bool:
@@ -124,9 +132,16 @@ class ModelConfig(Section):
     drop_path: Changeable[float] = Field(0.2, ge=0, lt=1)
     layer_scale: float | None = Field(1.0e-5, gt=0)
     init_from: PathText | None = None
+    init_order: Literal["none", "magnitude", "taylor"] = Field(
+        "none", description="sort channels, heads, hidden units and blocks of init_from's weights by importance"
+    )
+    block_importance: list[list[float]] | None = Field(
+        None, description="per stage, of each block: a depth keeps the most important; evenly spread ones if not set"
+    )
     window_size: int = Field(7, gt=0)
     registers: int = Field(0, ge=0, description="tokens beside that of the class which belong to no patch")
     swiglu: bool = Field(False, description="gated MLP of the same hidden units (DINOv3's plus sizes)")
+    mlp_ratio: Span = Field(Span(**MLP_RATIO), description="hidden units of an MLP per channel of its input")
 
     @model_validator(mode="before")
     @classmethod
@@ -136,18 +151,19 @@ class ModelConfig(Section):
             return values
         given = {key: value for key, value in values.items() if value is not None or not is_section(cls, key)}
         merged = {**FAMILY_DEFAULTS.get(str(values.get("family", "vit")), {}), **given}
-        for name in ("width", "depth"):
-            default = FAMILY_DEFAULTS.get(str(values.get("family", "vit")), {}).get(name)
+        defaults = {"mlp_ratio": MLP_RATIO, **FAMILY_DEFAULTS.get(str(values.get("family", "vit")), {})}
+        for name in ("width", "depth", "mlp_ratio"):
+            default = defaults.get(name)
             if isinstance(merged.get(name), dict) and default:
                 merged[name] = {**default, **merged[name]}
         return merged
 
     @model_validator(mode="after")
     def _grid_is_finite(self) -> "ModelConfig":
-        if len(self.width) * len(self.depth) > LARGEST_GRID:
+        count = len(self.width) * len(self.depth) * len(self.mlp_ratio)
+        if count > LARGEST_GRID:
             raise ValueError(
-                f"{len(self.width) * len(self.depth)} sub-networks are more than {LARGEST_GRID}: "
-                "use larger steps of width and depth"
+                f"{count} sub-networks are more than {LARGEST_GRID}: use larger steps of width, depth and mlp_ratio"
             )
         return self
 
@@ -157,7 +173,7 @@ class ModelConfig(Section):
         for name in UNUSED_KEYS[self.family]:
             default = FAMILY_DEFAULTS[self.family].get(name, type(self).model_fields[name].default)
             if getattr(self, name) != default:
-                raise ValueError(f"{name}={getattr(self, name)} has no effect on {self.family}: leave it out")
+                raise ValueError(f"{name}={_written(getattr(self, name))} has no effect on {self.family}: leave it out")
         return self
 
     @model_validator(mode="after")
@@ -175,11 +191,25 @@ class ModelConfig(Section):
         stages = len(self.depth_ranges)
         if stages != (1 if self.one_stage else 4):
             raise ValueError(f"depth has {stages} stages: {self.family} wants {1 if self.one_stage else 4}")
+        if self.init_order != "none" and self.init_from is None:
+            raise ValueError(
+                f"init_order={self.init_order} sorts weights that there are: set init_from, or leave it out"
+            )
+        if self.block_importance is not None:
+            given, blocks = ([*map(len, self.block_importance)], [choices[-1] for choices in self.depth_ranges])
+            if given != blocks:
+                raise ValueError(f"block_importance is of {given} blocks and the stages have {blocks}: leave it out")
         if self.family == "eva" and self.head_dim % 4:
             raise ValueError(
                 f"head_dim={self.head_dim} does not divide into pairs of channels for rows and for columns: "
                 f"use {self.head_dim // 4 * 4 + 4}"
             )
+        for ratio in self.mlp_ratio.values() if self.swiglu else ():
+            if self.head_dim * ratio % SWIGLU_ALIGN:
+                raise ValueError(
+                    f"mlp_ratio {ratio} with head_dim={self.head_dim}: SwiGLU has hidden units in multiples of "
+                    f"{SWIGLU_ALIGN}: change mlp_ratio"
+                )
         if self.family == "eva" and self.layer_scale is None:
             raise ValueError("layer_scale=null: DINOv3's networks have one: give a number, such as 1.0e-5")
         if self.image_size % self.stride:
@@ -188,6 +218,21 @@ class ModelConfig(Section):
                 f"use {max(self.image_size // self.stride, 1) * self.stride}"
             )
         return self
+
+    def alone(
+        self, width: int | None = None, depths: tuple[int, ...] | None = None, ratio: int | None = None
+    ) -> "ModelConfig":
+        """The grid that holds nothing but one network of this one, the largest if none is named."""
+        width, ratio = width or self.width.max, ratio or self.mlp_ratio.max
+        listed = list(depths) if depths and not self.one_stage else depths[0] if depths else self.depth.max
+        return self.model_copy(
+            update={
+                "width": Span(min=width, max=width, step=self.width.step),
+                "depth": DepthSpan(min=listed, max=listed, step=self.depth.step),
+                "mlp_ratio": Span(min=ratio, max=ratio, step=self.mlp_ratio.step),
+                "block_importance": None if depths else self.block_importance,
+            }
+        )
 
     @property
     def one_stage(self) -> bool:

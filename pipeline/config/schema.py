@@ -3,7 +3,7 @@
 import re
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from pipeline.config.data import DataConfig
 from pipeline.config.engine import EngineConfig, KernelsConfig
@@ -21,7 +21,14 @@ class SamplingConfig(Section):
     """How often and to which rank each sub-network is given."""
 
     small_bias: float = Field(3, ge=1)
-    assignment: Literal["balanced", "independent", "shared"] = "balanced"
+    assignment: Literal["balanced", "independent", "shared", "none"] = Field(
+        "balanced", description="none: the largest network trains alone, without an elastic student"
+    )
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is no elastic student."""
+        return self.assignment == "none"
 
 
 class HeadsConfig(Section):
@@ -59,6 +66,9 @@ class LossConfig(Section):
     )
     ibot_weight: Changeable[float] = Field(1.0, ge=0)
     ibot_start_epoch: Changeable[float] = Field(30, ge=0)
+    anchor_weight: Changeable[float] = Field(
+        0.0, ge=0, description="holds the intact student's features to those of the frozen network of model.init_from"
+    )
     mask_probability: Changeable[float] = Field(0.5, ge=0, le=1)
     mask_ratio: Changeable[Fraction] = (0.1, 0.5)
     centering: Literal["sinkhorn", "softmax", "none"] = "sinkhorn"
@@ -83,8 +93,8 @@ class OptimConfig(Section):
     min_lr: Changeable[float] = Field(2.0e-5, ge=0)
     warmup_epochs: Changeable[float] = Field(10, ge=0)
     weight_decay: Changeable[tuple[float, float]] = (0.04, 0.4)
-    layer_decay: float = Field(0.9, gt=0, le=1)
-    patch_embed_lr_scale: float = Field(0.2, gt=0)
+    layer_decay: Changeable[float] = Field(0.9, gt=0, le=1)
+    patch_embed_lr_scale: Changeable[float] = Field(0.2, gt=0)
     freeze_prototypes_epochs: Changeable[float] = Field(1, ge=0)
     head_warmup_epochs: Changeable[float] = Field(
         0, ge=0, description="only the heads learn at first; 1 if model.init_from is set and this is not"
@@ -152,6 +162,8 @@ class MetricsConfig(Section):
     targets_dir: PathText | None = None
     health_every_steps: int = Field(50, gt=0, description="how often to look at targets and features")
     tensorboard: bool = True
+    wandb: str | None = Field(None, min_length=1, description="project of Weights & Biases to log to as well")
+    mlflow: str | None = Field(None, min_length=1, description="experiment of MLflow to log to as well")
 
     @field_validator("host")
     @classmethod
@@ -203,6 +215,22 @@ class ExperimentConfig(Section):
             return {**values, "optim": {"head_warmup_epochs": 1, **optim}}
         return values
 
+    @model_validator(mode="before")
+    @classmethod
+    def _alone_is_a_grid_of_one(cls, values: Any) -> Any:
+        """With `sampling.assignment: none` no other network is trained, so that there is none to list or to extract."""
+        sampling = values.get("sampling") if isinstance(values, dict) else None
+        if not isinstance(sampling, dict) or sampling.get("assignment") != "none":
+            return values
+        try:
+            return {**values, "model": ModelConfig.model_validate(values.get("model") or {}).alone()}
+        except ValidationError:  # it is about to be told, by the name of its key
+            return values
+
+    def with_model(self, **values: Any) -> "ExperimentConfig":
+        """This experiment with other values of keys of `model`, checked."""
+        return self.model_copy(update={"model": ModelConfig.model_validate({**self.model.model_dump(), **values})})
+
     def kernels_in_use(self) -> dict[str, str]:
         """What each operation that this experiment has resolves to: "eager" or "triton".
 
@@ -248,6 +276,17 @@ class ExperimentConfig(Section):
             raise ValueError(
                 f"data.global_crops.size={self.data.global_crops.size} differs from "
                 f"model.image_size={self.model.image_size}: set both to the same value"
+            )
+        source, order = self.model.init_from, self.model.init_order
+        if source and order != "none" and is_bundle(source):
+            raise ValueError(
+                f"model.init_order={order} sorts timm's weights, and {source} is a bundle, which comes with heads that "
+                "know its order: leave init_order out, or extract its largest network and name that"
+            )
+        if self.loss.anchor_weight and self.model.init_from is None:
+            raise ValueError(
+                f"loss.anchor_weight={self.loss.anchor_weight:g} holds on to a network that there is not: "
+                "set model.init_from, or leave it out"
             )
         if self.optim.head_warmup_epochs and self.model.init_from is None:
             raise ValueError(

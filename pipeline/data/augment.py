@@ -11,7 +11,10 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from kernels.colours import table
 from pipeline.config import DataConfig
 from pipeline.data.generated import remove_generated_files
 from pipeline.data.images import Header
@@ -61,24 +64,38 @@ class P(IntEnum):
     MIRROR_Y = 12
 
 
-def parameters(data: DataConfig, position: int, headers: Sequence[Header]) -> np.ndarray:
-    """Augmentation parameters of consecutive samples.
+def colour_table(drawn: np.ndarray, hue: str) -> Tensor:
+    """What `kernels.colours` wants to know of crops, by parameters `[..., len(P)]`: fp32 `[..., width]`."""
+    columns = torch.from_numpy(drawn[..., P.HUE :])
+    return table(columns.flatten(0, -2), hue).unflatten(0, columns.shape[:-1])
+
+
+def parameters(data: DataConfig, position: int | np.ndarray, headers: Sequence[Header]) -> np.ndarray:
+    """Augmentation parameters of samples.
 
     Args:
-        position: global position of the first; every sample's draws depend on the seed and its own position alone.
+        position: global positions, rising by runs; of the first one alone if the others follow it. Every sample's draws
+            depend on the seed and its own position alone.
         headers: of the B images.
 
     Returns:
         float32 `[B, 2 + L, len(P)]`; global crops first.
     """
     crops = GLOBAL_CROPS + data.local_crops.count
-    generator = philox(data.seed, Purpose.AUGMENT, crops, block=position * crops * _DRAWS // 4)
-    draws = generator.random((len(headers), crops, _DRAWS))
+    positions = position + np.arange(len(headers)) if isinstance(position, int) else position
+    runs = np.split(positions, np.flatnonzero(np.diff(positions) != 1) + 1)
+    draws = np.concatenate([_draws(data.seed, crops, int(run[0]), len(run)) for run in runs])
     out = np.zeros((len(headers), crops, len(P)), np.float32)
     boxes = _boxes(data, np.array([header.size for header in headers]), draws[..., : 2 * _BOX_TRIES + 2])
     _fill_geometry(out, boxes, draws[..., -1] < _FLIP_PROBABILITY, headers)
     _fill_colours(out, draws[..., 2 * _BOX_TRIES + 2 : -1], data.blur)
     return out
+
+
+def _draws(seed: int, crops: int, position: int, count: int) -> np.ndarray:
+    """Of consecutive positions."""
+    generator = philox(seed, Purpose.AUGMENT, crops, block=position * crops * _DRAWS // 4)
+    return generator.random((count, crops, _DRAWS))
 
 
 def _boxes(data: DataConfig, sizes: np.ndarray, draws: np.ndarray) -> np.ndarray:
@@ -134,7 +151,12 @@ def _fill_colours(out: np.ndarray, draws: np.ndarray, blur: tuple[float, float, 
 
 
 def make_pipeline(
-    data: DataConfig, source: Callable[[int], tuple[Any, Any, Any]], *, device_id: int | None, half: bool
+    data: DataConfig,
+    source: Callable[[int], tuple[Any, Any, Any]],
+    *,
+    device_id: int | None,
+    half: bool,
+    coloured: bool = True,
 ) -> Any:
     """A DALI pipeline that executes the parameters; it is built by its first `run`.
 
@@ -142,9 +164,11 @@ def make_pipeline(
         source: batch number -> (encoded images, parameters `[B, 2 + L, len(P)]`, positions `[B, 1]`).
         device_id: CUDA device, None for the CPU.
         half: float16 instead of float32 output.
+        coloured: False ends with crops that are cut out and resized, which `kernels.colours` then does the rest to.
 
     Outputs per batch, the first two on the CPU: positions int64 `[B, 1]`, shapes int64 `[B, 3]` of the decoded images,
-    global crops `[B, 2, 3, S, S]` and, if there are any, local crops `[B, L, 3, s, s]`.
+    global crops `[B, 2, 3, S, S]` and, if there are any, local crops `[B, L, 3, s, s]`; not coloured, they are uint8
+    `[B, 2, S, S, 3]` and `[B, L, s, s, 3]`.
     """
     from nvidia.dali import fn, pipeline_def, types
     from nvidia.dali.pipeline import do_not_convert
@@ -159,13 +183,15 @@ def make_pipeline(
         )
         image = _decode(encoded, device_id)
         local = data.local_crops
-        crops = [_crop(image, drawn[i], data.global_crops.size, data.hue, where) for i in range(GLOBAL_CROPS)]
-        crops[1] = _solarize(crops[1], drawn[1], where)
-        found = [_normalize(crops, half)]
-        if local.count:
-            rows = (drawn[GLOBAL_CROPS + i] for i in range(local.count))
-            found.append(_normalize([_crop(image, row, local.size, data.hue, where) for row in rows], half))
-        return positions, image.shape(), *found
+        rows = [drawn[i] for i in range(GLOBAL_CROPS + local.count)]
+        sizes = [data.global_crops.size] * GLOBAL_CROPS + [local.size] * local.count
+        crops = [_cut(image, row, size) for row, size in zip(rows, sizes, strict=True)]
+        if coloured:
+            crops = [_colour(crop, row, data.hue, where) for crop, row in zip(crops, rows, strict=True)]
+            crops[1] = _solarize(crops[1], rows[1], where)
+        groups = [group for group in (crops[:GLOBAL_CROPS], crops[GLOBAL_CROPS:]) if group]
+        finish = partial(_normalize, half=half) if coloured else _stack
+        return positions, image.shape(), *map(finish, groups)
 
     @pipeline_def(enable_conditionals=True)
     def graph() -> tuple[Any, ...]:
@@ -224,14 +250,20 @@ def _decode(encoded: Any, device_id: int | None) -> Any:
     )
 
 
-def _crop(image: Any, p: Any, size: int, hue: str, where: Where) -> Any:
-    """One augmented crop, uint8 HWC; `p` is its row of parameters."""
+def _cut(image: Any, p: Any, size: int) -> Any:
+    """One crop, uint8 HWC; `p` is its row of parameters."""
     from nvidia.dali import fn, types
 
     # `roi_start` of `resize` would save this copy, but lets the kernel reach beyond the box: up to 50 levels at borders
     box = fn.cast(p[P.TOP : P.RIGHT + 1], dtype=types.INT32)
     x = fn.slice(image, start=box[:2], end=box[2:], axes=(0, 1))
-    x = fn.resize(x, size=(size, size), interp_type=types.INTERP_CUBIC, antialias=True)
+    return fn.resize(x, size=(size, size), interp_type=types.INTERP_CUBIC, antialias=True)
+
+
+def _colour(x: Any, p: Any, hue: str, where: Where) -> Any:
+    """All that is done to a crop before it is solarised, if it is; uint8 HWC."""
+    from nvidia.dali import fn, types
+
     x = where(p[P.TRANSPOSE] > 0.0, lambda x: fn.transpose(x, perm=[1, 0, 2], transpose_layout=False), x)
     x = fn.flip(
         x, horizontal=fn.cast(p[P.MIRROR_X], dtype=types.INT32), vertical=fn.cast(p[P.MIRROR_Y], dtype=types.INT32)
@@ -329,12 +361,18 @@ def _beside(value: Any, x: Any) -> Any:
     return value.gpu() if x.device == "gpu" else value
 
 
+def _stack(crops: list[Any]) -> Any:
+    from nvidia.dali import fn
+
+    return fn.stack(*crops, axis_name="F")
+
+
 def _normalize(crops: list[Any], half: bool) -> Any:
     """Stack uint8 HWC crops of an image and normalise them: `[crops, 3, size, size]`."""
     from nvidia.dali import fn, types
 
     return fn.crop_mirror_normalize(
-        fn.stack(*crops, axis_name="F"),
+        _stack(crops),
         mean=[255 * m for m in MEAN],
         std=[255 * s for s in STD],
         output_layout="FCHW",

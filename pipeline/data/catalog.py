@@ -17,7 +17,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from pipeline.data import indexes
+from pipeline.data import indexes, tars
 from pipeline.data.labels import BEYOND, LONGEST, NO_NUMBER, class_names, parse_label
 from pipeline.data.tars import BLOCK, Sample
 from pipeline.errors import UserError
@@ -105,6 +105,12 @@ def place(row: np.ndarray) -> tuple[int, int]:
     return int(row[0]) * BLOCK, int(row[1])
 
 
+def extent(rows: np.ndarray) -> tuple[int, int]:
+    """Where the first image of some rows begins, and the last one ends."""
+    offsets = rows[:, 0].astype(np.int64) * BLOCK
+    return int(offsets.min()), int((offsets + rows[:, 1]).max())
+
+
 def label(row: np.ndarray) -> int | None:
     """The class index, None without one.
 
@@ -188,7 +194,9 @@ def write_catalog(folder: Path, shards: Sequence[Path]) -> None:
             file.write(bytes(_HEADER))
             for name in sorted([*kept, *new]):
                 if name in new:
-                    rows, size = rows_of(new[name], indexes.read_index(new[name])), new[name].stat().st_size
+                    shard = new[name]
+                    samples = [] if tars.is_empty(shard) else indexes.read_index(shard)
+                    rows, size = rows_of(shard, samples), shard.stat().st_size
                 else:
                     assert old is not None
                     number = old.number(name)

@@ -8,14 +8,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from kernels.colours import Normalisation, colour
 from pipeline.config import DataConfig
-from pipeline.data.augment import make_pipeline, parameters, undecodable
+from pipeline.data.augment import GLOBAL_CROPS, MEAN, STD, colour_table, make_pipeline, parameters, undecodable
 from pipeline.data.images import Header
 from pipeline.data.mixing import WHOLE, Segment
-from pipeline.data.reader import Dataset, SampleStream, Skip
+from pipeline.data.reader import Dataset, Skip
+from pipeline.data.reading import Reading
 
 _READ_AHEAD = 4  # batches whose bytes and parameters are prepared before the pipeline asks for them
-_REQUESTS = 32  # in flight at once to a store
 _DTYPES = (torch.float32, torch.float16)
 
 
@@ -29,27 +30,31 @@ class Batch(NamedTuple):
 class _Prepared(NamedTuple):
     """What the pipeline needs for a batch, and what had to be left out of it."""
 
+    positions: np.ndarray
     encoded: list[np.ndarray]
     parameters: np.ndarray
     records: list[int]
     headers: list[Header]
     rejected: list[tuple[int, int, str]]
+    colours: torch.Tensor | None
 
 
 class Loader:
     """Endless iterator over batches of this rank.
 
-    Rank r of R takes positions `next_sample + r * B ... + B` of the stream, so R ranks with batches of B see what one
-    rank sees with batches of R * B, and a loader started at another's `next_sample` continues it bit for bit.
+    Rank r of R takes the r-th slice of the next R * B positions of the stream, sorted by lane (see `order`), so R ranks
+    with batches of B see what one rank sees with batches of R * B, and a loader started at another's `next_sample`
+    continues it bit for bit.
 
     Args:
         data: shards, crops and augmentation.
         rank, world_size: this process among those that share the stream.
         start_sample: samples consumed so far by all ranks together.
         device: `cpu` or `cuda:N`; decides where images are decoded and augmented and where tensors live.
-        dtype: torch.float32 or torch.float16. For bfloat16 take float32 and cast: DALI cannot write it.
+        dtype: torch.float32 or torch.float16; torch.bfloat16 with `colours` alone, for DALI cannot write it.
+        colours: `impl` of `kernels.colours`, which then does what follows the resizing; None leaves it to DALI.
         on_skip: called once per sample left out, with its key, shard, reason and first position.
-        dataset: `data.train`, if it is open already.
+        dataset: `data.train` in pieces of `data.piece_mb`, if it is open already.
         segment: of the run, if its sources or weights have changed.
 
     Attributes:
@@ -72,26 +77,26 @@ class Loader:
         start_sample: int = 0,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
+        colours: str | None = None,
         on_skip: Callable[[Skip], None] | None = None,
         dataset: Dataset | None = None,
         segment: Segment = WHOLE,
     ) -> None:
-        if dtype not in _DTYPES:
-            raise ValueError(f"dtype {dtype}: expected one of {_DTYPES}")
+        dtypes = (*_DTYPES, torch.bfloat16) if colours else _DTYPES
+        if dtype not in dtypes:
+            raise ValueError(f"dtype {dtype}: expected one of {dtypes}")
         self.data, self.rank, self.world_size, self.on_skip = data, rank, world_size, on_skip
-        self.device_id, self._half = _device_id(torch.device(device)), dtype == torch.float16
-        self.dataset = dataset = dataset or Dataset(data.train)
-        self._stream = SampleStream(
-            dataset, window=data.window, seed=data.seed, max_pixels=data.max_pixels, segment=segment
-        )
-        self.samples, self.next_sample = len(dataset), start_sample
+        self.device_id, self._dtype, self._colours = _device_id(torch.device(device)), dtype, colours
+        self._reading = Reading(data, rank, world_size, dataset, segment)
+        self._stream, self.dataset = self._reading.stream, self._reading.dataset
+        self.samples, self.next_sample = len(self.dataset), start_sample
         self.skipped: Counter[str] = Counter()
         self.used: Counter[str] = Counter()
         self._reported: set[int] = set()
         self._handed_out: Any = None
         self._in_use: deque[tuple[torch.cuda.Event, Any]] = deque()
         self._pool = ThreadPoolExecutor(_READ_AHEAD, thread_name_prefix="poa-reader")
-        self._requests = ThreadPoolExecutor(_REQUESTS, "poa-fetch") if dataset.is_remote else None
+        self._reading.want(start_sample)
         self._start_pipeline()
 
     def __iter__(self) -> "Loader":
@@ -100,23 +105,35 @@ class Loader:
     def __next__(self) -> Batch:
         self._release_buffers()
         outputs = self._handed_out = self._run()
-        position = self.next_sample + self.rank * self.data.batch_size
         prepared = self._prepared.pop(self.next_sample).result()
         positions = np.asarray(outputs[0].as_tensor()).ravel()
-        assert (positions == position + np.arange(self.data.batch_size)).all(), "the pipeline lost a batch"
+        assert (positions == prepared.positions).all(), "the pipeline lost a batch"
         self._report(prepared)
         self.next_sample += self._stride
+        self._reading.want(self.next_sample)  # not what is read ahead: this batch may still be on its way
         self.used.update(self.dataset.source(record).name for record in prepared.records)
         crops = [torch.from_dlpack(output.as_tensor()).flatten(0, 1) for output in outputs[2:]]
+        if prepared.colours is not None:
+            crops = self._coloured(crops, prepared.colours)
         if len(crops) == 1:
             size = self.data.local_crops.size
             crops.append(crops[0].new_empty(0, 3, size, size))
         return Batch(*crops)
 
+    def _coloured(self, crops: list[torch.Tensor], rows: torch.Tensor) -> list[torch.Tensor]:
+        """Crops as the network takes them; `rows` `[B, 2 + L, width]` are of global crops first."""
+        assert self._colours is not None
+        rows = rows.to(crops[0].device, non_blocking=True)
+        groups = rows.split([GLOBAL_CROPS, rows.shape[1] - GLOBAL_CROPS], 1)
+        return [
+            colour(group, row.flatten(0, 1), Normalisation(MEAN, STD), dtype=self._dtype, impl=self._colours)
+            for group, row in zip(crops, groups, strict=False)
+        ]
+
     def close(self) -> None:
         """Stop the reading threads and free the pipeline; tensors handed out stay valid."""
-        for pool in filter(None, (self._pool, self._requests)):
-            pool.shutdown(wait=True, cancel_futures=True)
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._reading.close()
         del self._pipeline
 
     @property
@@ -134,23 +151,29 @@ class Loader:
                 if ahead not in self._prepared:
                     self._prepared[ahead] = self._pool.submit(self._prepare, ahead)
             prepared = self._prepared[wanted].result()
-            first = wanted + self.rank * self.data.batch_size
-            positions = np.arange(first, first + self.data.batch_size)[:, None]
-            return prepared.encoded, list(prepared.parameters), positions
+            return prepared.encoded, list(prepared.parameters), prepared.positions[:, None]
 
-        self._pipeline = make_pipeline(self.data, source, device_id=self.device_id, half=self._half)
+        self._pipeline = make_pipeline(
+            self.data, source, device_id=self.device_id, half=self._dtype == torch.float16, coloured=not self._colours
+        )
 
     def _prepare(self, sample: int) -> _Prepared:
-        position = sample + self.rank * self.data.batch_size
-        positions = range(position, position + self.data.batch_size)
-        picked = list((self._requests.map if self._requests else map)(self._stream.pick, positions))
+        positions = self._reading.positions(sample)
+        numbers = positions.tolist()
+        picked = self._reading.pick(numbers)
         headers = [p.header for p in picked]
+        drawn = parameters(self.data, positions, headers)
+        colours = colour_table(drawn, self.data.hue) if self._colours else None
+        if colours is not None and self.device_id is not None:
+            colours = colours.pin_memory()
         return _Prepared(
+            positions,
             [np.frombuffer(p.data, np.uint8) for p in picked],
-            parameters(self.data, position, headers),
+            drawn,
             [p.record for p in picked],
             headers,
-            [(position + i, record, reason) for i, p in enumerate(picked) for record, reason in p.rejected],
+            [(number, *verdict) for number, p in zip(numbers, picked, strict=True) for verdict in p.rejected],
+            colours,
         )
 
     def _run(self) -> Any:

@@ -15,6 +15,7 @@ class Purpose(IntEnum):
     MASKS = 5
     PACK = 6
     MIX = 7
+    LINE = 8
 
 
 def philox(

@@ -13,16 +13,19 @@ from typing import NamedTuple
 import numpy as np
 
 from pipeline.config.data import SourceConfig
-from pipeline.data import catalog, indexes, tars
+from pipeline.data import catalog, contents, indexes, tars
 from pipeline.data.catalog import Catalog
 from pipeline.data.homes import OpenShard, ShardName, catalog_of, open_shard, shard_name
 from pipeline.data.images import BadImage, Header, hide_exif, inspect
 from pipeline.data.labels import LONGEST, parse_label
 from pipeline.data.mixing import ROWS, WHOLE, Mix, Segment, integer_shares
 from pipeline.data.names import escape
+from pipeline.data.order import PLAIN, Order, SampleOrder, cut, positions_of
 from pipeline.data.patterns import Shards, list_shards
 from pipeline.data.philox import Purpose, philox
 from pipeline.data.remote.address import is_remote
+from pipeline.data.remote.cache import Cache, Piece
+from pipeline.data.remote.folder import RemoteShard
 from pipeline.data.remote.patience import WEATHER
 from pipeline.errors import UserError
 
@@ -39,12 +42,16 @@ class Source(NamedTuple):
         share: of every `mixing.ROWS` positions.
         first: its first record.
         shard_sizes: samples of each of its shards.
+        first_piece: among those of all.
+        pieces: records of each of its pieces (see `order`).
     """
 
     name: str
     share: int
     first: int
     shard_sizes: np.ndarray
+    first_piece: int
+    pieces: np.ndarray
 
     @property
     def samples(self) -> int:
@@ -60,7 +67,7 @@ def _by_source(shards: Shards) -> dict[str, list[str]]:
     """Names of shards by source."""
     if isinstance(shards, str) or not any(isinstance(part, SourceConfig) for part in shards):
         return {"": list_shards(shards)}
-    return {part.name: list_shards(part.url) for part in shards if isinstance(part, SourceConfig)}
+    return {part.name: list_shards([part]) for part in shards if isinstance(part, SourceConfig)}
 
 
 def _shares(shards: Shards) -> list[int]:
@@ -74,36 +81,42 @@ class Dataset:
     """Random access to the samples of shards, by record number; samples without an image are left out.
 
     What a shard holds is taken from the catalog of its folder, else from the index beside it. One with neither is
-    walked, which is slow for large ones and said aloud.
+    walked, which is slow for large ones and said aloud. A tar without any member, as some writers leave one at their
+    end, is left out by name.
+
+    Args:
+        shards: patterns, or sources.
+        piece_mb: bytes of the pieces that shards are divided into (see `order.cut`).
 
     Attributes:
         sources: that share the stream; a single one without a name, unless they are listed with their names.
         shard_sizes: samples of each shard.
         without_index: shards that had to be walked.
+        cache: of the node, if what is remote is kept there.
 
     Raises:
-        UserError: a shard is missing, damaged or empty, or an index describes another file.
+        UserError: a shard is missing or damaged, all of a source are empty, or an index describes another file.
     """
 
-    def __init__(self, shards: Shards) -> None:
+    def __init__(self, shards: Shards, piece_mb: int = 0) -> None:
         named = _by_source(shards)
+        folders = {os.path.dirname(name) for names in named.values() for name in names}
+        self._catalogs = {folder: catalog_of(folder) for folder in folders}
+        self.without_index: list[Path] = []
+        named = {source: self._with_samples(names) for source, names in named.items()}
         self._names = [name for names in named.values() for name in names]
-        self._catalogs = {folder: catalog_of(folder) for folder in set(map(os.path.dirname, self._names))}
         self._numbers = [self._number(name) for name in self._names]  # in the catalog; -1: not listed
         self._remote = [is_remote(name) for name in self._names]
         self._listing = [self._catalogs[os.path.dirname(name)] for name in self._names]
         unlisted = [self._names[shard] for shard, number in enumerate(self._numbers) if number < 0]
-        self.without_index = [path for path in map(Path, unlisted) if not indexes.has_index(path)]
-        _warn_of_missing_indexes(self.without_index, len(self._names))
-        self._rows = {name: _images_and_labels(Path(name)) for name in unlisted}
+        contents.warn_of_missing_indexes(self.without_index, len(self._names))
+        self._rows = {name: contents.images_and_labels(Path(name)) for name in unlisted}
         self.shard_sizes = np.array([len(self._rows_of(shard)) for shard in range(len(self._names))])
         self._starts = np.concatenate([[0], np.cumsum(self.shard_sizes)])
-        ends = np.cumsum([len(names) for names in named.values()])
-        sizes = np.split(self.shard_sizes, ends[:-1])
-        shares = _shares(shards)
-        firsts = [0, *np.cumsum([part.sum() for part in sizes]).tolist()]
-        self._firsts = firsts[:-1]
-        self.sources = [Source(*part) for part in zip(named, shares, firsts, sizes, strict=False)]
+        self.sources = self._divide(named, _shares(shards), piece_mb)
+        self._firsts = [source.first for source in self.sources]
+        self._piece_starts = np.concatenate([[0], np.cumsum(np.concatenate([part.pieces for part in self.sources]))])
+        self.cache: Cache | None = None
         self._open = functools.lru_cache(_OPEN_FILES)(self._open_shard)
 
     def __len__(self) -> int:
@@ -117,6 +130,18 @@ class Dataset:
     def is_remote(self) -> bool:
         """Whether some shards are in a store, where many reads at once cost little more than one."""
         return any(self._remote)
+
+    @property
+    def remote_bytes(self) -> int:
+        """Of the shards that are in a store."""
+        return sum(self._bytes(shard) for shard, remote in enumerate(self._remote) if remote)
+
+    @property
+    def largest_piece(self) -> int:
+        """Bytes of the largest piece, if all samples of a shard are alike."""
+        sizes = np.array([self._bytes(shard) for shard in range(len(self._names))]) / self.shard_sizes
+        shards = np.searchsorted(self._starts, self._piece_starts[:-1], side="right") - 1
+        return int((np.diff(self._piece_starts) * sizes[shards]).max())
 
     def shard(self, record: int) -> ShardName:
         return shard_name(self._names[self._shard_number(record)])
@@ -135,7 +160,7 @@ class Dataset:
         shard = self._shard_number(record)
         path = shard_name(self._names[shard])
         if isinstance(path, Path):
-            samples = [sample for sample in _contents(path).samples if sample.image]
+            samples = [sample for sample in contents.of(path).samples if sample.image]
             return escape(samples[record - int(self._starts[shard])].key)
         _, row = self._place(record)
         return escape(tars.key_at(functools.partial(self._read, shard), catalog.place(row)[0]))
@@ -151,10 +176,30 @@ class Dataset:
         place = catalog.place(row) if self._numbers[shard] >= 0 else row[:2]
         if not self._remote[shard]:
             return self._read(shard, *place)
+        if self.cache:
+            kept = self.cache.read(int(np.searchsorted(self._piece_starts, record, side="right")) - 1, *place)
+            WEATHER.looked_up(kept is not None)
+            if kept is not None:
+                return kept
         began = time.perf_counter()
         data = self._read(shard, *place)
         WEATHER.read(self.source(record).name, len(data), time.perf_counter() - began)
         return data
+
+    def piece(self, number: int) -> Piece | None:
+        """What is fetched as one of a shard in a store; None of one on a disk.
+
+        Raises:
+            SourceError: the shard cannot be read.
+            UserError: it is not the one that its catalog describes.
+        """
+        first, last = self._piece_starts[number : number + 2]
+        shard = self._shard_number(first)
+        remote = self._open(shard) if self._remote[shard] else None
+        if not isinstance(remote, RemoteShard):
+            return None
+        begin, end = catalog.extent(self._rows_of(shard)[first - self._starts[shard] : last - self._starts[shard]])
+        return Piece(remote, begin, end - begin, self.source(int(first)).name)
 
     def source(self, record: int) -> Source:
         """The source that a record belongs to."""
@@ -173,6 +218,36 @@ class Dataset:
             return catalog.label(row)
         offset, size = row[2:]
         return parse_label(self._read(shard, offset, min(int(size), LONGEST + 1))) if offset >= 0 else None
+
+    def _divide(self, named: dict[str, list[str]], shares: list[int], piece_mb: int) -> list[Source]:
+        sources, shard, record, piece = [], 0, 0, 0
+        for (name, shards), share in zip(named.items(), shares, strict=True):
+            numbers = range(shard, shard + len(shards))
+            sizes = self.shard_sizes[numbers.start : numbers.stop]
+            pieces = cut([self._bytes(number) for number in numbers], sizes, piece_mb) if piece_mb else sizes
+            sources.append(Source(name, share, record, sizes, piece, pieces))
+            shard, record, piece = numbers.stop, record + int(sizes.sum()), piece + len(pieces)
+        return sources
+
+    def _with_samples(self, names: list[str]) -> list[str]:
+        """The shards of a source without those that hold nothing at all."""
+        empty = {name for name in names if self._is_empty(name)}
+        if empty:
+            first = next(name for name in names if name in empty)
+            if len(empty) == len(names):
+                raise UserError("the shard holds no image", first, "leave it out, or build it again")
+            _log.warning("%d of %d shards hold nothing and are left out: %s", len(empty), len(names), first)
+        return [name for name in names if name not in empty]
+
+    def _is_empty(self, name: str) -> bool:
+        listing, number = self._catalogs[os.path.dirname(name)], self._number(name)
+        if listing and number >= 0:
+            return not listing.samples[number]
+        if indexes.has_index(path := Path(name)):
+            return False
+        if not (is_empty := tars.is_empty(path)):
+            self.without_index.append(path)
+        return is_empty
 
     def _number(self, name: str) -> int:
         folder, base = os.path.split(name)
@@ -209,70 +284,6 @@ class Dataset:
         return self._open(shard).read(int(offset), int(size))
 
 
-def _warn_of_missing_indexes(bare: list[Path], count: int) -> None:
-    if bare:
-        text = "%d of %d shards have no index and are read whole, beginning with %s (%s)"
-        _log.warning(text, len(bare), count, bare[0], indexes.indexing(bare[0]))
-
-
-def _contents(shard: Path) -> tars.Contents:
-    if indexes.has_index(shard):
-        return tars.Contents(indexes.read_index(shard), [])
-    contents = tars.scan(shard)
-    for name, why in contents.passed_over[:1]:
-        text = "%s: %d members are left out, beginning with %s (%s)"
-        _log.warning(text, shard, len(contents.passed_over), name, why)
-    return contents
-
-
-def _images_and_labels(shard: Path) -> np.ndarray:
-    contents = _contents(shard)
-    places = [(*_member(image), *_member(sample.label)) for sample in contents.samples if (image := sample.image)]
-    if not places:
-        raise tars.no_image(shard, contents)
-    if len(places) < len(contents.samples):
-        first = next(sample for sample in contents.samples if not sample.image)
-        text = "%s: %d samples have no image and are left out, beginning with %s (%s)"
-        _log.warning(text, shard, len(contents.samples) - len(places), escape(first.key), first.why_no_image)
-    return np.array(places, dtype=np.int64)
-
-
-def _member(member: tars.Member | None) -> tuple[int, int]:
-    return (member.offset, member.size) if member else (-1, 0)
-
-
-class SampleOrder:
-    """Which record stands at a global position: all once per epoch, in an order of its own for each epoch.
-
-    Shards are permuted, then the samples within windows of consecutive shards, so that reads stay local.
-    """
-
-    def __init__(self, shard_sizes: np.ndarray, window: int, seed: int, source: int = 0) -> None:
-        self.shard_sizes, self.window, self.seed, self.source = np.asarray(shard_sizes), window, seed, source
-        self.samples = int(self.shard_sizes.sum())
-        self._starts = np.concatenate([[0], np.cumsum(self.shard_sizes)])
-        self._shards = functools.lru_cache(4)(self._draw_shards)
-        self._records = functools.lru_cache(4)(self._draw_records)
-
-    def __call__(self, position: int) -> int:
-        epoch, place = divmod(position, self.samples)
-        _, starts = self._shards(epoch)
-        window = int(np.searchsorted(starts, place, side="right")) - 1
-        return int(self._records(epoch, window)[place - starts[window]])
-
-    def _draw_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The epoch's shard order and the place in the epoch at which each window starts."""
-        order = philox(self.seed, Purpose.SHARDS, epoch, source=self.source).permutation(len(self.shard_sizes))
-        ends = np.cumsum(self.shard_sizes[order])
-        return order, np.concatenate([[0], ends[self.window - 1 : -1 : self.window]])
-
-    def _draw_records(self, epoch: int, window: int) -> np.ndarray:
-        order, _ = self._shards(epoch)
-        shards = order[window * self.window : (window + 1) * self.window]
-        records = np.concatenate([np.arange(self._starts[s], self._starts[s + 1]) for s in shards])
-        return philox(self.seed, Purpose.SAMPLES, epoch, window, source=self.source).permutation(records)
-
-
 class Skip(NamedTuple):
     """A sample that was left out: `reason` as in `images.inspect`, or `decode`."""
 
@@ -294,14 +305,25 @@ class Picked(NamedTuple):
 class SampleStream:
     """Usable images by global position.
 
-    A rejected sample is replaced by a record of its source drawn from (seed, position, attempt). Rejection depends on
-    the bytes alone: `reject` records a verdict reached later, by decoding, that any other process would reach as well.
+    A rejected sample is replaced by a record of its source drawn from (seed, position, attempt): from all in the plain
+    order, else from the window that is being read. Rejection depends on the bytes alone: `reject` records a verdict
+    reached later, by decoding, that any other process would reach as well.
     """
 
-    def __init__(self, dataset: Dataset, *, window: int, seed: int, max_pixels: int, segment: Segment = WHOLE) -> None:
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        window: int,
+        seed: int,
+        max_pixels: int,
+        segment: Segment = WHOLE,
+        order: Order = PLAIN,
+    ) -> None:
         self.dataset, self.seed, self.max_pixels = dataset, seed, max_pixels
-        self._mix = Mix([source.share for source in dataset.sources], seed, segment)
-        self._orders = [SampleOrder(s.shard_sizes, window, seed, s.stream) for s in dataset.sources]
+        self._keeps_near = order != PLAIN
+        self._mix = Mix([source.share for source in dataset.sources], seed, segment, order.lanes)
+        self._orders = [SampleOrder(s.pieces, window, seed, s.stream, order.lanes) for s in dataset.sources]
         self._rejected: dict[int, str] = {}
 
     def reject(self, record: int, reason: str) -> None:
@@ -311,6 +333,26 @@ class SampleStream:
         """The record at a position."""
         number, place = self._place(position)
         return self.dataset.sources[number].first + self._orders[number](place)
+
+    def positions(self, sample: int, batch_size: int, rank: int, world_size: int) -> np.ndarray:
+        """Those of a rank in the global batch that begins at `sample`; see `positions_of`."""
+        return positions_of(sample, batch_size, rank, world_size, self._mix.lanes, self._mix.segment.begin)
+
+    def ahead(self, sample: int, shares: dict[int, float]) -> list[tuple[int, float]]:
+        """The pieces that some lanes read next, the nearest first, each with the portion of it that they read.
+
+        Args:
+            sample: the position from which on they read.
+            shares: how much is read of each lane.
+        """
+        windows: tuple[list[tuple[int, float]], list[tuple[int, float]]] = [], []
+        for lane in shares:
+            for source, order, place in zip(
+                self.dataset.sources, self._orders, self._mix.next(sample, lane), strict=True
+            ):
+                for window, pieces in zip(windows, order.ahead(place, shares), strict=True):
+                    window += [(source.first_piece + piece, portion) for piece, portion in pieces]
+        return windows[0] + windows[1]
 
     def pick(self, position: int) -> Picked:
         """The image for a position.
@@ -339,8 +381,11 @@ class SampleStream:
     def _candidate(self, position: int, attempt: int) -> int:
         if attempt == 0:
             return self.order(position)
-        source = self.dataset.sources[self._place(position)[0]]
-        return source.first + int(philox(self.seed, Purpose.SUBSTITUTE, position, attempt).integers(source.samples))
+        number, place = self._place(position)
+        source, draws = self.dataset.sources[number], philox(self.seed, Purpose.SUBSTITUTE, position, attempt)
+        if self._keeps_near:
+            return source.first + int(draws.choice(self._orders[number].near(place)))
+        return source.first + int(draws.integers(source.samples))
 
     def _place(self, position: int) -> tuple[int, int]:
         """Source and position in its stream; a single source from the start of the run has the run's positions."""

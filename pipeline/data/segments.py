@@ -4,12 +4,20 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.data.mixing import ROWS, Segment
+from pipeline.data.order import PLAIN, Order
 from pipeline.files import read_json
 
 
 def segment_of(entry: dict[str, Any]) -> Segment:
     """What the sample stream needs to know of a segment."""
-    return Segment(entry["segment"], entry["from_sample"], tuple(source["start"] for source in entry["sources"]))
+    starts = [source["start"] for source in entry["sources"]]  # one number, or one for every lane
+    whole = tuple(tuple(start) if isinstance(start, list) else start for start in starts)
+    return Segment(entry["segment"], entry["from_sample"], whole)
+
+
+def order_of(entry: dict[str, Any]) -> Order:
+    """Lanes and pieces of a segment; one of a version that knew none has the plain order."""
+    return Order(*entry.get("order", PLAIN))
 
 
 def segment_at(run: Path, sample: int) -> Segment:

@@ -52,6 +52,11 @@ class Sample(NamedTuple):
         return self._first(("cls",))
 
     @property
+    def mask(self) -> Member | None:
+        """Its segmentation mask, as `mask_files.encode_mask` wrote it."""
+        return self._first(("seg.png",))
+
+    @property
     def why_no_image(self) -> str:
         """What the extensions are, where none of them is an image's."""
         if self.dotted:
@@ -92,6 +97,20 @@ def no_image(shard: Path, contents: Contents) -> UserError:
     why += [f"{name}: {reason}" for name, reason in contents.passed_over[:1]]
     detail = f" ({'; '.join(why)})" if why else ""
     return UserError(f"the shard holds no image{detail}", str(shard), "leave it out, or build it again")
+
+
+def is_empty(shard: Path) -> bool:
+    """Whether a tar has no member at all, as one that a writer opened and never used.
+
+    Raises:
+        UserError: as `scan`.
+    """
+    try:
+        with open(shard, "rb") as file:
+            head = file.read(BLOCK)
+    except OSError:
+        return False  # whoever reads it says why
+    return head == bytes(BLOCK) and not any(scan(shard))
 
 
 def walk(shard: Path) -> list[Sample]:

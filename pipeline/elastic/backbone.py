@@ -187,9 +187,9 @@ class Backbone(nn.Module):
     def compile_blocks(self, backend: str = "inductor") -> None:
         """Compile the body of every block with `torch.compile`, once per shape; never fall back to eager in silence.
 
-        A width is a shape, so the default limit of recompilations is far below what a grid needs.
+        Widths and MLP ratios are shapes, so the default limit of recompilations is far below what a grid needs.
         """
-        limit = 16 * (len(self.grid.widths) + 2) * len(self.grid.depths[0])
+        limit = 16 * (len(self.grid.widths) + 2) * len(self.grid.depths[0]) * len(self.grid.mlp_ratios)
         config = torch._dynamo.config
         config.recompile_limit = max(config.recompile_limit, limit)
         config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, 8 * limit)

@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from pipeline.config import ExperimentConfig, HeadsConfig, ModelConfig
-from pipeline.elastic.subnet import Subnet, largest_subnet
+from pipeline.elastic.subnet import Subnet, largest_subnet, mlp_ratio
 
 RESNET_PLANES = (64, 128, 256, 512)
 RESNET_EXPANSION = 4
@@ -110,7 +110,7 @@ def masked_patches(config: ExperimentConfig) -> float:
     return config.loss.mask_probability * (low + high) / 2 * _patch_tokens(config.model)
 
 
-def step_flops(config: ExperimentConfig, subnet: Subnet, masked: float | None = None) -> StepFlops:
+def step_flops(config: ExperimentConfig, subnet: Subnet | None, masked: float | None = None) -> StepFlops:
     """FLOPs of one step on one rank: both crop kinds, heads included.
 
     The backward pass costs twice the forward pass, less the gradient of the images. Stochastic depth saves the branches
@@ -118,7 +118,7 @@ def step_flops(config: ExperimentConfig, subnet: Subnet, masked: float | None = 
 
     Args:
         config: the experiment.
-        subnet: the elastic student.
+        subnet: the elastic student, if there is one.
         masked: patches per global crop that take part in iBOT; `masked_patches(config)` if None.
     """
     images, model = config.data.batch_size, config.model
@@ -135,8 +135,10 @@ def step_flops(config: ExperimentConfig, subnet: Subnet, masked: float | None = 
         return images * (2 * glob + config.data.local_crops.count * local) + heads
 
     teacher = 2 * images * sum(work(model, largest, config.data.global_crops.size))
+    if config.loss.anchor_weight:
+        teacher *= 2  # the frozen network that features are held to sees what the teacher sees, without heads
     teacher += global_rows * head_flops(config.heads, feature_dim(model, largest))
-    return StepFlops(teacher, student(largest), student(subnet))
+    return StepFlops(teacher, student(largest), student(subnet) if subnet else 0.0)
 
 
 def _patch_tokens(config: ModelConfig) -> int:
@@ -147,42 +149,43 @@ def _patch_tokens(config: ModelConfig) -> int:
 
 def _vit_params(config: ModelConfig, subnet: Subnet) -> int:
     # positions have one for the class token, unless there are registers
-    w, tokens = subnet.width, _patch_tokens(config) + (config.registers or 1)
+    w, r, tokens = subnet.width, mlp_ratio(config, subnet), _patch_tokens(config) + (config.registers or 1)
     scale = 2 * w if config.layer_scale else 0
-    block = 12 * w * w + (3 + 1 + 4 + 1) * w + 4 * w + scale
+    block = (4 + 2 * r) * w * w + (3 + 1 + r + 1) * w + 4 * w + scale
     return (config.patch_size**2 * config.in_chans + 1) * w + (tokens + 1) * w + subnet.depths[0] * block + 2 * w
 
 
 def _vit_work(config: ModelConfig, subnet: Subnet, image_size: int) -> Work:
     w, patches = subnet.width, (image_size // config.patch_size) ** 2
-    tokens = patches + 1 + config.registers
-    block = 2.0 * tokens * (16 if config.swiglu else 12) * w * w + 4.0 * tokens * tokens * w
+    tokens, r = patches + 1 + config.registers, mlp_ratio(config, subnet)
+    block = 2.0 * tokens * (4 + (3 if config.swiglu else 2) * r) * w * w + 4.0 * tokens * tokens * w
     return Work(2.0 * patches * config.patch_size**2 * config.in_chans * w, 0.0, subnet.depths[0] * block)
 
 
 def _eva_params(config: ModelConfig, subnet: Subnet) -> int:
-    """Attention without biases but of its projection, MLP or SwiGLU with hidden units of 4 w; no table of positions."""
-    w = subnet.width
-    mlp = 12 * w * w + 9 * w if config.swiglu else 8 * w * w + 5 * w
+    """Attention without biases but of its projection, MLP or SwiGLU; no table of positions."""
+    w, r = subnet.width, mlp_ratio(config, subnet)
+    mlp = 3 * r * w * w + (2 * r + 1) * w if config.swiglu else 2 * r * w * w + (r + 1) * w
     block = 4 * w * w + w + 4 * w + mlp + 2 * w
     in_front = (1 + config.registers) * w
     return (config.patch_size**2 * config.in_chans + 1) * w + in_front + subnet.depths[0] * block + 2 * w
 
 
 def _swin_params(config: ModelConfig, subnet: Subnet) -> int:
+    r = mlp_ratio(config, subnet)
     total = (config.patch_size**2 * config.in_chans + 1) * subnet.width + 2 * subnet.width
     for stage, depth in enumerate(subnet.depths):
         c = subnet.width << stage
         window = min(config.window_size, (config.image_size // config.patch_size) >> stage)
         table = (2 * window - 1) ** 2 * (c // config.head_dim)
-        total += depth * (12 * c * c + (3 + 1 + 4 + 1) * c + 4 * c + table)
+        total += depth * ((4 + 2 * r) * c * c + (3 + 1 + r + 1) * c + 4 * c + table)
         if stage:
             total += 2 * c * c + 4 * c  # merging 2c -> c after a norm over 2c channels
     return total + 2 * (subnet.width << 3)
 
 
 def _swin_work(config: ModelConfig, subnet: Subnet, image_size: int) -> Work:
-    side = image_size // config.patch_size
+    side, r = image_size // config.patch_size, mlp_ratio(config, subnet)
     stem = 2.0 * side * side * config.patch_size**2 * config.in_chans * subnet.width
     trunk = branches = 0.0
     for stage, depth in enumerate(subnet.depths):
@@ -192,7 +195,8 @@ def _swin_work(config: ModelConfig, subnet: Subnet, image_size: int) -> Work:
             trunk += 2.0 * side * side * 2 * c * c
         window = min(config.window_size, side)
         padded = (-(-side // window) * window) ** 2
-        branches += depth * (2.0 * padded * 4 * c * c + 4.0 * padded * window**2 * c + 2.0 * side * side * 8 * c * c)
+        mlp = 2.0 * side * side * 2 * r * c * c
+        branches += depth * (2.0 * padded * 4 * c * c + 4.0 * padded * window**2 * c + mlp)
     return Work(stem, trunk, branches)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from kernels.attention import attention
 from pipeline.config import ModelConfig
+from pipeline.config.model import SWIGLU_ALIGN
 from pipeline.elastic.backbone import ElasticBlock
 from pipeline.elastic.layers import ELASTIC, ElasticLayerScale, ElasticLinear, ElasticQKV, make_elastic
 from pipeline.elastic.stochastic_depth import Kept, Layout, add_branch
@@ -19,7 +20,6 @@ from pipeline.elastic.tokens import TokenBackbone, token_args
 
 TEMPERATURE = 100.0
 EPS = 1e-5
-SWIGLU_ALIGN = 8
 _TABLES = 64  # image sizes whose rotations are kept
 
 
@@ -49,9 +49,9 @@ class ElasticSwiGLU(SwiGLU):
     fc1_x: ElasticLinear
     fc2: ElasticLinear
 
-    def forward(self, x: Tensor) -> Tensor:
-        width = x.shape[-1]
-        hidden = width * self.fc1_x.out_features // self.fc1_x.in_features
+    def forward(self, x: Tensor, ratio: int) -> Tensor:
+        """`[..., C]` -> `[..., C]` by way of the first `ratio` C hidden units."""
+        width, hidden = x.shape[-1], ratio * x.shape[-1]
         return self.fc2(self.act(self.fc1_g(x, hidden)) * self.fc1_x(x, hidden), width)
 
 
@@ -66,13 +66,13 @@ class ElasticEvaBlock(ElasticBlock, EvaBlock):
     ls2: "HeldByBlock"
 
     def _body(
-        self, x: Tensor, *, layout: Layout, kept: tuple[Kept | None, Kept | None], tables: Sequence[Tensor]
+        self, x: Tensor, *, layout: Layout, kept: tuple[Kept | None, Kept | None], ratio: int, tables: Sequence[Tensor]
     ) -> tuple[Tensor]:
         def attend(tokens: Tensor, tokens_layout: Layout) -> Tensor:
             return self.attn(self.norm1(tokens), tokens_layout, tables)
 
         def feed_forward(tokens: Tensor, _: Layout) -> Tensor:
-            return self.mlp(self.norm2(tokens))
+            return self.mlp(self.norm2(tokens), ratio)
 
         x = add_branch(x, layout, attend, kept[0], self.ls1, impl=self.residual)
         return (add_branch(x, layout, feed_forward, kept[1], self.ls2, impl=self.residual),)

@@ -177,12 +177,12 @@ class ElasticLayerScale(ElasticLayer, LayerScale):
 
 
 class ElasticMlp(Mlp):
-    """Two linear layers; hidden units stay in proportion to the input width."""
+    """Two linear layers; hidden units are in proportion to the input width."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, ratio: int) -> Tensor:
+        """`[..., C]` -> `[..., C]` by way of the first `ratio` C hidden units."""
         width = x.shape[-1]
-        hidden = width * self.fc1.out_features // self.fc1.in_features
-        return self.fc2(self.act(self.fc1(x, hidden)), width)
+        return self.fc2(self.act(self.fc1(x, ratio * width)), width)
 
 
 class ElasticPatchEmbed(PatchEmbed):

@@ -14,7 +14,7 @@ from pipeline.config import ModelConfig
 from pipeline.elastic.backbone import Backbone, ElasticBlock, Features
 from pipeline.elastic.layers import ELASTIC, ElasticConv2d, ElasticGroupNorm, make_elastic
 from pipeline.elastic.maps import mask_grid, put_mask_token, spread
-from pipeline.elastic.subnet import Subnet, kept_blocks, largest_subnet
+from pipeline.elastic.subnet import Subnet, kept, largest_subnet
 
 STRIDE = 32
 STAGES = ("layer1", "layer2", "layer3", "layer4")
@@ -80,12 +80,11 @@ class ElasticResNet(Backbone, ResNet):
         self._check(subnet)
         maps = [self._stem(x, mask) for x, mask in zip(crops, masks or [None] * len(crops), strict=True)]
         done = 0
-        for stage, depth in zip(self._stages(), subnet.depths, strict=True):
-            active = kept_blocks(depth, len(stage))
+        for stage, active in zip(self._stages(), kept(self.config, subnet), strict=True):
             for i, block in enumerate(stage):
                 if i in active or self.sharded:
-                    kept = [k[done + i] for k in keep] if keep else [None] * len(crops)
-                    maps = block(*maps, width=subnet.width, kept=kept, active=i in active)
+                    rows = [k[done + i] for k in keep] if keep else [None] * len(crops)
+                    maps = block(*maps, width=subnet.width, kept=rows, active=i in active)
             done += len(stage)
         return [Features(self.global_pool(x), spread(x.permute(0, 2, 3, 1))) for x in maps]
 
@@ -118,7 +117,7 @@ class ElasticResNet(Backbone, ResNet):
         parts = name.split(".")
         if parts[0] in STAGES and parts[1:]:
             stage = STAGES.index(parts[0])
-            parts[1] = str(kept_blocks(subnet.depths[stage], len(self._stages()[stage]))[int(parts[1])])
+            parts[1] = str(kept(self.config, subnet)[stage][int(parts[1])])
         return ".".join(parts)
 
 

@@ -23,7 +23,7 @@ from pipeline.elastic.layers import (
 )
 from pipeline.elastic.maps import mask_grid, put_mask_token, spread
 from pipeline.elastic.stochastic_depth import Kept, Layout, add_branch, kept_rows
-from pipeline.elastic.subnet import Subnet, kept_blocks_by_parity, largest_subnet
+from pipeline.elastic.subnet import Subnet, kept, largest_subnet, mlp_ratio
 from pipeline.elastic.windows import Windows, from_windows, to_windows, windows
 
 
@@ -74,7 +74,13 @@ class ElasticSwinBlock(ElasticBlock, SwinTransformerBlock):
     shifted: bool
 
     def _body(
-        self, x: Tensor, *, layout: Layout, geometries: Sequence[Windows], kept: tuple[Kept | None, Kept | None]
+        self,
+        x: Tensor,
+        *,
+        layout: Layout,
+        geometries: Sequence[Windows],
+        kept: tuple[Kept | None, Kept | None],
+        ratio: int,
     ) -> tuple[Tensor]:
         def attend(tokens: Tensor, tokens_layout: Layout) -> Tensor:
             maps = _maps(self.norm1(tokens), tokens_layout)
@@ -87,7 +93,7 @@ class ElasticSwinBlock(ElasticBlock, SwinTransformerBlock):
             return torch.cat(back)
 
         def feed_forward(tokens: Tensor, _: Layout) -> Tensor:
-            return self.mlp(self.norm2(tokens))
+            return self.mlp(self.norm2(tokens), ratio)
 
         x = add_branch(x, layout, attend, kept[0], impl=self.residual)
         return (add_branch(x, layout, feed_forward, kept[1], impl=self.residual),)
@@ -136,25 +142,26 @@ class ElasticSwin(Backbone, SwinTransformer):
         maps = [self._embed(x, mask, subnet.width) for x, mask in zip(crops, masks or [None] * len(crops), strict=True)]
         layout: Layout = tuple(tuple(x.shape[:3]) for x in maps)
         x, done = torch.cat([x.flatten(0, 2) for x in maps]), 0
-        for stage, depth in zip(self._stages(), subnet.depths, strict=True):
+        for stage, active in zip(self._stages(), kept(self.config, subnet), strict=True):
             if stage is not self.layers[0]:
                 x, layout = stage.downsample(x, layout)
             blocks = len(stage.blocks)
-            kept = kept_rows([k[2 * done : 2 * (done + blocks)] for k in keep] if keep else None, layout)
-            x = self._run_stage(x, layout, stage, kept_blocks_by_parity(depth, blocks), kept)
+            rows = kept_rows([k[2 * done : 2 * (done + blocks)] for k in keep] if keep else None, layout)
+            options = {"layout": layout, "ratio": mlp_ratio(self.config, subnet)}
+            x = self._run_stage(x, stage, active, rows, options)
             done += blocks
         last = _maps(self.norm(x), layout)
         return [Features(group.mean((1, 2)), spread(group)) for group in last]
 
     def _run_stage(
-        self, x: Tensor, layout: Layout, stage: Any, active: tuple[int, ...], kept: list[Kept] | None
+        self, x: Tensor, stage: Any, active: tuple[int, ...], rows: list[Kept] | None, options: dict[str, Any]
     ) -> Tensor:
         table = stage.blocks[0].attn.window_size[0]
-        geometries = tuple(windows(*sides, self.config.window_size, table, x.device) for _, *sides in layout)
+        geometries = tuple(windows(*sides, self.config.window_size, table, x.device) for _, *sides in options["layout"])
         for i, block in enumerate(stage.blocks):
             if i in active or self.sharded:
-                pair = (kept[2 * i], kept[2 * i + 1]) if kept else (None, None)
-                (x,) = block(x, layout=layout, geometries=geometries, kept=pair, active=i in active)
+                pair = (rows[2 * i], rows[2 * i + 1]) if rows else (None, None)
+                (x,) = block(x, geometries=geometries, kept=pair, active=i in active, **options)
         return x
 
     def _embed(self, images: Tensor, mask: Tensor | None, width: int) -> Tensor:
@@ -185,8 +192,7 @@ class ElasticSwin(Backbone, SwinTransformer):
         parts = name.split(".")
         if parts[0] == "layers" and parts[2:3] == ["blocks"] and parts[3:]:
             stage = int(parts[1])
-            kept = kept_blocks_by_parity(subnet.depths[stage], len(self._stages()[stage].blocks))
-            parts[3] = str(kept[int(parts[3])])
+            parts[3] = str(kept(self.config, subnet)[stage][int(parts[3])])
         return ".".join(parts)
 
 
@@ -199,6 +205,7 @@ def swin_args(config: ModelConfig, subnet: Subnet) -> dict[str, Any]:
         "embed_dim": subnet.width,
         "depths": list(subnet.depths),
         "num_heads": [subnet.width * 2**stage // config.head_dim for stage in range(4)],
+        "mlp_ratio": mlp_ratio(config, subnet),
         "window_size": config.window_size,
         "drop_path_rate": 0.0,
         "global_pool": "avg",

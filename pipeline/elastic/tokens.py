@@ -10,7 +10,7 @@ from pipeline.config import ModelConfig
 from pipeline.elastic.backbone import Backbone, ElasticBlock, Features
 from pipeline.elastic.layers import ElasticPatchEmbed, leading
 from pipeline.elastic.stochastic_depth import kept_rows
-from pipeline.elastic.subnet import Subnet, kept_blocks
+from pipeline.elastic.subnet import Subnet, kept, mlp_ratio
 
 
 class TokenBackbone(Backbone):
@@ -48,12 +48,12 @@ class TokenBackbone(Backbone):
         layout = tuple((x.shape[0], x.shape[1]) for x in groups)
         positions = self._positions([self.patch_grid((x.shape[2], x.shape[3])) for x in crops], crops[0].device)
         x = torch.cat([group.flatten(0, 1) for group in groups])
-        kept, blocks = kept_rows(keep, layout), self.elastic_blocks()
-        active = kept_blocks(subnet.depths[0], len(blocks))
+        rows, blocks = kept_rows(keep, layout), self.elastic_blocks()
+        (active,), ratio = kept(self.config, subnet), mlp_ratio(self.config, subnet)
         for i, block in enumerate(blocks):
             if i in active or self.sharded:
-                pair = (kept[2 * i], kept[2 * i + 1]) if kept else (None, None)
-                (x,) = block(x, layout=layout, kept=pair, active=i in active, **positions)
+                pair = (rows[2 * i], rows[2 * i + 1]) if rows else (None, None)
+                (x,) = block(x, layout=layout, kept=pair, ratio=ratio, active=i in active, **positions)
         tokens = self.norm(x).split([batch * count for batch, count in layout])
         views = [group.view(*sides, -1) for group, sides in zip(tokens, layout, strict=True)]
         return [Features(view[:, 0], view[:, 1 + self.config.registers :]) for view in views]
@@ -91,8 +91,7 @@ class TokenBackbone(Backbone):
         if not name.startswith("blocks."):
             return name
         _, index, *rest = name.split(".")
-        kept = kept_blocks(subnet.depths[0], len(self.elastic_blocks()))
-        return ".".join(["blocks", str(kept[int(index)]), *rest])
+        return ".".join(["blocks", str(kept(self.config, subnet)[0][int(index)]), *rest])
 
 
 def token_args(config: ModelConfig, subnet: Subnet) -> dict[str, Any]:
@@ -104,6 +103,7 @@ def token_args(config: ModelConfig, subnet: Subnet) -> dict[str, Any]:
         "embed_dim": subnet.width,
         "depth": subnet.depths[0],
         "num_heads": subnet.width // config.head_dim,
+        "mlp_ratio": mlp_ratio(config, subnet),
         "init_values": config.layer_scale,
         "global_pool": "token",
         "num_classes": 0,

@@ -45,12 +45,12 @@ class ElasticViTBlock(ElasticBlock, Block):
     ls2: nn.Module
     mlp: nn.Module
 
-    def _body(self, x: Tensor, *, layout: Layout, kept: tuple[Kept | None, Kept | None]) -> tuple[Tensor]:
+    def _body(self, x: Tensor, *, layout: Layout, kept: tuple[Kept | None, Kept | None], ratio: int) -> tuple[Tensor]:
         def attend(tokens: Tensor, tokens_layout: Layout) -> Tensor:
             return self.attn(self.norm1(tokens), tokens_layout)
 
         def feed_forward(tokens: Tensor, _: Layout) -> Tensor:
-            return self.mlp(self.norm2(tokens))
+            return self.mlp(self.norm2(tokens), ratio)
 
         x = add_branch(x, layout, attend, kept[0], self.ls1, impl=self.residual)
         return (add_branch(x, layout, feed_forward, kept[1], self.ls2, impl=self.residual),)

@@ -55,9 +55,11 @@ _NODE = (
         "poa_phase_seconds_total", "Time per part of the step, mean of the node's ranks", "phase", everywhere=True
     ),
     _gauge("poa_data_wait_ratio", "Share of the step spent waiting for data, mean of its ranks", everywhere=True),
-    _counter("poa_fetched_bytes_total", "Bytes of samples read from stores", "source", everywhere=True),
+    _counter("poa_fetched_bytes_total", "Bytes read from stores", "source", everywhere=True),
     _counter("poa_fetch_retries_total", "Reads from stores and disks that were tried again", "reason", everywhere=True),
-    _counter("poa_fetch_wait_seconds_total", "Time that reads from stores took, over all threads", everywhere=True),
+    _counter("poa_fetch_wait_seconds_total", "Time that samples waited for stores, over all threads", everywhere=True),
+    _counter("poa_cache_hits_total", "Samples of stores that the node's cache had", everywhere=True),
+    _counter("poa_cache_misses_total", "Samples that it had not, read from stores one by one", everywhere=True),
     _gauge("poa_device_memory_bytes", "Memory of the fullest device (or process)", "kind", everywhere=True),
 )
 _PROGRESS = (

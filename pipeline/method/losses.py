@@ -204,6 +204,18 @@ def ibot(
     return total / (crops * len(student))
 
 
+def turned(features: Tensor, held: Tensor, rows: Tensor) -> Tensor:
+    """1 - cosine between features and those that they are held to, the mean over some rows; 0 if there are none.
+
+    Args:
+        features: `[B, D]`.
+        held: `[B, D]`, in the same order of channels.
+        rows: `[B]` bool, those that count.
+    """
+    cosine = torch.nn.functional.cosine_similarity(features.float(), held.float(), dim=-1)
+    return ((1 - cosine) * rows).sum() / rows.sum().clamp(min=1)
+
+
 def koleo(cls: Tensor, group: int, eps: float = 1e-8) -> Tensor:
     """Kozachenko-Leonenko entropy loss (Sablayrolles et al. 2019), summed over the two global crops.
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kernels.distillation import Targets
 from pipeline.config import LossConfig
-from pipeline.elastic.backbone import Backbone
+from pipeline.elastic.backbone import Backbone, Features
 from pipeline.elastic.head import ProjectionHeads
 from pipeline.elastic.stochastic_depth import keep_indices
 from pipeline.elastic.subnet import Subnet
@@ -29,6 +29,7 @@ TERMS = (
     ("ibot", "elastic"),
     ("koleo", "intact"),
     ("koleo", "elastic"),
+    ("anchor", "intact"),
     ("distill_global", "elastic"),
     ("distill_local", "elastic"),
 )
@@ -140,12 +141,16 @@ class StochasticDepth(NamedTuple):
 class TriBranch:
     """The losses of a step and their gradients, in the order that keeps one student graph alive at a time.
 
+    The intact student has lambda of the weight of DINO and iBOT, the elastic one the rest, and each half of that of
+    KoLeo. Without an elastic student the intact one has all of the three, which is the objective of DINOv2.
+
     Args:
         loss: weights and temperatures.
         full: the largest network, which teacher and intact student run.
         drop: stochastic depth of the students.
         centering: makes targets of the teacher's logits.
         lap: told the name of each part of the step when it is done.
+        anchor: features of images by a frozen network that the intact student is held to, if there is one.
     """
 
     def __init__(
@@ -155,8 +160,10 @@ class TriBranch:
         drop: StochasticDepth,
         centering: Centering,
         lap: Callable[[str], None] = lambda part: None,
+        anchor: Callable[[Tensor], Features] | None = None,
     ):
         self.loss, self.full, self.drop, self.centering, self.lap = loss, full, drop, centering, lap
+        self.anchor = anchor
         self.impl, self.device = centering.impl, centering.device
 
     @torch.no_grad()
@@ -181,46 +188,57 @@ class TriBranch:
         backward: Callable[[Tensor], None],
         crops: Crops,
         targets: TeacherTargets,
-        subnet: Subnet,
+        subnet: Subnet | None,
         step: int,
         rank: int,
         observer: Observer | None = None,
     ) -> StepLosses:
-        """Forward and backward of the intact, then of the elastic student.
+        """Forward and backward of the intact, then of the elastic student, if there is one.
 
         Args:
             student: the engine around the student `Branch`.
-            backward: called once with each student's loss.
+            backward: called once with each student's loss, `passes(subnet)` times.
             crops, targets: of this step.
-            subnet: the elastic student of this rank.
+            subnet: the elastic student of this rank; None to train the intact one alone.
             step, rank: key of the random draws.
             observer: is shown both students.
         """
-        loss = self.loss
+        share = 1.0 if subnet is None else self.loss.intact_weight
         pairing = Pairing.of(crops.images, len(crops.local) // crops.images, self.device)
         terms: dict[tuple[str, str], Tensor] = {}
 
         logits, cls = student(*self._inputs(crops, self.full, step, rank, branch=0))
         intact = self._self_distillation(logits, targets, crops, pairing, "intact", terms)
-        intact_loss = loss.intact_weight * intact + self._spread(cls, crops, "intact", terms)
+        spread = 1 / self.passes(subnet)
+        intact_loss = share * intact + spread * self._spread(cls, crops, "intact", terms)
+        if self.anchor and self.loss.anchor_weight:
+            terms["anchor", "intact"] = term = self._away(cls, crops, self.anchor)
+            intact_loss = intact_loss + self.loss.anchor_weight * term
         if observer:
             observer.student("intact", logits.cls, cls)
         self.lap("intact")
         backward(intact_loss)
         self.lap("backward")
+        if subnet is None:
+            return StepLosses({k: v.detach() for k, v in terms.items()}, intact_loss.detach())
         reference = Logits(*([x.detach() for x in per_head] for per_head in (logits.local, logits.cls, [])))
         del logits, cls, intact
 
         logits, cls = student(*self._inputs(crops, subnet, step, rank, branch=1))
         elastic = self._self_distillation(logits, targets, crops, pairing, "elastic", terms)
         elastic = elastic + self._from_intact(logits, reference, pairing, terms)
-        elastic_loss = (1 - loss.intact_weight) * elastic + self._spread(cls, crops, "elastic", terms)
+        elastic_loss = (1 - share) * elastic + spread * self._spread(cls, crops, "elastic", terms)
         if observer:
             observer.student("elastic", logits.cls, cls)
         self.lap("elastic")
         backward(elastic_loss)
         self.lap("backward")
         return StepLosses({k: v.detach() for k, v in terms.items()}, (intact_loss + elastic_loss).detach())
+
+    @staticmethod
+    def passes(subnet: Subnet | None) -> int:
+        """Students, and so backward passes, of a step."""
+        return 1 if subnet is None else 2
 
     def _inputs(self, crops: Crops, subnet: Subnet, step: int, rank: int, branch: int) -> tuple:
         images, masks = crops.student_inputs()
@@ -252,7 +270,13 @@ class TriBranch:
         if not loss.koleo_weight:
             return torch.zeros((), device=self.device)
         terms["koleo", branch] = term = losses.koleo(cls, loss.koleo_group or crops.images)
-        return 0.5 * loss.koleo_weight * term
+        return loss.koleo_weight * term
+
+    def _away(self, cls: Tensor, crops: Crops, anchor: Callable[[Tensor], Features]) -> Tensor:
+        """How far the features of unmasked global crops have turned away from the frozen network's."""
+        with torch.no_grad():
+            held = anchor(crops.global_).cls
+        return losses.turned(cls, held, ~crops.masks.any(1))
 
     def _from_intact(
         self, logits: Logits, reference: Logits, pairing: Pairing, terms: dict[tuple[str, str], Tensor]

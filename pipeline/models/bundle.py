@@ -8,7 +8,7 @@ config.yaml, bundle.json                    the experiment; step, family, sizes 
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from pipeline.config.model import BUNDLE
 from pipeline.elastic import Grid, build
 from pipeline.elastic.backbone import Backbone
 from pipeline.elastic.layers import leading, leading_weight
-from pipeline.elastic.subnet import largest_subnet
+from pipeline.elastic.subnet import Subnet, kept, largest_subnet
 from pipeline.errors import UserError
 from pipeline.files import sha256
 
@@ -125,11 +125,25 @@ class Bundle:
     def centers(self) -> dict[str, Tensor]:
         return load_file(self.path / "centers.safetensors")
 
+    def block_importance(self, model: ModelConfig) -> list[list[float]] | None:
+        """By what depths of a network that this holds are chosen, if that was measured."""
+        own, subnet = self.config.model, self._subnet(model)
+        if own.block_importance is None or subnet is None:
+            return None
+        pairs = zip(own.block_importance, kept(own, subnet), strict=True)
+        return [[scores[block] for block in blocks] for scores, blocks in pairs]
+
+    def _subnet(self, model: ModelConfig) -> Subnet | None:
+        """Which one of the grid of the bundle the largest network of a model is."""
+        largest, own = largest_subnet(model), self.config.model
+        if model.mlp_ratio.max != own.mlp_ratio.max:
+            largest = replace(largest, mlp_ratio=model.mlp_ratio.max)
+        return largest if largest in Grid(own) else None
+
     def _cut(self, weights: dict[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
         """The weights of a smaller network in the grid of the bundle, by the slicing rule; else as they are."""
-        largest, own = largest_subnet(model), self.config.model
-        grid = Grid(own)
-        if largest == grid.largest or largest not in grid:
+        largest, own = self._subnet(model), self.config.model
+        if largest is None or largest == largest_subnet(own):
             return weights
         source: Backbone = build(own)
         prefix = "backbone."

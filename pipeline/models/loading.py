@@ -62,13 +62,21 @@ class RunModels:
             ) from error
 
     @classmethod
-    def untrained(cls, config: ExperimentConfig) -> "RunModels":
-        """The network as the run began: initialised from its seed, or from `model.init_from`."""
+    def untrained(cls, config: ExperimentConfig, run_dir: Path | None = None) -> "RunModels":
+        """The network as the run began: initialised from its seed, or from `model.init_from`, in the order put then.
+
+        Raises:
+            UserError: it cannot be loaded, or the run does not know the order any more.
+        """
         models = cls(config, None, 0, "")
         if config.model.init_from:
             from pipeline.models.start import load_start  # which opens runs
 
             load_start(models.backbone, config.model.init_from)
+            if config.model.init_order != "none":
+                from pipeline.models.order import restore_order
+
+                restore_order(models.backbone, run_dir)
         return models
 
     def module(self, subnet: Subnet) -> nn.Module:

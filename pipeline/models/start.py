@@ -8,7 +8,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pipeline.config import ExperimentConfig
 from pipeline.config.model import is_bundle
+from pipeline.elastic import build
+from pipeline.elastic.axes import permute
 from pipeline.elastic.backbone import Backbone
 from pipeline.elastic.pretrained import load_pretrained
 from pipeline.engine.core import Engine
@@ -17,6 +20,7 @@ from pipeline.engine.groups import FlatGroup
 from pipeline.method.losses import Centering
 from pipeline.method.tri_branch import Branch
 from pipeline.models.bundle import MOMENTS, Bundle
+from pipeline.models.order import Order, restore_order
 
 _LISTED = 5  # of what does not fit
 
@@ -28,10 +32,12 @@ class Begun:
     Attributes:
         names: parameters.
         complete: all of them, as they are; the moments then go with them.
+        block_importance: of the network's blocks, if the bundle knows it.
     """
 
     names: list[str]
     complete: bool
+    block_importance: list[list[float]] | None = None
 
 
 def load_start(backbone: Backbone, source: str) -> list[str]:
@@ -50,6 +56,39 @@ def load_start(backbone: Backbone, source: str) -> list[str]:
     fit = Bundle(Path(source)).fit("teacher", wanted, backbone.config)
     backbone.load_state_dict({n.removeprefix("backbone."): w for n, w in fit.weights.items()}, strict=False)
     return fit.left
+
+
+@torch.no_grad()
+def frozen_start(config: ExperimentConfig, ranks: Ranks, order: Order | None, dtype: torch.dtype) -> Backbone:
+    """The full network as the run began, on every rank, never to change. Collective; rank 0 reads it.
+
+    Args:
+        config: the experiment.
+        ranks: this process and its peers.
+        order: what its weights were put in, if the run begins now; a run that goes on has kept it.
+        dtype: of weights and images.
+
+    Raises:
+        UserError: `model.init_from` is not there any more, or the run does not know the order.
+    """
+    kernels = config.engine.kernels
+    backbone = build(config.model, attention=kernels.attention, residual=kernels.residual)
+
+    def load() -> None:
+        assert config.model.init_from
+        load_start(backbone, config.model.init_from)
+        if order:
+            permute(backbone, order.units)
+        elif config.model.init_order != "none":
+            restore_order(backbone, Path(config.run.dir))
+
+    ranks.agree(load)
+    backbone.to(ranks.device).requires_grad_(False)
+    for parameter in backbone.parameters():
+        dist.broadcast(parameter, 0)
+    if config.engine.compile:
+        backbone.compile_blocks()
+    return backbone.to(dtype)
 
 
 def begin(student: Branch, source: str) -> Begun | None:
@@ -80,7 +119,7 @@ def begin(student: Branch, source: str) -> Begun | None:
     )
     for line in [*fit.left[:_LISTED], *([f"and {len(fit.left) - _LISTED} more"] if fit.left[_LISTED:] else [])]:
         print(f"note: begins fresh: {line}", file=sys.stderr)
-    return Begun(list(fit.weights), complete)
+    return Begun(list(fit.weights), complete, bundle.block_importance(student.backbone.config))
 
 
 @torch.no_grad()

@@ -29,6 +29,7 @@ from pipeline.measure.phases import Phases
 from pipeline.monitor.discovery import run_label
 from pipeline.monitor.exporter import Exporter
 from pipeline.monitor.report import Health, StepReport
+from pipeline.monitor.sinks import Background, open_sinks, require_packages
 from pipeline.monitor.tensorboard import EventFile
 from pipeline.monitor.values import Values
 
@@ -63,7 +64,8 @@ class Share(NamedTuple):
         used: samples by source since the process started.
         fetched: bytes from stores by source.
         retries: reads tried again by reason.
-        fetch_wait: seconds that reads from stores took.
+        fetch_wait: seconds that samples waited for stores.
+        hits, misses: samples that the node's cache had, or had not.
     """
 
     busy: float
@@ -76,6 +78,8 @@ class Share(NamedTuple):
     fetched: dict[str, int]
     retries: dict[str, int]
     fetch_wait: float
+    hits: int
+    misses: int
 
 
 class Monitor:
@@ -115,6 +119,8 @@ class Monitor:
         self.complete = self._failed = False
         self._exporter: Exporter | None = None
         self._events: EventFile | None = None
+        self._sinks: list[Background] = []
+        require_packages(config.metrics)
         node = os.environ.get("SLURMD_NODENAME", platform.node())
         nodes = ranks.gather(node)
         elsewhere = len(set(nodes)) > 1 or "SLURM_JOB_ID" in os.environ  # no Prometheus runs on a compute node
@@ -130,6 +136,7 @@ class Monitor:
                 self._describe(bands, progress, last_step)
                 if config.metrics.tensorboard:
                     self._events = EventFile(Path(config.run.dir) / "tensorboard", progress.step)
+                self._sinks = open_sinks(config.metrics, Path(config.run.dir), config.model_dump(mode="json"))
 
     def __enter__(self) -> "Monitor":
         return self
@@ -139,6 +146,8 @@ class Monitor:
         with self._carefully():
             if self._events:
                 self._events.close()
+            for sink in self._sinks:
+                sink.close(self.complete)
             if self._exporter:
                 self._exporter.close(self.values, linger=self.complete)
 
@@ -185,10 +194,12 @@ class Monitor:
         return fields
 
     def logged(self, record: dict[str, Any]) -> None:
-        """Repeat a record of `metrics.jsonl` for TensorBoard."""
+        """Repeat a record of `metrics.jsonl` for TensorBoard and whoever else wants it."""
         with self._carefully():
             if self._events:
                 self._events.add(record)
+            for sink in self._sinks:
+                sink.add(record)
 
     def saved(self, step: int, path: Path | None, seconds: float) -> None:
         """A checkpoint is complete, `seconds` after its snapshot."""
@@ -280,6 +291,8 @@ class Monitor:
             fetched=dict(WEATHER.fetched),
             retries=dict(WEATHER.retries),
             fetch_wait=WEATHER.waited,
+            hits=WEATHER.hits,
+            misses=WEATHER.misses,
         )
 
     def _set_node(self, shares: list[Share]) -> None:
@@ -288,6 +301,8 @@ class Monitor:
         for phase in PHASES:
             values.set("poa_phase_seconds_total", _mean(share.total[phase] for share in shares), phase)
         values.set("poa_fetch_wait_seconds_total", sum(share.fetch_wait for share in shares))
+        values.set("poa_cache_hits_total", sum(share.hits for share in shares))
+        values.set("poa_cache_misses_total", sum(share.misses for share in shares))
         fetched = _total(share.fetched for share in shares)
         for source in _total(share.used for share in shares):  # of one that lies on a disk 0, so that none is missed
             values.set("poa_fetched_bytes_total", fetched.get(source, 0), source or _UNNAMED)

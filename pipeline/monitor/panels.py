@@ -52,6 +52,7 @@ def _sum_by(label: str, name: str, window: str = RATE) -> str:
 
 _BUCKETS = _sum_by("le", "poa_step_seconds_bucket")
 _PER_STEP = f"sum(rate(poa_step_seconds_count{RUN}{RATE}))"
+_LOOKED_UP = f"rate(poa_cache_hits_total{RUN}[5m]) + rate(poa_cache_misses_total{RUN}[5m])"
 _ETA = (
     f"(max(poa_last_step{RUN}) - max(poa_step{RUN})) "
     f"* sum(rate(poa_step_seconds_sum{RUN}{RATE})) / sum(rate(poa_step_seconds_count{RUN}{RATE}))"
@@ -247,7 +248,17 @@ SECTIONS = (
                 "Read from stores",
                 "Bps",
                 (Query("{{source}}", f"sum by (source) (rate(poa_fetched_bytes_total{RUN}[5m]))"),),
-                help="Bytes of samples, over all nodes.",
+                help="Bytes over all nodes, of samples and of what is kept on their disks.",
+                floor_zero=True,
+            ),
+            Panel(
+                "Found in the node's cache",
+                "percentunit",
+                (
+                    Query("{{node}}", f"rate(poa_cache_hits_total{RUN}[5m]) / ({_LOOKED_UP})"),
+                    Query("run, 15 minutes", f"1 - run:poa_cache_misses:ratio15m{RUN}"),
+                ),
+                help="Samples of stores that lay on the node's disk when they were read; the rest is read one by one.",
                 floor_zero=True,
             ),
             Panel(
@@ -261,7 +272,7 @@ SECTIONS = (
                 "Reads in flight",
                 "none",
                 (Query("{{node}}", f"rate(poa_fetch_wait_seconds_total{RUN}[5m])"),),
-                help="Seconds that reads from stores took per second; a rank has at most 32 at once.",
+                help="Seconds that samples waited for stores per second; a rank has at most 32 at once.",
                 floor_zero=True,
             ),
         ),
@@ -297,6 +308,37 @@ SECTIONS = (
         ),
     ),
 )
+
+
+def _of_job(metric: str) -> str:
+    """A series of the site's exporter by the number of the Slurm job that the run is.
+
+    Prometheus renames our label `job`, since it has one of its own.
+    """
+    job = f'label_replace(poa_run_info{RUN}, "hpc_job", "$1", "exported_job", "(.+)")'
+    return f"{metric} * on (hpc_job) group_left () max by (hpc_job) ({job})"
+
+
+def _per_gpu(title: str, unit: str, metric: str, scale: str = "", help: str = "") -> Panel:
+    return Panel(title, unit, (Query("{{Hostname}} {{gpu}}", _of_job(metric) + scale),), help=help, floor_zero=True)
+
+
+SITE = Section(
+    "GPUs, as the site's DCGM exporter sees them",
+    (
+        _per_gpu(
+            "Tensor cores busy",
+            "percentunit",
+            "DCGM_FI_PROF_PIPE_TENSOR_ACTIVE",
+            help="Share of the time. Empty where the site has no dcgm-exporter with its mapping of jobs.",
+        ),
+        _per_gpu("GPU busy", "percentunit", "DCGM_FI_DEV_GPU_UTIL", " / 100"),
+        _per_gpu("GPU memory in use", "bytes", "DCGM_FI_DEV_FB_USED", " * 1048576"),
+        _per_gpu("GPU power", "watt", "DCGM_FI_DEV_POWER_USAGE"),
+        _per_gpu("GPU temperature", "celsius", "DCGM_FI_DEV_GPU_TEMP"),
+    ),
+)
+"""Of Grafana's dashboard alone: another exporter's metrics, joined by the number of the job (its label `hpc_job`)."""
 
 
 def expressions() -> list[tuple[str, str]]:

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 from pipeline.config import ExperimentConfig, load_config
+from pipeline.data.order import Order
 from pipeline.data.reader import Dataset
 from pipeline.engine.saved import find_problem, list_checkpoints, read_manifest
 from pipeline.errors import UserError
@@ -53,8 +54,8 @@ def _require_same_stream(config: ExperimentConfig, path: Path, world_size: int, 
     if not (path / "manifest.json").exists():
         return
     manifest = read_json(path / "manifest.json", "restore it, or choose another run.dir")
-    sources = sources_of(Dataset(config.data.train))
-    settle_segments(manifest, sources, config.data.segment, samples, config.data.seed, str(path))
+    data, sources = config.data, sources_of(Dataset(config.data.train))
+    settle_segments(manifest, sources, data.segment, samples, data.seed, str(path), order=Order.of(data))
     require_same_batch(manifest, config.data.batch_size * world_size, world_size, str(path))
 
 

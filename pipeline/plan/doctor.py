@@ -15,6 +15,7 @@ from pipeline.plan.check_directory import check_directory, check_disk, check_lea
 from pipeline.plan.check_machine import check_device, check_driver, check_memory, check_software
 from pipeline.plan.check_names import check_evaluation, check_metrics, check_pretrained
 from pipeline.plan.check_ranks import check_clocks, check_collectives, check_kernels, check_network
+from pipeline.plan.check_store import check_store
 
 
 def table(checks: list[Check]) -> str:
@@ -36,7 +37,7 @@ def examine(config: ExperimentConfig, ranks: Ranks, world_size: int) -> list[Che
         ranks: at hand.
         world_size: ranks of the job to come.
     """
-    on_main: dict[str, Callable[[], Check]] = {
+    on_main: dict[str, Callable[[], Check | None]] = {
         "software": lambda: check_software(config),
         "driver": check_driver,
         "device": lambda: check_device(config),
@@ -44,6 +45,7 @@ def examine(config: ExperimentConfig, ranks: Ranks, world_size: int) -> list[Che
         "caches": lambda: check_caches(config),
         "shards": lambda: check_shards(config, world_size),
         "images": lambda: check_images(config),
+        "store": lambda: check_store(config, world_size),
         "evaluation": lambda: check_evaluation(config),
         "pretrained": lambda: check_pretrained(config),
         "metrics": lambda: check_metrics(config),
@@ -51,7 +53,8 @@ def examine(config: ExperimentConfig, ranks: Ranks, world_size: int) -> list[Che
         "disk": lambda: check_disk(config),
         "signal lead": lambda: check_lead(config, world_size),
     }
-    checks = [ranks.agree(lambda n=name, c=check: _guarded(n, c)) for name, check in on_main.items()]  # type: ignore[misc]
+    found = [ranks.agree(lambda n=name, c=check: _guarded(n, c)) for name, check in on_main.items()]  # type: ignore[misc]
+    checks = [check for check in found if check is not None]
     checks.append(check_kernels(config, ranks))
     checks.append(check_clocks(ranks))
     checks.append(check_network(ranks))
@@ -59,7 +62,7 @@ def examine(config: ExperimentConfig, ranks: Ranks, world_size: int) -> list[Che
     return checks
 
 
-def _guarded(name: str, check: Callable[[], Check]) -> Check:
+def _guarded(name: str, check: Callable[[], Check | None]) -> Check | None:
     try:
         return check()
     except UserError as error:

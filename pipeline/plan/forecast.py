@@ -1,7 +1,8 @@
-"""What a run costs on N GPUs, on paper: stragglers, communication, time, data. No torch, no GPU, no network."""
+"""What a run costs on N GPUs, on paper: stragglers, communication, time, data. No torch, no GPU, and no network unless
+the data is in a store."""
 
 from functools import partial
-from math import gcd, sqrt
+from math import ceil, gcd, sqrt
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +12,10 @@ from pipeline.elastic.sampling import ASSIGNMENTS, SubnetSampler
 from pipeline.elastic.subnet import Grid
 from pipeline.errors import UserError
 from pipeline.plan.memory import shard_ranks, under
+
+_PATIENCE = 5.0  # seconds for a store that may not be in reach
+RANKS_PER_NODE = 8
+"""Where nobody says how many GPUs a node has."""
 
 
 class Gpu(NamedTuple):
@@ -70,7 +75,9 @@ def expected_slowest(costs: list[float], ranks: int, assignment: str) -> float:
 
 def stragglers(config: ExperimentConfig, ranks: int) -> dict[str, dict[str, float]]:
     """Per assignment: FLOPs of the elastic student of the slowest rank and of the mean one, and how much longer the
-    step takes than if no rank waited."""
+    step takes than if no rank waited. Without elastic students there is one assignment, and nothing to wait for."""
+    if config.sampling.alone:
+        return {config.sampling.assignment: {"mean": 0.0, "slowest": 0.0, "slowdown": 0.0}}
     entries = sampler(config, ranks).entries
     steps = {subnet: cost.step_flops(config, subnet) for subnet in set(entries)}
     costs = [steps[subnet].elastic for subnet in entries]
@@ -111,12 +118,13 @@ def _passes(config: ExperimentConfig, count: int) -> tuple[int, int, int]:
     """How often in a step gradients are scattered, and how often the weights of student and teacher are gathered."""
     engine = config.engine
     every_pass = engine.reshards(count) if engine.backend == "fsdp2" else engine.effective_stage() == 3
-    if every_pass:  # forward and backward pass of two students, forward pass of the teacher
-        return 2, 4, 1
+    passes = 1 if config.sampling.alone else 2
+    if every_pass:  # forward and backward pass of each student, forward pass of the teacher
+        return passes, 2 * passes, 1
     if engine.backend == "fsdp2":
         return 1, 1, 1
     stage = engine.effective_stage()  # at stage 0 an all-reduce, once; at stage 2 after each student's pass
-    return 1 if stage == 1 else 2, min(stage, 1), min(stage, 1)
+    return {0: 2, 1: 1}.get(stage, passes), min(stage, 1), min(stage, 1)
 
 
 def data(config: ExperimentConfig, ranks: int) -> dict[str, Any]:
@@ -138,6 +146,37 @@ def data(config: ExperimentConfig, ranks: int) -> dict[str, Any]:
         "samples": samples,
         "passes_per_epoch": per_epoch / samples if samples else None,
         "passes_in_all": batch * config.optim.total_steps / samples if samples else None,
+    }
+
+
+def store(config: ExperimentConfig, ranks: int) -> dict[str, Any] | None:
+    """What a node fetches from stores and keeps; None if all shards are on disks. Bytes are None where the catalogs
+    cannot be read within some seconds."""
+    from pipeline.data.order import share_of_node
+    from pipeline.data.patterns import patterns_of
+    from pipeline.data.reader import Dataset
+    from pipeline.data.remote.patience import WEATHER
+
+    if not any("://" in pattern for pattern in patterns_of(config.data.train)):
+        return None
+    nodes, cache = ceil(ranks / RANKS_PER_NODE), config.data.cache
+    whole, single = share_of_node(nodes, config.data.lanes, keeps=cache.folder is not None)
+    patience, WEATHER.patience = WEATHER.patience, _PATIENCE
+    try:
+        total = Dataset(config.data.train).remote_bytes
+    except UserError:
+        total = None
+    finally:
+        WEATHER.patience = patience
+    return {
+        "nodes": nodes,
+        "lanes": config.data.lanes,
+        "share_in_pieces": whole,
+        "share_by_sample": single,
+        "bytes": total,
+        "bytes_per_node_and_epoch": None if total is None else (whole + single) * total,
+        "cache_folder": cache.folder,
+        "cache_bytes": cache.gb * 1e9 if cache.folder else 0,
     }
 
 

@@ -15,8 +15,9 @@ PER_NODE = 8
 """Ranks of a node, as the job scripts start them, where `engine.shard_size` is a node."""
 
 # Activations that the backward pass of one block keeps per token, in multiples of its width: input of both norms, qkv,
-# attention output, both sides of the 4x MLP, and the two residual sums. Counted from the operations of a ViT block.
-_KEPT_PER_TOKEN = 1 + 1 + 3 + 1 + 1 + 1 + 4 + 4 + 1
+# attention output, and the two residual sums; both sides of the MLP, whose width is a multiple, are added. Counted from
+# the operations of a ViT block.
+_KEPT_PER_TOKEN = 1 + 1 + 3 + 1 + 1 + 1 + 1
 
 
 def under(config: ExperimentConfig, **engine: Any) -> ExperimentConfig:
@@ -56,9 +57,10 @@ def memory_estimate(config: ExperimentConfig, world_size: int = 1, stage: int | 
     engine = _fsdp2(config, world_size) if config.engine.backend == "fsdp2" else _deepspeed(config, world_size)
     return {
         **engine,
+        **_anchor(config, low),
         "activations (estimate)": _activations(config, Grid(config.model).largest, low),
-        # student's logits with their gradient, the intact student's copy, and the teacher's
-        "logits": 4.0 * low * rows * sum(config.heads.prototypes),
+        # student's logits with their gradient, the teacher's, and the intact student's copy for the elastic one
+        "logits": (3.0 if config.sampling.alone else 4.0) * low * rows * sum(config.heads.prototypes),
     }
 
 
@@ -100,6 +102,12 @@ def _largest_unit(config: ExperimentConfig) -> int:
     return max(cost.largest_block_params(config.model), head)
 
 
+def _anchor(config: ExperimentConfig, low: int) -> dict[str, float]:
+    if not config.loss.anchor_weight:
+        return {}
+    return {"frozen network of the anchor": 1.0 * low * cost.trained_params(config).backbone}
+
+
 def _gradient_bytes(config: ExperimentConfig, stage: int, count: int, world_size: int, bucket: int) -> float:
     """Of a backward pass in the working precision, and of the passes before it in the one they are added up in."""
     low = 2 if config.engine.precision == "bf16" else 4
@@ -139,7 +147,7 @@ def checkpoint_bytes(config: ExperimentConfig) -> int:
 def _activations(config: ExperimentConfig, subnet: Subnet, low: int) -> float:
     model, data = config.model, config.data
     crops = [(2, data.global_crops.size), (data.local_crops.count, data.local_crops.size)]
-    kept = 2 if config.engine.activation_checkpointing else _KEPT_PER_TOKEN
+    kept = 2 if config.engine.activation_checkpointing else _KEPT_PER_TOKEN + 2 * model.mlp_ratio.max
     total = 0.0
     for stage, depth in enumerate(subnet.depths):
         side = model.patch_size << (0 if model.one_stage else stage)

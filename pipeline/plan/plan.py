@@ -26,7 +26,8 @@ def describe(config: ExperimentConfig) -> str:
         f"largest network {largest.name}: {backbone / 1e6:.1f} M parameters, heads {heads / 1e6:.1f} M",
         f"kernels: {config.kernels_text()}",
         f"steps: {config.optim.total_steps}; per step and rank {config.data.batch_size} images, "
-        f"{(step.teacher + step.intact) / 1e12:.2f} TFLOP and the elastic student's",
+        f"{(step.teacher + step.intact) / 1e12:.2f} TFLOP"
+        + (" (no elastic student)" if config.sampling.alone else " and the elastic student's"),
         f"memory of one rank alone: {sum(memory.values()) / _GIB:.1f} GiB",
         *(f"  {name:<28}{size / _GIB:>8.2f} GiB" for name, size in memory.items()),
     ]
@@ -40,7 +41,11 @@ def plan(config: ExperimentConfig, gpus: int, gpu: str, mfu: float) -> dict[str,
     backbone, heads = cost.trained_params(config)
     waiting = forecast.stragglers(config, gpus)
     step = cost.step_flops(config, largest)
-    flops = {"teacher": step.teacher, "intact": step.intact, "elastic_mean": waiting["shared"]["mean"]}
+    flops = {
+        "teacher": step.teacher,
+        "intact": step.intact,
+        "elastic_mean": waiting[config.sampling.assignment]["mean"],
+    }
     engines = {str(stage): under(config, zero_stage=stage) for stage in range(4)}
     engines |= {f"fsdp2 {word}": under(config, reshard_after_forward=reshard) for word, reshard in _FSDP2}
     outside = {"CUDA, NCCL, DALI (allowance)": float(OUTSIDE)}
@@ -73,6 +78,7 @@ def plan(config: ExperimentConfig, gpus: int, gpu: str, mfu: float) -> dict[str,
         "speed": forecast.speed(config, gpus, card, mfu),
         "steps": config.optim.total_steps,
         "data": forecast.data(config, gpus),
+        "store": forecast.store(config, gpus),
         "checkpoint_bytes": checkpoint_bytes(config),
         "checkpoints_kept": config.run.keep,
     }
@@ -100,6 +106,7 @@ def plan_text(p: dict[str, Any]) -> str:
         f"data         global batch {data['global_batch']}, peak lr {data['peak_lr']:.2e}, "
         f"{data['images_per_epoch']} images per epoch, {data['images_in_all'] / 1e6:.0f} M in all",
         f"shards       {data['shards']} for {p['gpus']} ranks (any rank reads any shard); {_passes(data)}",
+        *_store(p["store"]),
         f"kernels      {', '.join(map(' '.join, p['kernels'].items()))}",
         f"checkpoints  {p['checkpoint_bytes'] / _GIB:.2f} GiB each, {p['checkpoints_kept'] + 1} at most at a time: "
         f"{p['checkpoint_bytes'] * (p['checkpoints_kept'] + 1) / _GIB:.1f} GiB",
@@ -137,6 +144,19 @@ def _passes(data: dict[str, Any]) -> str:
 
 def _title(engine: str) -> str:
     return f"stage {engine}" if engine.isdigit() else engine
+
+
+def _store(store: dict[str, Any] | None) -> list[str]:
+    if store is None:
+        return []
+    whole, single = store["share_in_pieces"], store["share_by_sample"]
+    size = "" if store["bytes"] is None else f" ({store['bytes_per_node_and_epoch'] / 1e9:.3g} GB)"
+    text = (
+        f"store        {store['nodes']} nodes of {forecast.RANKS_PER_NODE} GPUs, {store['lanes']} lanes: in the first "
+        f"epoch a node fetches {whole + single:.1%} of the set{size}; {single:.1%} one by one and in every epoch anew"
+    )
+    kept = f"; it keeps up to {store['cache_bytes'] / 1e9:.3g} GB in {store['cache_folder']}"
+    return [text + (kept if store["cache_folder"] else " (no data.cache.folder)")]
 
 
 def _columns(table: dict[str, dict[str, Any]], besides: tuple[str, ...]) -> list[str]:

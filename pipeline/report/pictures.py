@@ -11,7 +11,7 @@ from PIL import Image
 from timm.data import resolve_data_config
 from torch import Tensor
 
-from pipeline.config import ExperimentConfig
+from pipeline.config import CacheConfig, ExperimentConfig
 from pipeline.data.augment import MEAN, STD
 from pipeline.data.eval_images import EvalImages
 from pipeline.data.images import BadImage
@@ -36,9 +36,10 @@ def crops_as_seen(config: ExperimentConfig, step: int, world_size: int, run: Pat
     """
     batch = config.data.batch_size
     count = min(IMAGES, batch)
-    data = config.data.model_copy(update={"batch_size": count, "threads": 1})
+    read = count if config.data.lanes == 1 else batch  # which of a batch are first, only the whole batch tells
+    data = config.data.model_copy(update={"batch_size": read, "threads": 1, "cache": CacheConfig()})
     sample = step * batch * world_size
-    loader = Loader(data, start_sample=sample, segment=segment_at(run, sample))
+    loader = Loader(data, world_size=world_size, start_sample=sample, segment=segment_at(run, sample))
     try:
         crops = next(loader)
         globals_, locals_ = crops.global_crops.clone(), crops.local_crops.clone()
@@ -52,7 +53,7 @@ def crops_as_seen(config: ExperimentConfig, step: int, world_size: int, run: Pat
             config.data.seed, step, 0, 2 * batch, (rows, columns), loss.mask_probability, loss.mask_ratio
         )
         masks = drawn[: 2 * count].reshape(2 * count, rows, columns)
-    per_image = len(locals_) // count
+    per_image = len(locals_) // read
     strips = []
     for i in range(count):
         strip = [_picture(_darkened(globals_[2 * i + g], masks[2 * i + g])) for g in range(2)]

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import ExperimentConfig, dump_config, load_config
+from pipeline.data.order import Order
 from pipeline.errors import UserError
 from pipeline.files import Journal, read_json_lines, write_atomically, write_json_lines
 from pipeline.measure.provenance import code_revision, environment, versions
-from pipeline.run.experiment import Settings, require_same_experiment, settle
+from pipeline.models.order import ORDER
+from pipeline.run.experiment import Settings, require_same_experiment, settle, with_measured
 from pipeline.run.ownership import Ownership
 from pipeline.run.segments import identity, settle_segments
 from pipeline.run.slurm_job import Job
@@ -87,6 +89,17 @@ class RunDirectory:
         with self._usable():
             return settle(config, self._config_there(), self._read_manifest(), step, self.path, global_batch)
 
+    def measured(self, config: ExperimentConfig) -> ExperimentConfig:
+        """A config with what an earlier start of this run measured; see `experiment.with_measured`."""
+        with self._usable():
+            there = self._config_there()
+        return with_measured(config, there) if there else config
+
+    def record_order(self, order: dict[str, Any]) -> None:
+        """Keep in which order pretrained weights were put."""
+        with self._usable():
+            write_atomically(self.path / ORDER, json.dumps(order) + "\n")
+
     def forked_from(self) -> dict[str, Any]:
         """The `run` and `step` that this run began from; empty if it began from none."""
         with self._usable():
@@ -123,7 +136,7 @@ class RunDirectory:
         with self._usable():
             manifest = self._read_manifest()
         data, where = config.data, str(self.path)
-        return settle_segments(manifest, sources, data.segment, samples, data.seed, where, forked)
+        return settle_segments(manifest, sources, data.segment, samples, data.seed, where, forked, Order.of(data))
 
     def record_start(
         self,

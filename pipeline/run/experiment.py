@@ -99,7 +99,7 @@ def require_same_experiment(there: ExperimentConfig, here: ExperimentConfig, whe
     Raises:
         UserError: a key that decides what is computed differs.
     """
-    old, new = (dict(_flat(config)) for config in (there, here))
+    old, new = (dict(_flat(config)) for config in (there, with_measured(here, there)))
     for key in old:
         if key not in CHANGEABLE_KEYS and old[key] != new[key]:
             raise UserError(
@@ -107,6 +107,16 @@ def require_same_experiment(there: ExperimentConfig, here: ExperimentConfig, whe
                 str(where),
                 "choose another run.dir (--fork-from begins there from a checkpoint of this run), or the same value",
             )
+
+
+def with_measured(config: ExperimentConfig, there: ExperimentConfig) -> ExperimentConfig:
+    """A config that leaves `model.block_importance` open, with what the run that it goes on with has measured."""
+    found = there.model.block_importance
+    if found is None or config.model.block_importance is not None:
+        return config
+    if [*map(len, found)] != [choices[-1] for choices in config.model.depth_ranges]:
+        return config  # of another network, which is refused for that
+    return config.with_model(block_importance=found)
 
 
 def _flat(config: ExperimentConfig) -> Iterator[tuple[str, Any]]:

@@ -24,7 +24,7 @@ from pipeline.monitor.monitor import Monitor
 from pipeline.monitor.report import StepReport
 from pipeline.run.console import Console
 from pipeline.run.directory import RunDirectory
-from pipeline.run.experiment import Settings
+from pipeline.run.experiment import Settings, with_measured
 from pipeline.run.fork import Fork
 from pipeline.run.policy import Decision, End, Policy, Save, after, may_run_ahead
 from pipeline.run.records import count, count_skipped, record
@@ -79,7 +79,8 @@ def _train(
 ) -> End:
     run, job = RunDirectory(Path(config.run.dir)), Job.from_environment()
     seconds = config.run.hang_timeout_seconds
-    watchdog = Watchdog(ranks.rank, ranks.world_size, seconds, distributed.collectives_begun)
+    watchdog = Watchdog(ranks.rank, ranks.world_size, seconds, distributed.collectives_begun, WEATHER.longest)
+    WEATHER.patience = min(config.data.cache.patience_s, seconds / 2)  # to save before the watchdog ends it
     trainer, checkpoints, policy = None, None, Policy.of(config)
     try:
         with distributed.crash_together(ranks), _giving_up(job, ranks):
@@ -95,10 +96,13 @@ def _train(
                     console.already_complete(run.path, progress.step)
                     ranks.agree(lambda: _tell_job(job, End.DONE, config.run.requeue))
                     return End.DONE
+                if saved:
+                    config = _with_measured(fork.source if fork and origin else run.path, config, ranks)
                 settings = ranks.agree(lambda: _settle(run, fork if origin else None, config, ranks, progress.step))
                 _import_the_rest(config, watchdog.beat)
                 watchdog.beat("the start: model and optimizer")
                 trainer = make(settings.config, ranks, watchdog.beat, fresh=saved is None, rise=settings.rise)
+                config = with_measured(config, trainer.config)
                 if saved:
                     checkpoints.load(saved, trainer.engine, trainer.tri_branch.centering)
                 watchdog.beat("the start: data")
@@ -152,7 +156,7 @@ def _compile(trainer: Trainer, watchdog: Watchdog, console: Console) -> None:
         console.compiling(number, total, width)
 
     rehearse(trainer, tell)
-    console.compiled(len(trainer.grid.widths))
+    console.compiled(len(trainer.grid.widths) * len(trainer.grid.mlp_ratios))
 
 
 @contextmanager
@@ -181,6 +185,10 @@ def _where_to_begin(
     begins = saved.progress.step
     ranks.agree(lambda: run.require_no_past(begins))
     return saved, fork.origin(saved)
+
+
+def _with_measured(source: Path, config: ExperimentConfig, ranks: Ranks) -> ExperimentConfig:
+    return ranks.agree(lambda: RunDirectory(source).measured(config))
 
 
 def _settle(run: RunDirectory, fork: Fork | None, config: ExperimentConfig, ranks: Ranks, step: int) -> Settings:
@@ -377,6 +385,8 @@ def _open_records(
     console: Console,
     origin: dict[str, Any] | None,
 ) -> None:
+    if trainer.order:
+        run.record_order(trainer.order.as_json())
     run.record_start(config, progress.step, trainer.ranks.world_size, segments, settings, origin)
     run.rewind(progress.step, progress.samples)
     console.starting(run.path, progress.step, config.engine, settings, origin)

@@ -1,7 +1,7 @@
 """Compiles all that training will run before its first step, so that no rank waits for another's compiler later.
 
-A width is a shape, and every shape is a graph of its own. Met as training draws them, the last would come hours after
-the start, at different steps on different ranks.
+A width is a shape, as is an MLP ratio, and every shape is a graph of its own. Met as training draws them, the last
+would come hours after the start, at different steps on different ranks.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,9 @@ def is_compiled(config: ExperimentConfig) -> bool:
 
 
 def rehearse(trainer: Trainer, tell: Callable[[int, int, int], None]) -> None:
-    """Make a step of every width and discard it: weights, moments, teacher and data stay as they are. Collective.
+    """Make a step of every width and MLP ratio and discard it: weights, moments, teacher, data stay as they are.
+
+    Collective.
 
     The ranks of a node begin with different widths, so that each compiles another one and then finds those of the
     others in the cache that they share.
@@ -33,23 +35,23 @@ def rehearse(trainer: Trainer, tell: Callable[[int, int, int], None]) -> None:
         trainer: before its first step.
         tell: called before each with its number, from 1, with how many there are, and the width.
     """
-    widths, shift = trainer.grid.widths, trainer.ranks.local_rank
+    shapes, shift = trainer.grid.of_every_shape(trainer.grid.largest.depths), trainer.ranks.local_rank
     crops, values = _blank_crops(trainer), replace(trainer.schedules.at(0), ibot=True)
     method = trainer.tri_branch
     lap, method.lap = method.lap, lambda part: None  # a compiler's time is in no phase
     try:
-        for number in range(len(widths)):
-            width = widths[(number + shift) % len(widths)]
-            tell(number + 1, len(widths), width)
-            _discarded_step(trainer, crops, values, Subnet(width, trainer.grid.largest.depths))
+        for number in range(len(shapes)):
+            subnet = shapes[(number + shift) % len(shapes)]
+            tell(number + 1, len(shapes), subnet.width)
+            _discarded_step(trainer, crops, values, None if trainer.config.sampling.alone else subnet)
     finally:
         method.lap = lap
 
 
-def _discarded_step(trainer: Trainer, crops: Crops, values: StepValues, subnet: Subnet) -> None:
+def _discarded_step(trainer: Trainer, crops: Crops, values: StepValues, subnet: Subnet | None) -> None:
     engine, method = trainer.engine, trainer.tri_branch
     targets = method.teacher_targets(engine.teacher, crops, values)
-    with engine.backward_window():
+    with engine.backward_window(method.passes(subnet)):
         method.run(engine.student, engine.backward, crops, targets, subnet, 0, trainer.ranks.rank)
     squares = engine.gradient_squares()
     bad = torch.zeros((), device=squares.device)

@@ -5,9 +5,10 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from pipeline.data.mixing import ROWS, Mix
+from pipeline.data.mixing import ROWS, Mix, Start
+from pipeline.data.order import PLAIN, Order
 from pipeline.data.reader import Dataset
-from pipeline.data.segments import recorded, segment_of
+from pipeline.data.segments import order_of, recorded, segment_of
 from pipeline.errors import UserError
 
 
@@ -46,6 +47,7 @@ def settle_segments(
     seed: int,
     where: str,
     forked: bool = False,
+    order: Order = PLAIN,
 ) -> list[dict[str, Any]]:
     """The segments of a run that goes on, the last one for what follows.
 
@@ -57,12 +59,14 @@ def settle_segments(
         seed: of the data.
         where: the run directory.
         forked: another run begins here, which may have data of its own.
+        order: of this start.
 
     Raises:
-        UserError: sources or shares differ from those of the segment that `wanted` names.
+        UserError: sources, shares or order differ from those of the segment that `wanted` names.
     """
     past = [segment for segment in recorded(manifest) if segment["from_sample"] < max(samples, 1)] if samples else []
-    anew = [{"segment": wanted, "from_sample": samples, "sources": [{**s, "start": 0} for s in sources]}]
+    head = {"segment": wanted, "from_sample": samples, **({} if order == PLAIN else {"order": list(order)})}
+    anew = [{**head, "sources": [{**s, "start": 0} for s in sources]}]
     if not past:
         return anew
     last = past[-1]
@@ -70,19 +74,36 @@ def settle_segments(
         what = f"the run is in segment {last['segment']} of its data, and data.segment is {wanted}"
         raise UserError(what, where, f"set data.segment={last['segment']}")
     if wanted == last["segment"]:
-        if problem := _difference(last["sources"], sources):
+        if problem := _difference(last["sources"], sources) or _other_order(order_of(last), order):
             if forked:
                 return anew
             fix = f"restore that, or set data.segment={wanted + 1} to go on with this from sample {samples} on"
-            raise UserError(f"the sources are not those the run began with: {problem}", where, fix)
+            raise UserError(f"the data is not read as the run began: {problem}", where, fix)
         return past
-    used = Mix([s["share"] for s in last["sources"]], seed, segment_of(last)).used(samples)
-    before = {s["name"]: (s["sha256"], count) for s, count in zip(last["sources"], used, strict=True)}
-    begun = []
-    for source in sources:
-        digest, count = before.get(source["name"], ("", 0))
-        begun.append({**source, "start": count if digest == source["sha256"] else 0})
-    return [*past, {"segment": wanted, "from_sample": samples, "sources": begun}]
+    begun = [{**source, "start": _start(source, last, samples, seed, order)} for source in sources]
+    return [*past, {**head, "sources": begun}]
+
+
+def _start(source: dict[str, Any], last: dict[str, Any], samples: int, seed: int, order: Order) -> Start:
+    """Where a source goes on after a segment: where it was, in another order with its next epoch, and if it is another
+    one at its beginning."""
+    before = order_of(last)
+    used = Mix([s["share"] for s in last["sources"]], seed, segment_of(last), before.lanes).used(samples)
+    for old, start in zip(last["sources"], used, strict=True):
+        if (old["name"], old["sha256"]) == (source["name"], source["sha256"]):
+            return start if order == before else -(-_end(start) // source["samples"]) * source["samples"]
+    return 0
+
+
+def _end(start: Start) -> int:
+    """The position of a source's stream behind all that were taken."""
+    if isinstance(start, int):
+        return start
+    return max((taken - 1) * len(start) + lane + 1 if taken else 0 for lane, taken in enumerate(start))
+
+
+def _other_order(before: Order, now: Order) -> str | None:
+    return None if before == now else f"{before} there and {now} here"
 
 
 def _difference(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> str | None:

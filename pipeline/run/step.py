@@ -15,7 +15,7 @@ from pipeline.data.masks import block_masks
 from pipeline.data.mixing import Segment
 from pipeline.data.reader import Dataset, Skip
 from pipeline.data.remote.patience import SourceError
-from pipeline.elastic import Subnet, build, cost
+from pipeline.elastic import Backbone, Subnet, build, cost
 from pipeline.elastic.head import ProjectionHeads
 from pipeline.elastic.layers import recut_in_backward
 from pipeline.elastic.sampling import SubnetSampler
@@ -32,7 +32,8 @@ from pipeline.measure.phases import Phases
 from pipeline.method.losses import Centering
 from pipeline.method.schedules import Rise, Schedules, StepValues
 from pipeline.method.tri_branch import Branch, Crops, StochasticDepth, TriBranch
-from pipeline.models.start import begin, bring_the_rest
+from pipeline.models.order import Order, put_in_order
+from pipeline.models.start import begin, bring_the_rest, frozen_start
 from pipeline.monitor.report import Health, StepReport, Timing
 
 
@@ -56,7 +57,7 @@ class Underway:
         self,
         agreed: Agreed,
         values: StepValues,
-        subnet: Subnet,
+        subnet: Subnet | None,
         samples: int,
         skips: list[Skip],
         began: float,
@@ -123,6 +124,11 @@ class Trainer:
         source = config.model.init_from
         # the engine broadcasts the student's weights
         begun = ranks.agree(lambda: begin(student, source)) if source and fresh else None
+        self.order = self._put_in_order(student.backbone) if fresh else None
+        measured = self.order.blocks if self.order else begun.block_importance if begun else None
+        if measured and config.model.block_importance is None:
+            self.config = config = config.with_model(block_importance=measured)
+            student.backbone.config = config.model
         if config.engine.compile:
             student.backbone.compile_blocks()
         self.engine = Engine(student, config.optim, config.engine, ranks.device)
@@ -134,7 +140,10 @@ class Trainer:
         centering = Centering(
             config.loss.centering, config.heads.prototypes, ranks.device, kernels.loss, sinkhorn_impl=kernels.sinkhorn
         )
-        self.tri_branch = TriBranch(config.loss, self.grid.largest, drop, centering, self.phases.lap)
+        anchor = (
+            frozen_start(config, ranks, self.order, working_dtype(config.engine)) if config.loss.anchor_weight else None
+        )
+        self.tri_branch = TriBranch(config.loss, self.grid.largest, drop, centering, self.phases.lap, anchor)
         if source and begun:
             bring_the_rest(self.engine, centering, source, begun, ranks)
         self.bands = Bands(config.model, self.grid)
@@ -144,6 +153,13 @@ class Trainer:
         self.lost: SourceError | None = None
         self.segment = Segment()
         self._clock = Clock(ranks.device)
+
+    def _put_in_order(self, backbone: Backbone) -> Order | None:
+        """Sort weights that have just been loaded on rank 0 by `model.init_order`, on real images. Collective."""
+        if self.config.model.init_order == "none" or self.dataset is None:
+            return None
+        self.enter("the start: order of the weights")
+        return self.ranks.agree(lambda: put_in_order(backbone, self.config, self.ranks.device, self.dataset))
 
     def open_dataset(self) -> Dataset | None:
         """The shards, before anything large is built; None for a trainer that needs none."""
@@ -157,6 +173,7 @@ class Trainer:
             world_size=self.ranks.world_size,
             start_sample=sample,
             device=self.ranks.device,
+            colours="triton" if self.config.engine.kernels.colours == "triton" else None,
             on_skip=self.skips.append,
             dataset=self.dataset,
             segment=self.segment,
@@ -186,7 +203,7 @@ class Trainer:
         self.enter(f"teacher of step {step + 1}")
         targets = self.tri_branch.teacher_targets(self.engine.teacher, crops, values, probe)
         self.enter(f"students of step {step + 1}")
-        with self.engine.backward_window():
+        with self.engine.backward_window(self.tri_branch.passes(subnet)):
             losses = self.tri_branch.run(
                 self.engine.student, self.engine.backward, crops, targets, subnet, step, self.ranks.rank, probe
             )
@@ -228,8 +245,8 @@ class Trainer:
         shapes = [(crops * data.batch_size, channels, size, size) for crops, size in kinds]
         return Batch(*(torch.zeros(shape, device=self.ranks.device) for shape in shapes))
 
-    def draw(self, step: int) -> Subnet:
-        """The elastic student of this rank."""
+    def draw(self, step: int) -> Subnet | None:
+        """The elastic student of this rank, if the experiment has one."""
         return self.sampler.draw(step, self.ranks.rank)
 
     def close(self) -> None:
@@ -237,7 +254,7 @@ class Trainer:
             self.loader.close()
         self.engine.destroy()
 
-    def _probe(self, step: int, subnet: Subnet) -> Probe | None:
+    def _probe(self, step: int, subnet: Subnet | None) -> Probe | None:
         if (step + 1) % self.config.metrics.health_every_steps:
             return None
         loss, heads = self.config.loss, self.config.heads
@@ -266,7 +283,10 @@ def _require_kernels(config: ExperimentConfig, device: torch.device) -> None:
 
 
 def _open_dataset(config: ExperimentConfig, global_batch: int) -> Dataset:
-    dataset = Dataset(config.data.train)
+    dataset = Dataset(config.data.train, config.data.piece_mb)
+    if config.data.lanes > global_batch:
+        what = f"{config.data.lanes} lanes are more than the {global_batch} images of a global batch"
+        raise UserError(what, "data.lanes", "set it to the number of nodes, or of ranks")
     if len(dataset) < global_batch:
         raise UserError(
             f"{len(dataset)} images are fewer than a global batch of {global_batch}",

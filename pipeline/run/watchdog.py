@@ -65,12 +65,20 @@ class Watchdog:
         world_size: how many there are.
         timeout_seconds: how long a phase may last.
         collectives: how many this rank has begun so far.
+        waiting: what outside of the process it waits for, as to be said beside the phase; empty for nothing.
     """
 
-    def __init__(self, rank: int, world_size: int, timeout_seconds: float, collectives: Callable[[], int] = lambda: 0):
+    def __init__(
+        self,
+        rank: int,
+        world_size: int,
+        timeout_seconds: float,
+        collectives: Callable[[], int] = lambda: 0,
+        waiting: Callable[[], str] = lambda: "",
+    ):
         self.rank, self.world_size, self.timeout_seconds = rank, world_size, timeout_seconds
         self.period_seconds = min(max(timeout_seconds / 10, 0.2), 60.0)
-        self._collectives = collectives
+        self._collectives, self._waiting = collectives, waiting
         self._main = threading.get_ident()
         self._beats, self._phase = 0, "start"
         self._since = self._looked = time.monotonic()
@@ -137,13 +145,14 @@ class Watchdog:
     def _own(self) -> Heartbeat:
         frame = sys._current_frames().get(self._main)
         stack = "".join(traceback.format_stack(frame)) if frame else ""
+        waiting = self._waiting()
         return Heartbeat(
             self.rank,
             platform.node(),
             os.getpid(),
             self._beats,
             self._collectives(),
-            self._phase,
+            f"{self._phase}, {waiting}" if waiting else self._phase,
             self._silent_seconds + self._unseen(),
             time.time(),
             stack,

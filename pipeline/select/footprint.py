@@ -6,6 +6,7 @@ any machine. What a kernel needs within itself is not seen.
 
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 from itertools import chain
 from typing import Any, NamedTuple
@@ -96,8 +97,9 @@ class Footprints:
     """Footprints of all sub-networks from few passes.
 
     Blocks of a stage are alike, so operations and traffic grow by the same amount with each, and the peak is that of
-    the largest kind of block: the shallowest network of a width and those one step deeper in one stage tell the rest.
-    (Swin's shifted and unshifted blocks differ a little in traffic: the pair's mean step is taken.)
+    the largest kind of block: the shallowest network of a width and MLP ratio and those one step deeper
+    in one stage tell the rest. (Swin's shifted and unshifted blocks differ a little in traffic: the pair's mean step is
+    taken.)
 
     Args:
         backbone: of the run.
@@ -113,23 +115,23 @@ class Footprints:
 
     def __call__(self, subnet: Subnet) -> Footprint:
         shallow = tuple(choices[0] for choices in self._choices)
-        base = self._of(subnet.width, shallow)
+        base = self._of(replace(subnet, depths=shallow))
         operations, traffic, peak = base
         for stage, depth in enumerate(subnet.depths):
             if depth == shallow[stage]:
                 continue
             probe = self._choices[stage][min(2, len(self._choices[stage]) - 1)]
-            deeper = self._of(subnet.width, (*shallow[:stage], probe, *shallow[stage + 1 :]))
+            deeper = self._of(replace(subnet, depths=(*shallow[:stage], probe, *shallow[stage + 1 :])))
             steps = (depth - shallow[stage]) / (probe - shallow[stage])
             operations += steps * (deeper.operations - base.operations)
             traffic += steps * (deeper.traffic - base.traffic)
             peak = max(peak, deeper.activations)
         return Footprint(operations, traffic, peak)
 
-    def _count(self, width: int, depths: tuple[int, ...]) -> Footprint:
+    def _count(self, subnet: Subnet) -> Footprint:
         import timm
 
-        args = self.backbone.model_args(Subnet(width, depths))
+        args = self.backbone.model_args(subnet)
         config = self.backbone.config
         image = (config.in_chans, config.image_size, config.image_size)
         build = lambda: timm.create_model(self.backbone.architecture, **args)  # noqa: E731

@@ -3,6 +3,7 @@
 import random
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import product
 from typing import NamedTuple
 
 from pipeline.elastic import Grid, Subnet
@@ -116,7 +117,9 @@ def design(grid: Grid) -> list[Subnet]:
     """The networks from which latencies of a grid are predicted: its corners, and its middle."""
     widths, depths = grid.widths, grid.depths
     middle = Subnet(widths[len(widths) // 2], depths[len(depths) // 2])
-    return sorted({Subnet(w, d) for w in (widths[0], widths[-1]) for d in (depths[0], depths[-1])} | {middle})
+    of_width, of_depth, of_ratio = ({0, len(axis) - 1} for axis in (widths, depths, grid.mlp_ratios))
+    corners = product(of_width, of_depth, of_ratio)
+    return sorted({Subnet(widths[w], depths[d], grid.mlp_ratios[r]) for w, d, r in corners} | {middle})
 
 
 def copied(networks: Iterable[Network]) -> dict[str, tuple]:

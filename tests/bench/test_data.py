@@ -10,6 +10,7 @@ def test_benchmark_splits_what_it_measures(digits: Path) -> None:
     found = benchmark(DataConfig.model_validate({"train": train, "batch_size": 16, "threads": 1, **crops}), batches=3)
     assert found["images"] == 48
     assert found["images_per_second"] > 0
+    assert found["coloured_by_kernels"]["images_per_second"] > 0
     stages = found["stages_cpu_ms_per_image"]
     assert list(stages) == ["read and draw", "decode", "crop and normalise", "colour", "blur and solarise"]
     assert stages["read and draw"] > 0

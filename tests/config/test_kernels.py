@@ -6,7 +6,7 @@ import yaml
 from pipeline.config import dump_config, load_config, parse_config
 from pipeline.errors import UserError
 
-OPERATIONS = ("attention", "residual", "loss", "sinkhorn", "optimizer")
+OPERATIONS = ("attention", "residual", "loss", "sinkhorn", "colours", "optimizer")
 
 
 def kernels(tree=None, *overrides, tmp_path):
@@ -21,7 +21,12 @@ def kernels(tree=None, *overrides, tmp_path):
         (None, [], "triton", "triton"),
         ("eager", [], "eager", "eager"),
         ("{attention: sdpa}", [], "triton", "eager"),
-        ("{attention: triton, residual: eager, loss: eager, sinkhorn: eager, optimizer: eager}", [], "eager", "triton"),
+        (
+            "{attention: triton, residual: eager, loss: eager, sinkhorn: eager, colours: eager, optimizer: eager}",
+            [],
+            "eager",
+            "triton",
+        ),
         (None, ["engine.kernels.attention=sdpa"], "triton", "eager"),
         ("triton", ["engine.kernels.attention=eager"], "triton", "eager"),
         ("eager", ["engine.kernels.attention=triton"], "eager", "triton"),
@@ -42,7 +47,9 @@ def test_one_word_is_written_where_one_will_do_and_all_operations_otherwise():
     assert written(parse_config({"engine": {"kernels": "eager"}})) == "eager"
     mixed = parse_config({"engine": {"kernels": {"loss": "eager"}}})
     assert written(mixed) == dict.fromkeys(OPERATIONS, "triton") | {"loss": "eager"}
-    assert mixed.kernels_text() == "attention triton, residual triton, loss eager, sinkhorn triton, optimizer triton"
+    assert mixed.kernels_text() == (
+        "attention triton, residual triton, loss eager, sinkhorn triton, colours triton, optimizer triton"
+    )
     assert parse_config({}).kernels_text() == "triton"
 
 
@@ -51,7 +58,11 @@ def test_one_word_is_written_where_one_will_do_and_all_operations_otherwise():
     [
         (
             "cuda",
-            ["engine.kernels: got 'cuda'", "use triton or eager", "attention, residual, loss, sinkhorn, optimizer"],
+            [
+                "engine.kernels: got 'cuda'",
+                "use triton or eager",
+                "attention, residual, loss, sinkhorn, colours, optimizer",
+            ],
         ),
         ("sdpa", ["engine.kernels: got 'sdpa'", "use triton or eager"]),  # it is attention's alone
         ("{optimiser: eager}", ["unknown key 'engine.kernels.optimiser'", "did you mean 'engine.kernels.optimizer'?"]),
@@ -71,9 +82,11 @@ def test_what_an_experiment_does_not_have_resolves_to_nothing_and_an_offloaded_a
         "loss": {"centering": "softmax"},
     }
     resnet = parse_config(tree | {"engine": {"offload_optimizer": "cpu"}})
-    assert resnet.kernels_in_use() == {"loss": "triton", "optimizer": "eager"}
+    assert resnet.kernels_in_use() == {"loss": "triton", "colours": "triton", "optimizer": "eager"}
     assert resnet.uses_triton()
-    assert not parse_config(tree | {"engine": {"kernels": {"loss": "eager", "optimizer": "eager"}}}).uses_triton()
+    assert not parse_config(
+        tree | {"engine": {"kernels": {"loss": "eager", "colours": "eager", "optimizer": "eager"}}}
+    ).uses_triton()
 
 
 def test_attention_alone_can_leave_triton_where_it_has_no_kernel_for_the_heads():

@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 
 import pytest
+import timm
 
 from pipeline.config import load_config
 from pipeline.elastic import Grid
@@ -18,6 +19,7 @@ GRIDS = {  # sub-networks, entries of the sampling law; small grids counted by h
     "vit_base_8gpu.yaml": (7 * 5, 140),
     "swin_tiny_8gpu.yaml": (2 * 5, 23),
     "resnet50_8gpu.yaml": (2 * 2 * 3 * 4 * 2, 144),
+    "adapt_dinov2_base_8gpu.yaml": (7 * 5 * 3, 3 * 79),
 }
 PAPER_RUNS = {  # ranks, global batch, steps, peak and last learning rate, last momentum and weight decay
     "vit_large.yaml": (32, 1600, 276_800, 5.0e-3, 6.2e-4, 0.99899, 0.3587),
@@ -44,6 +46,16 @@ def test_grid_and_multiplicities(name):
     config = preset(name)
     grid = Grid(config.model, config.sampling.small_bias)
     assert (len(grid), sum(map(grid.multiplicity, grid.subnets))) == GRIDS[name]
+
+
+@pytest.mark.parametrize("name", ["adapt_dinov2_base_8gpu.yaml", "adapt_dinov3_large_8gpu.yaml"])
+def test_adaptation_begins_with_weights_that_timm_knows_and_with_the_heads(name):
+    config = preset(name)
+    assert timm.models.is_model_pretrained(config.model.init_from)
+    schedules = Schedules(config.optim, config.loss, 512)
+    epoch = config.optim.steps_per_epoch
+    assert [schedules.at(step).backbone_frozen for step in (0, epoch - 1, epoch)] == [True, True, False]
+    assert schedules.at(25_000 - 1).lr < 2e-6
 
 
 @pytest.mark.parametrize("name", PAPER_RUNS)

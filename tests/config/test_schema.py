@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from pipeline.config import dump_config, load_config, parse_config
+from pipeline.elastic import Grid
 from pipeline.errors import UserError
 
 
@@ -55,6 +56,23 @@ def test_a_patch_of_another_size_changes_the_stride_of_swin():
     assert parse_config(tree).model.stride == 16
 
 
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"family": "resnet", "mlp_ratio": {"min": 2}}, "mlp_ratio=.* has no effect on resnet .*leave it out"),
+        ({"mlp_ratio": {"min": 3, "step": 2}}, r"model\.mlp_ratio.*3\.\.4 is not reached in steps of 2"),
+        (
+            {"family": "eva", "swiglu": True, "head_dim": 4, "mlp_ratio": {"min": 3}},
+            "mlp_ratio 3 with head_dim=4: SwiGLU has hidden units in multiples of 8",
+        ),
+    ],
+)
+def test_mlp_ratios_that_cannot_be_are_refused_in_one_line(model, message):
+    with pytest.raises(UserError, match=message) as raised:
+        parse_config({"model": model})
+    assert "\n" not in str(raised.value)
+
+
 @pytest.mark.parametrize("channels", [1, 4])
 @pytest.mark.parametrize("family", ["vit", "eva", "swin", "resnet"])
 def test_channels_that_the_data_path_does_not_deliver_are_refused(family, channels):
@@ -86,3 +104,20 @@ def test_sources_are_read_one_by_one_and_a_mistake_names_its_own(tmp_path: Path)
             load(train)
         assert "data.train" in str(raised.value)
         assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("family", ["vit", "eva", "swin", "resnet"])
+def test_a_network_alone_is_a_grid_of_one(family):
+    """No other sub-network is trained, so none may be listed or extracted; the largest is built as it was."""
+    ratios = {} if family == "resnet" else {"mlp_ratio": {"min": 2, "max": 4, "step": 2}}
+    tree = {"model": {"family": family, **ratios}, "sampling": {"assignment": "none"}}
+    model, whole = parse_config(tree).model, parse_config({"model": {"family": family, **ratios}}).model
+    grid = Grid(model)
+    assert grid.subnets == (Grid(whole).largest,)
+    assert model.alone() == model
+    assert parse_config(yaml.safe_load(dump_config(parse_config(tree)))) == parse_config(tree)
+
+
+def test_a_mistake_in_the_model_of_a_network_alone_is_told_by_its_key():
+    with pytest.raises(UserError, match=r"model\.width"):
+        parse_config({"model": {"width": {"min": 512, "max": 384}}, "sampling": {"assignment": "none"}})

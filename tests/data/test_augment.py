@@ -15,8 +15,9 @@ import torch
 import torchvision.transforms.functional as F
 from PIL import Image, ImageOps
 
+from kernels.colours import Column, Normalisation, colour
 from pipeline.config import DataConfig
-from pipeline.data.augment import MEAN, STD, P, make_pipeline, parameters, undecodable
+from pipeline.data.augment import MEAN, STD, P, colour_table, make_pipeline, parameters, undecodable
 from pipeline.data.images import BadImage, Header, decode, hide_exif, inspect
 from pipeline.data.reader import Dataset
 
@@ -332,6 +333,23 @@ def test_half_precision_is_the_rounded_single_precision(pictures: list[bytes]) -
 
     assert crops(True).dtype == torch.float16
     assert torch.equal(crops(True), crops(False).half())
+
+
+@pytest.mark.parametrize("hue", ["yiq", "hsv"])
+def test_the_kernels_twin_makes_of_resized_crops_what_the_graph_does(hue: str, pictures: list[bytes]) -> None:
+    assert [column.name for column in Column] == [column.name for column in P if column >= P.HUE]
+    data = data_config(64, hue=hue)
+    drawn = parameters(data, 0, headers(pictures))
+    drawn[::3, :, P.TRANSPOSE] = 1
+    expected = execute(pictures, drawn, data)[0]
+    resized = drawn.copy()
+    resized[..., P.HUE :] = nothing(1)[0, 0, P.HUE :]
+    crops = torch.from_numpy(execute(pictures, resized, data)[0]).byte().flatten(0, 1)
+    looked_up = colour_table(drawn, hue).flatten(0, 1)
+    levels = Normalisation((0, 0, 0), (1 / 255, 1 / 255, 1 / 255))
+    found = colour(crops, looked_up, levels, dtype=torch.float32, impl="eager").permute(0, 2, 3, 1)
+    difference = np.abs(found.numpy().round().reshape(expected.shape) - expected)
+    assert within((difference.max(), difference.mean()), 1, 1e-3)  # what is within an fp32 rounding of a half
 
 
 @pytest.mark.parametrize("hue", ["yiq", "hsv"])

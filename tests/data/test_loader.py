@@ -194,6 +194,18 @@ def test_only_bad_images_are_one_clear_error(make_shard: Callable[..., Path], pi
     loader.close()
 
 
+@pytest.mark.parametrize("local", [0, 2])
+def test_batches_coloured_by_the_kernels_twin_are_those_of_dali(shards: list[Path], local: int) -> None:
+    data = data_config(shards, local_crops={"count": local, "size": 16})
+    for ours, dalis in zip(take(3, data, colours="eager", dtype=torch.bfloat16), take(3, data), strict=True):
+        for one, other in zip(ours, dalis, strict=True):
+            assert one.shape == other.shape
+            assert one.dtype == torch.bfloat16
+            difference = (one.float() - other).abs()
+            others = (difference > 2**-7 * other.abs().clamp(min=1)).sum()
+            assert others <= 1e-3 * one.numel()  # by a level, where fp32 decides what a half is rounded to
+
+
 def test_unknown_type_or_device_is_refused(shards: list[Path]) -> None:
     with pytest.raises(ValueError, match=r"bfloat16.*float32.*float16"):
         Loader(data_config(shards), dtype=torch.bfloat16)
@@ -253,3 +265,15 @@ def test_gpu_delivers_what_the_cpu_delivers_and_resumes_exactly(shards: list[Pat
                 assert x.is_cuda
                 assert (x.cpu() - y).abs().mean() < 0.02  # a level is 0.017
         assert equal(take(5, data, device="cuda:0", start_sample=28), gpu[7:])
+
+
+def test_lanes_are_the_same_batches_on_any_number_of_ranks(shards: list[Path]) -> None:
+    """Every rank takes lanes of the batch; all together see what one rank sees, in the same order."""
+    lanes = {"lanes": 4, "seed": 2}
+    one = take(6, data_config(shards, batch_size=8, **lanes), start_sample=16)
+    ranks = [take(6, data_config(shards, **lanes), rank=rank, world_size=2, start_sample=16) for rank in range(2)]
+    joined = [
+        Batch(*(torch.cat(crops) for crops in zip(*batches, strict=True))) for batches in zip(*ranks, strict=True)
+    ]
+    assert equal(joined, one)
+    assert not equal(one, take(6, data_config(shards, batch_size=8, seed=2), start_sample=16))

@@ -110,3 +110,40 @@ def test_a_set_without_a_name_has_the_order_it_always_had(
             generator = np.random.Generator(np.random.Philox(key=[7, 2], counter=[0, 0, window, epoch]))
             expected += generator.permutation(records).tolist()
     assert [stream.order(position) for position in range(54)] == expected
+
+
+def test_lanes_have_blocks_of_their_own_and_stay_lanes() -> None:
+    """Exact in every block of every lane, each stream whole, and a source's position in the lane of the run's."""
+    mix = Mix(SHARES, seed=4, lanes=3)
+    drawn = [mix(position) for position in range(6 * ROWS)]
+    assert all(place % 3 == position % 3 for position, (_, place) in enumerate(drawn))
+    for lane in range(3):
+        for block in range(2):
+            rows = drawn[3 * block * ROWS + lane : 3 * (block + 1) * ROWS : 3]
+            assert Counter(source for source, _ in rows) == dict(enumerate(SHARES))
+    for source, share in enumerate(SHARES):
+        assert sorted(place for number, place in drawn if number == source) == list(range(6 * share))
+    assert [source for source, _ in drawn[0::3]] != [source for source, _ in drawn[1::3]]
+
+
+@pytest.mark.parametrize("end", [0, 1, 3500])
+def test_next_segment_goes_on_in_every_lane(end: int) -> None:
+    first = Mix(SHARES, seed=4, lanes=3)
+    before = [first(position) for position in range(end)]
+    second = Mix([100, 400, 500], seed=4, segment=Segment(1, end, tuple(first.used(end))), lanes=3)
+    after = [second(position) for position in range(end, end + 3 * ROWS)]
+    for source in range(3):
+        places = sorted(place for number, place in before + after if number == source)
+        lanes = [[place for place in places if place % 3 == lane] for lane in range(3)]
+        assert all(np.diff(lane).tolist() == [3] * (len(lane) - 1) and lane[0] < 3 for lane in lanes), (
+            "no gap, no twice"
+        )
+    following = [second.next(end + 100, lane) for lane in range(3)]
+    assert [following[second.lane(p)][second(p)[0]] for p in range(end + 100, end + 103)] == [
+        second(p)[1] for p in range(end + 100, end + 103)
+    ]
+
+
+def test_segment_that_begins_at_a_whole_epoch_has_all_of_it_in_any_lanes() -> None:
+    mix = Mix([1000], seed=4, segment=Segment(2, 77, (40,)), lanes=7)
+    assert sorted(mix(position)[1] for position in range(77, 77 + 70)) == list(range(40, 110))

@@ -1,5 +1,4 @@
 import io
-import itertools
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -8,52 +7,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline.config.data import SourceConfig
 from pipeline.data import indexes, tars
+from pipeline.data.order import Order, SampleOrder
 from pipeline.data.patterns import expand_shards
-from pipeline.data.reader import Dataset, SampleOrder, SampleStream
+from pipeline.data.reader import Dataset, SampleStream
 from pipeline.data.remote.patience import SourceError
+from pipeline.data.shards import index
 from pipeline.errors import UserError
 
-SIZES = np.array([5, 1, 7, 3, 4])
 LIMIT = 178956970
 
 
 def stream(dataset: Dataset, seed: int = 0, max_pixels: int = LIMIT) -> SampleStream:
     return SampleStream(dataset, window=2, seed=seed, max_pixels=max_pixels)
-
-
-@pytest.mark.parametrize("window", [1, 2, 5, 100])
-def test_every_epoch_holds_every_sample_once_in_its_own_order(window: int) -> None:
-    order = SampleOrder(SIZES, window, seed=3)
-    epochs = [[order(20 * epoch + place) for place in range(20)] for epoch in range(4)]
-    assert all(sorted(epoch) == list(range(20)) for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) == 4
-
-
-def test_samples_stay_within_their_window_of_shards() -> None:
-    order = SampleOrder(np.full(6, 10), window=2, seed=0)
-    shards = [order(place) // 10 for place in range(60)]
-    windows = [set(shards[i : i + 20]) for i in range(0, 60, 20)]
-    assert [len(window) for window in windows] == [2, 2, 2]
-    assert set.union(*windows) == set(range(6))
-    assert sum(one != two for one, two in itertools.pairwise(shards[:20])) > 3, "the shards of a window are mixed"
-
-
-def test_windows_hold_other_shards_in_other_epochs() -> None:
-    order = SampleOrder(np.full(6, 10), window=2, seed=0)
-    windows = [
-        {frozenset(order(60 * epoch + place) // 10 for place in range(i, i + 20)) for i in range(0, 60, 20)}
-        for epoch in range(4)
-    ]
-    assert len({frozenset(window) for window in windows}) > 1
-
-
-def test_order_is_a_pure_function_of_seed_and_position() -> None:
-    forwards, backwards = SampleOrder(SIZES, 2, seed=5), SampleOrder(SIZES, 2, seed=5)
-    expected = [forwards(place) for place in range(200)]
-    assert [backwards(place) for place in reversed(range(200))] == expected[::-1]
-    other = SampleOrder(SIZES, 2, seed=6)
-    assert [other(place) for place in range(200)] != expected
 
 
 def test_dataset_agrees_with_webdataset(make_shard: Callable[..., Path], pictures: list[bytes]) -> None:
@@ -164,3 +131,43 @@ def test_shard_that_vanishes_ends_the_stream_and_leaves_no_sample_out(
     assert not stream(dataset).pick(positions[1]).rejected
     with pytest.raises(SourceError, match=r"cannot be read: No such file or directory \(.*1\.tar\): bring it back"):
         stream(dataset).pick(positions[0])
+
+
+@pytest.mark.parametrize("indexed", [False, True])
+def test_tar_without_any_member_is_left_out_by_name(
+    make_shard: Callable[..., Path], pictures: list[bytes], caplog: pytest.LogCaptureFixture, indexed: bool
+) -> None:
+    """As a writer leaves one that opened its next shard and was done."""
+    full = [make_shard({f"{s}{i}.jpg": pictures[i] for i in range(3)}, f"{s}.tar") for s in range(2)]
+    paths = [str(path) for path in (full[0], make_shard({}, "2.tar"), full[1], make_shard({}, "3.tar"))]
+    if indexed:
+        assert [report.samples for report in index(paths)] == [3, 0, 3, 0]
+        assert not (full[0].parent / "2.idx").exists()
+    with caplog.at_level(logging.WARNING):
+        dataset = Dataset(paths)
+    assert [str(path) for path in dataset.paths] == [paths[0], paths[2]]
+    assert f"2 of 4 shards hold nothing and are left out: {paths[1]}" in caplog.text
+    assert len(dataset) == 6
+    assert dataset.described() == Dataset([paths[0], paths[2]]).described()
+    with pytest.raises(UserError, match=r"holds no image \(.*2\.tar\)"):
+        Dataset([SourceConfig(name="a", url=paths[0]), SourceConfig(name="b", url=paths[1])])
+    (full[0].parent / "4.tar").touch()
+    with pytest.raises(UserError, match=r"4\.tar"):
+        Dataset([*paths, str(full[0].parent / "4.tar")])
+
+
+def test_substitute_is_near_where_reading_far_away_is_dear(
+    make_shard: Callable[..., Path], pictures: list[bytes]
+) -> None:
+    """With lanes it comes from the window of two shards that is being read; in the plain order from anywhere."""
+    paths = [
+        str(make_shard({f"{s}{i}.jpg": pictures[i] for i in range(3)} | {f"{s}x.jpg": b""}, f"{s}.tar"))
+        for s in range(8)
+    ]
+    dataset = Dataset(paths)
+    for order, far in ((Order(2, 0), False), (Order(1, 64), False), (Order(), True)):
+        read = SampleStream(dataset, window=2, seed=0, max_pixels=LIMIT, order=order)
+        shards = [SampleOrder(np.full(8, 4), 2, 0, lanes=order.lanes).near(p) // 4 for p in range(64)]
+        picked = [read.pick(position) for position in range(64)]
+        assert sum(bool(p.rejected) for p in picked) >= 16
+        assert far == any(p.record // 4 not in near for p, near in zip(picked, shards, strict=True))

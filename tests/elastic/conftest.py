@@ -24,6 +24,7 @@ TINY = {
         "layer_scale": 0.5,
         "registers": 3,
         "swiglu": True,
+        "mlp_ratio": {"min": 2, "max": 4, "step": 2},
     },
     "swin": {
         "image_size": 96,

@@ -85,14 +85,16 @@ def test_group_norm_spreads_its_groups_over_the_active_channels():
     torch.testing.assert_close(layer(x), expected)
 
 
-def test_hidden_units_of_an_mlp_keep_their_ratio():
+@pytest.mark.parametrize("ratio", [4, 3])
+def test_hidden_units_of_an_mlp_are_a_multiple_of_the_channels(ratio):
     from timm.layers import Mlp
 
     mlp = double(Mlp(8, 32))
     make_elastic(mlp, {Mlp: ElasticMlp, nn.Linear: ElasticLinear})
     x = torch.randn(5, 2, dtype=torch.double)
-    hidden = nn.functional.gelu(x @ mlp.fc1.weight[:8, :2].T * 4 + mlp.fc1.bias[:8])
-    torch.testing.assert_close(mlp(x), hidden @ mlp.fc2.weight[:2, :8].T * 4 + mlp.fc2.bias[:2])
+    units = 2 * ratio
+    hidden = nn.functional.gelu(x @ mlp.fc1.weight[:units, :2].T * 4 + mlp.fc1.bias[:units])
+    torch.testing.assert_close(mlp(x, ratio), hidden @ mlp.fc2.weight[:2, :units].T * (32 / units) + mlp.fc2.bias[:2])
 
 
 def test_pre_activations_keep_their_scale():

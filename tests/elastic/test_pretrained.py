@@ -92,10 +92,20 @@ def test_a_checkpoint_with_a_missing_weight_is_refused(tiny_config, save):
         load_pretrained(backbone, folder)
 
 
-@pytest.mark.parametrize("source", ["no_such_model", "no/such/folder", "."])
-def test_a_source_that_timm_cannot_read_is_a_user_error(source, tiny_config):
-    with pytest.raises(UserError, match=f"init_from={source}"):
+@pytest.mark.parametrize(
+    ("source", "fix"),
+    [
+        ("no_such_model", "name a timm model or a directory"),
+        ("vit_small_patch16_dinov33", r"name a timm model \(vit_small_patch16_dinov3, "),
+        ("vit_small_patch16_dinov3.lvd", r"timm has published weights as vit_small_patch16_dinov3\.lvd1689m$"),
+        ("no/such/folder", "there is no such directory"),
+        (".", "name a timm model or a directory"),
+    ],
+)
+def test_a_source_that_timm_cannot_read_is_a_user_error_with_a_way_out(source, fix, tiny_config):
+    with pytest.raises(UserError, match=rf"init_from={source}\): .*{fix}") as raised:
         load_pretrained(build(tiny_config("vit")), source)
+    assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,12 @@
 import subprocess
 import sys
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 import pytest
 
 from pipeline.config import ModelConfig
-from pipeline.elastic import Grid, Subnet
-from pipeline.elastic.subnet import kept_blocks, kept_blocks_by_parity
+from pipeline.elastic import Grid, Subnet, cost
+from pipeline.elastic.subnet import kept, kept_blocks, kept_blocks_by_parity, most_important
 from pipeline.errors import UserError
 
 
@@ -50,6 +50,28 @@ def test_names_are_read_back():
         grid = paper_grid(family)
         assert [grid.parse(subnet.name) for subnet in grid.subnets] == list(grid.subnets)
     assert Subnet(96, (2, 2, 6, 2)).name == "96x2.2.6.2"
+
+
+def test_mlp_ratios_multiply_the_grid_and_only_narrow_ones_are_named(tiny_config):
+    config = ModelConfig.model_validate({"mlp_ratio": {"min": 2}, "width": {"min": 896}, "depth": {"min": 23}})
+    grid = Grid(config, 3)
+    assert [subnet.name for subnet in grid.subnets[:4]] == ["896x23m2", "896x23m3", "896x23", "896x24m2"]
+    assert len(grid) == 3 * 2 * 3  # widths, depths, ratios
+    # 3 * 3, 2 * 3, 1 * 3 of the shallow ones and 3, 2, 1 of the deep ones, for each ratio
+    assert sum(map(grid.multiplicity, grid.subnets)) == 3 * (9 + 6 + 3 + 3 + 2 + 1)
+    assert grid.largest == Subnet(1024, (24,)) == grid.parse("1024x24m4") == grid.parse("large")
+    assert sorted(grid.subnets, reverse=True)[0] == grid.largest
+    assert [grid.parse(subnet.name) for subnet in grid.subnets] == list(grid.subnets)
+    with pytest.raises(UserError, match=r"no sub-network '896x23m1'.*nearest in the grid: 896x23m2, "):
+        grid.parse("896x23m1")
+    wide = ModelConfig.model_validate({"mlp_ratio": {"min": 2, "max": 6, "step": 2}})
+    assert Grid(wide).parse("large") == Subnet(1024, (24,), 4)
+
+
+def test_a_sub_network_may_have_narrower_mlps_by_hand():
+    config = ModelConfig.model_validate({"mlp_ratio": {"min": 2}})
+    thin, usual = (cost.params(config, Subnet(384, (12,), ratio)) for ratio in (2, None))
+    assert usual - thin == 12 * (2 * 384 * 2 * 384 + 2 * 384)  # two columns' worth of both layers, and of the biases
 
 
 def test_aliases_are_the_sizes_of_the_paper():
@@ -107,6 +129,25 @@ def test_kept_swin_blocks_are_as_even_as_parity_allows():
             ideal = j * 17 / (depth - 1)
             choices = [i for i in range(18) if i % 2 == j % 2]
             assert abs(block - ideal) == pytest.approx(min(abs(i - ideal) for i in choices))
+
+
+def test_measured_importance_chooses_the_blocks_of_a_depth():
+    scores = (3.0, 1.0, 2.0, 1.0, 5.0)
+    assert [most_important(depth, scores) for depth in (1, 2, 3, 5)] == [(4,), (0, 4), (0, 2, 4), (0, 1, 2, 3, 4)]
+    assert most_important(3, scores, by_parity=True) == (0, 1, 4)  # of 0 1 2 (6), 0 1 4 (9), 0 3 4 (9), 2 3 4 (8)
+    for depth in range(1, 7):
+        many = (0.3, 2.0, 0.1, 1.7, 0.9, 0.4)
+        allowed = [c for c in combinations(range(6), depth) if all(b % 2 == j % 2 for j, b in enumerate(c))]
+        best = max(sum(many[b] for b in c) for c in allowed)
+        assert sum(many[b] for b in most_important(depth, many, by_parity=True)) == pytest.approx(best)
+
+
+def test_importance_is_a_value_of_the_config_and_is_of_its_blocks(tiny_config):
+    config = tiny_config("vit", block_importance=[[0.1, 0.9, 0.2, 0.8, 0.3]])
+    assert kept(config, Subnet(16, (2,))) == ((1, 3),)
+    assert kept(tiny_config("vit"), Subnet(16, (2,))) == ((0, 4),)
+    with pytest.raises(ValueError, match=r"block_importance is of \[3\] blocks and the stages have \[5\]"):
+        tiny_config("vit", block_importance=[[0.1, 0.9, 0.2]])
 
 
 def test_grids_and_costs_need_no_torch():

@@ -45,7 +45,8 @@ class Case(NamedTuple):
     def tree(self, experiment):
         return experiment(
             self.family,
-            model={"drop_path": 0.3},  # the two groups of crops keep different shares of their images
+            # the two groups of crops keep different shares of their images
+            model={"drop_path": 0.3} | ({"mlp_ratio": {"min": 2, "max": 4, "step": 1}} if self.family == "eva" else {}),
             loss={"centering": self.centering, "ibot_start_epoch": 0.5},  # the first step without masked patches
             heads={"prototype_gain": "unit" if self.family == "resnet" else "learned"},
             sampling={"assignment": self.assignment},
@@ -65,6 +66,7 @@ CASES = [
     Case("vit", 3),
     Case("vit", 1, "softmax", offload="cpu"),
     Case("vit", 3, "softmax", "shared", "cpu", checkpointing=True),
+    *(Case("vit", stage, assignment="none") for stage in (0, 2, 3)),
     *(Case("eva", stage, checkpointing=stage == 2) for stage in range(4)),
     *(Case("swin", stage, checkpointing=stage == 2) for stage in range(3)),
     Case("swin", 3, assignment="balanced"),
@@ -150,6 +152,14 @@ def test_two_ranks_with_different_subnets_equal_one_plain_process(results, case)
     for kind, centers in expected["center"].items():
         for ours, theirs in zip(found["center"][kind], centers, strict=True):
             assert torch.allclose(ours.double(), theirs, atol=1e-6)
+
+
+def test_a_network_alone_has_the_terms_of_one_student(results):
+    alone = [found for case, (found, *_) in results.items() if case.assignment == "none"]
+    for losses in (losses for found in alone for losses in found["losses"]):
+        assert set(losses) == {"dino/intact", "ibot/intact", "koleo/intact", "total"}
+    *_, last = alone[0]["losses"]  # all of the three weigh what the configuration says, as in DINOv2
+    assert last["total"] == pytest.approx(last["dino/intact"] + last["ibot/intact"] + 0.1 * last["koleo/intact"])
 
 
 def test_a_step_under_zero_makes_no_all_reduce_per_parameter_group(results):

@@ -19,7 +19,7 @@ HERE = Path(__file__).parent
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(interpreted(), reason="this process is interpreted already")
 @pytest.mark.parametrize(
-    "name", ["distillation", "sinkhorn", "attention", "optimizer", "residual", "operators", "package"]
+    "name", ["distillation", "sinkhorn", "attention", "optimizer", "residual", "colours", "operators", "package"]
 )
 def test_triton_kernels_pass_under_the_interpreter(name: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / f"test_{name}.py")]

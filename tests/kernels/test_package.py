@@ -26,7 +26,7 @@ def test_eager_needs_neither_triton_nor_the_pipeline() -> None:
     program = """
 import sys, torch
 before = set(sys.modules)
-from kernels import attention, dispatch, distillation, optimizer, residual, sinkhorn
+from kernels import attention, colours, dispatch, distillation, optimizer, residual, sinkhorn
 from kernels.distillation import column_sum
 column_sum(torch.zeros(2, 3), impl="eager")
 new = set(sys.modules) - before

@@ -85,3 +85,12 @@ def test_targets_are_distributions(method):
         col = torch.zeros(5) if target.col is None else target.col
         p = torch.exp(target.logits / target.temperature + target.row[:, None] + col)
         assert torch.allclose(p.sum(1), torch.ones(len(p)), atol=1e-5)
+
+
+def test_features_have_turned_by_one_minus_their_cosine_with_what_they_are_held_to():
+    features = torch.tensor([[2.0, 0], [0, 3], [1, 1], [5, 5]])
+    held = torch.tensor([[1.0, 0], [1, 0], [1, 0], [-1, -1]])
+    rows = torch.tensor([True, True, True, False])
+    assert losses.turned(features, held, rows).item() == pytest.approx((0 + 1 + 1 - 0.5**0.5) / 3)
+    assert losses.turned(features, held, ~rows).item() == pytest.approx(2)
+    assert losses.turned(features, held, torch.zeros(4, dtype=torch.bool)).item() == 0

@@ -29,6 +29,7 @@ MUTANTS = {
     "PoaDataStarvation": [("> 0.2", "> 0.5"), ("> 0.2", "> 0.05"), (">", "<")],
     "PoaSkippedSamples": [("> 0.01", "> 0.05"), ("> 0.01", "> 0.001"), (">", "<")],
     "PoaStoreTrouble": [("> 0.1", "> 0.3"), ("> 0.1", "> 0.02"), (">", "<")],
+    "PoaCacheMisses": [("> 0.2", "> 0.3"), ("> 0.2", "> 0.02"), (">", "<")],
     "PoaCollapse": [
         ("< 0.5", "< 0.1"),
         ("< 0.5", "< 0.9"),
@@ -50,6 +51,7 @@ RECORD_MUTANTS = {
     "run:poa_data_wait:ratio5m": [('{phase="data_wait"}', "")],
     "run:poa_skipped_samples:ratio15m": [("sum by (run) (rate(poa_skipped", "min by (run) (rate(poa_skipped")],
     "run:poa_fetch_retries:ratio15m": [("sum by (run) (rate(poa_fetch", "max by (run) (rate(poa_fetch")],
+    "run:poa_cache_misses:ratio15m": [("/ (sum by (run)", "/ (max by (run)"), ("poa_cache_hits", "poa_cache_misses")],
     "run:poa_target_entropy:ratio": [
         ("min by (run) (poa_target_entropy_nats", "max by (run) (poa_target_entropy_nats")
     ],

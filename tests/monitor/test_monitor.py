@@ -188,8 +188,12 @@ def test_weather_of_the_store_is_counted_per_node_and_samples_per_source(ranks, 
     weather.retried("server")
     for source, size in (("street", 100), ("", 7), ("street", 1)):
         weather.read(source, size, 0.25)
+    weather.kept("street", 900)
+    for found in (True, False, True):
+        weather.looked_up(found)
     monitor.step(Progress(1, 4, {}, 0, {}), REPORT)
     monitor.log(REPORT)
     assert (get("poa_source_samples_total", "street"), get("poa_source_samples_total", "train")) == (5, 3)
-    assert (get("poa_fetched_bytes_total", "street"), get("poa_fetched_bytes_total", "train")) == (101, 7)
+    assert (get("poa_fetched_bytes_total", "street"), get("poa_fetched_bytes_total", "train")) == (1001, 7)
+    assert (get("poa_cache_hits_total"), get("poa_cache_misses_total")) == (2, 1)
     assert (get("poa_fetch_retries_total", "server"), get("poa_fetch_wait_seconds_total")) == (1, 0.75)

@@ -155,8 +155,8 @@ def test_run_directory_of_another_experiment_fails(write, tmp_path, capsys):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text(path.read_text())
     assert main(["doctor", str(path)]) == 0
-    assert main(["doctor", str(path), "optim.layer_decay=0.5"]) == 1
-    assert "optim.layer_decay is 0.9 there and 0.5 here" in capsys.readouterr().out
+    assert main(["doctor", str(path), "heads.hidden_dim=96"]) == 1
+    assert "heads.hidden_dim is 64 there and 96 here" in capsys.readouterr().out
 
 
 def test_shards_of_the_evaluation_are_looked_at(write, digits, capsys):

@@ -69,11 +69,21 @@ def test_every_key_that_is_marked_exists_and_no_other_may_change(tmp_path):
     tree = parse_config({}).model_dump()
     for key in (*FREE_KEYS, *CHANGEABLE_KEYS):
         reduce(lambda node, name: node[name], key.split("."), tree)
-    named = ("epochs", "base_lr", "min_lr", "warmup_epochs", "schedule_fraction", "weight_decay", "ema")
+    named = (
+        "epochs",
+        "base_lr",
+        "layer_decay",
+        "patch_embed_lr_scale",
+        "min_lr",
+        "warmup_epochs",
+        "schedule_fraction",
+        "weight_decay",
+        "ema",
+    )
     assert {f"optim.{name}" for name in named} <= set(CHANGEABLE_KEYS)
     assert {"loss.ibot_weight", "loss.teacher_temp.end", "data.local_crops.scale", "data.blur"} <= set(CHANGEABLE_KEYS)
     fixed = ("model.family", "model.width.max", "heads.prototypes", "data.seed", "data.window", "optim.steps_per_epoch")
-    fixed += ("optim.layer_decay", "loss.centering")
+    fixed += ("model.mlp_ratio.max", "model.init_order", "model.block_importance", "loss.centering")
     assert not set(fixed) & {*FREE_KEYS, *CHANGEABLE_KEYS}
 
 

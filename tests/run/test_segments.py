@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from pipeline.data.mixing import Mix
-from pipeline.data.segments import segment_at, segment_of
+from pipeline.data.order import PLAIN, Order
+from pipeline.data.segments import order_of, segment_at, segment_of
 from pipeline.errors import UserError
 from pipeline.files import write_atomically
 from pipeline.run.segments import fingerprint, identity, settle_segments
@@ -16,9 +17,14 @@ def source(name: str, share: int, shards: int = 2) -> dict[str, Any]:
 
 
 def settle(
-    manifest: dict[str, Any], sources: list[dict[str, Any]], wanted: int = 0, samples: int = 0, forked: bool = False
+    manifest: dict[str, Any],
+    sources: list[dict[str, Any]],
+    wanted: int = 0,
+    samples: int = 0,
+    forked: bool = False,
+    order: Order = PLAIN,
 ) -> Any:
-    return settle_segments(manifest, sources, wanted, samples, 3, "runs/x", forked)
+    return settle_segments(manifest, sources, wanted, samples, 3, "runs/x", forked, order)
 
 
 AB = [source("a", 700), source("b", 300)]
@@ -81,3 +87,31 @@ def test_report_finds_the_segment_of_a_step(tmp_path: Path) -> None:
     write_atomically(tmp_path / "manifest.json", json.dumps({"segments": segments}))
     assert segment_at(tmp_path, 1299).number == 0
     assert segment_at(tmp_path, 1300).begin == 1300
+
+
+def test_other_lanes_or_pieces_want_a_segment_of_their_own_and_sources_begin_their_next_epoch() -> None:
+    """Of `a` (10 images) 350 are read after 500 samples, of `b` 150: 15 and 15 more epochs, whole ones."""
+    plain = {"segments": settle({}, AB)}
+    assert "order" not in plain["segments"][0], "as every version wrote it"
+    with pytest.raises(
+        UserError, match=r"1 lane of whole shards there and 4 lanes of pieces of 64 MB here .*segment=1"
+    ):
+        settle(plain, AB, samples=503, order=Order(4, 64))
+    segments = settle(plain, AB, wanted=1, samples=503, order=Order(4, 64))
+    used = Mix([700, 300], 3).used(503)
+    assert segment_of(segments[1]) == (1, 503, tuple(-(-count // 10) * 10 for count in used))
+    assert order_of(segments[1]) == (4, 64)
+    assert order_of(segments[0]) == (1, 0)
+    assert settle({"segments": segments}, AB, wanted=1, samples=900, order=Order(4, 64)) == segments
+
+
+def test_other_weights_in_lanes_go_on_in_every_lane() -> None:
+    order = Order(2, 0)
+    laned = settle({}, AB, order=order)
+    changed = settle({"segments": laned}, [source("a", 500), source("b", 500)], 1, 501, order=order)
+    used = Mix([700, 300], 3, lanes=2).used(501)
+    assert segment_of(json.loads(json.dumps(changed[1]))) == (1, 501, tuple(used))
+    assert sum(map(sum, used)) == 501
+    back = settle({"segments": changed}, [source("a", 500), source("b", 500)], 2, 501)
+    whole = [-(-max((taken - 1) * 2 + lane + 1 for lane, taken in enumerate(start)) // 10) * 10 for start in used]
+    assert segment_of(back[-1]) == (2, 501, tuple(whole))

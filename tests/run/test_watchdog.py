@@ -13,7 +13,7 @@ from typing import NamedTuple
 import pytest
 import yaml
 
-from pipeline.run.watchdog import Heartbeat, find_stopped
+from pipeline.run.watchdog import Heartbeat, Watchdog, find_stopped, read_heartbeats
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -140,3 +140,12 @@ def test_among_equals_the_rank_that_has_begun_the_fewest_collectives_is_the_one_
 
 def test_no_rank_is_blamed_when_all_wait():
     assert find_stopped([beat(0, 41, 1000.0), beat(1, 41, 999.0)], 5.0) == []
+
+
+def test_rank_that_waits_for_its_data_says_so_in_its_heartbeat(tmp_path):
+    watchdog = Watchdog(0, 1, 1000, waiting=lambda: "waiting for 312 s for s3://bucket/a.tar: 503")
+    watchdog.beat("data of step 7")
+    watchdog.share(tmp_path)
+    watchdog.stop()
+    (heartbeat,) = read_heartbeats(tmp_path, 1, besides=-1)
+    assert heartbeat.phase == "data of step 7, waiting for 312 s for s3://bucket/a.tar: 503"

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kernels.attention import attention
+from kernels.colours import REACH, Column, Normalisation, colour, table
 from kernels.distillation import Targets, column_sum, cross_entropy, row_logsumexp
 from kernels.optimizer import AdamWEma, Segment, Shard, Update
 from kernels.residual import add_rows, row_positions
@@ -106,6 +107,8 @@ def cases(shrunk: int) -> Iterator[tuple[str, Callable[[Checks], None]]]:
         ("Swin", 34000, 27200, 512, False, False),
     ):
         yield f"residual {name}", partial(_residual, less(tokens), less(kept), channels, scaled, per_row)
+    for name, crops, size in (("global", 100, 224), ("local", 400, 96)):
+        yield f"colours of {name} crops", partial(_colours, less(crops), max(size // shrunk, 2 * REACH))
     yield "optimizer", partial(_optimizer, less(1 << 26) + 3)
 
 
@@ -179,6 +182,23 @@ def _loss(
 def _exponents(logits: Tensor, col: Tensor | None) -> Tensor:
     scaled = logits.double() / TEACHER
     return scaled if col is None else scaled + col
+
+
+def _colours(crops: int, size: int, checks: Checks) -> None:
+    """Against the eager twin, which DALI's operators are compared with; a level may differ where a half is rounded."""
+    device = checks.stage.device
+    pixels = torch.randint(0, 256, (crops, size, size, 3), dtype=torch.uint8, device=device)
+    drawn = torch.rand(crops, len(Column))
+    drawn[:, Column.SOLARIZE :] = drawn[:, Column.SOLARIZE :].round()
+    drawn[:, [Column.CONTRAST, Column.BRIGHTNESS]] += 0.5
+    levels = Normalisation((0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255))
+    for hue in ("yiq", "hsv"):
+        drawn[:, Column.HUE] = 60 * torch.rand(crops) - 30
+        looked_up = table(drawn, hue).to(device)
+        found, expected = (
+            colour(pixels, looked_up, levels, dtype=torch.float32, impl=impl) for impl in (checks.stage.impl, "eager")
+        )
+        checks.compare(f"colours {crops}x{size}x{size} {hue}", found, expected.double(), 1e-3)
 
 
 def _sinkhorn(rows: list[int], prototypes: list[int], checks: Checks) -> None:

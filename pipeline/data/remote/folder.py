@@ -75,11 +75,11 @@ class RemoteShard:
     """Bytes of an object, read like those of an open file."""
 
     def __init__(self, store: Store, name: str) -> None:
-        self._store, self._name = store, name
+        self.store, self.name = store, name
 
     def read(self, offset: int, size: int) -> bytearray:
         """Raises SourceError: they cannot be had."""
-        return bytearray(self._store.read(self._name, offset, size))
+        return bytearray(self.store.read(self.name, offset, size))
 
 
 open_remote = functools.lru_cache(RemoteFolder)

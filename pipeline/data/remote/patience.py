@@ -5,7 +5,8 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 from pipeline.errors import UserError
@@ -13,6 +14,7 @@ from pipeline.errors import UserError
 PATIENCE = 600.0  # seconds
 _FIRST_WAIT, _LONGEST_WAIT = 0.2, 20.0
 _LOOK = 0.5  # seconds between two looks for a wish to stop
+_NOTABLE = 5.0  # seconds from which on a read is worth a word
 _PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR, errno.ECONNRESET, errno.ENFILE)
 
 T = TypeVar("T")
@@ -38,8 +40,10 @@ class Weather:
 
     Attributes:
         retries: further attempts by reason.
-        waited: seconds that reads from stores took, over all threads.
-        fetched: bytes of samples from stores, by name of the source.
+        waited: seconds that samples waited for reads from stores, over all threads.
+        fetched: bytes from stores, by name of the source.
+        hits, misses: samples that the node's cache had, or had not.
+        patience: seconds until what may pass is given up.
         stop_requested: not empty once the run was asked to stop; whoever waits then gives up.
     """
 
@@ -47,8 +51,11 @@ class Weather:
         self.retries: Counter[str] = Counter()
         self.waited = 0.0
         self.fetched: Counter[str] = Counter()
+        self.hits = self.misses = 0
+        self.patience: float | None = None
         self.stop_requested: Sequence[int] = ()
         self._lock = threading.Lock()
+        self._underway: dict[object, tuple[float, str]] = {}
 
     def retried(self, reason: str) -> None:
         with self._lock:
@@ -59,6 +66,33 @@ class Weather:
         with self._lock:
             self.fetched[source] += size
             self.waited += seconds
+
+    def kept(self, source: str, size: int) -> None:
+        """Bytes were read from a store ahead of their use."""
+        with self._lock:
+            self.fetched[source] += size
+
+    def looked_up(self, found: bool) -> None:
+        """A sample was looked for in the node's cache."""
+        with self._lock:
+            self.hits += found
+            self.misses += not found
+
+    @contextmanager
+    def reading(self, where: str) -> Iterator[Callable[[str], None]]:
+        """While something is read from `where`; gives what to tell of each fault."""
+        mark, began = object(), time.monotonic()
+        self._underway[mark] = began, where
+        try:
+            yield lambda fault: self._underway.update({mark: (began, f"{where}: {fault}")})
+        finally:
+            del self._underway[mark]
+
+    def longest(self) -> str:
+        """What has been waited for the longest, for whoever may take it for a hang; empty for nothing much."""
+        began, where = min(list(self._underway.values()), default=(time.monotonic(), ""))
+        seconds = time.monotonic() - began
+        return f"waiting for {seconds:.0f} s for {where}" if where and seconds > _NOTABLE else ""
 
 
 WEATHER = Weather()
@@ -76,37 +110,41 @@ def patiently(
     attempt: Callable[[], T],
     where: str,
     patience: float | None = None,
+    given_up: Callable[[], bool] = lambda: False,
 ) -> T:
     """What `attempt` gives, tried again after longer and longer waits while it raises `Passing`.
 
     Args:
         where: what is read, for messages.
-        patience: seconds until it is given up; `PATIENCE` by default.
+        patience: seconds until it is given up; that of the run by default, or `PATIENCE`.
+        given_up: whether nobody wants it any longer.
 
     Raises:
         SourceError: patience is spent, or the run was asked to stop.
     """
-    patience = PATIENCE if patience is None else patience
+    patience = next(seconds for seconds in (patience, WEATHER.patience, PATIENCE) if seconds is not None)
     began, wait = time.monotonic(), _FIRST_WAIT
     give_up = began + patience
-    while True:
-        try:
-            return attempt()
-        except Passing as fault:
-            pause = wait * random.uniform(0.5, 1.5)  # ranks that failed together must not come back together
-            if time.monotonic() + pause > give_up or not _wait(pause):
-                what = f"cannot be read after {time.monotonic() - began:.0f} s: {fault}"
-                fix = "start again when it can be reached"
-                raise SourceError(what, where, fix, passing=True) from fault
-            WEATHER.retried(fault.reason)
-            wait = min(2 * wait, _LONGEST_WAIT)
+    with WEATHER.reading(where) as tell:
+        while True:
+            try:
+                return attempt()
+            except Passing as fault:
+                tell(str(fault))
+                pause = wait * random.uniform(0.5, 1.5)  # ranks that failed together must not come back together
+                if time.monotonic() + pause > give_up or not _wait(pause, given_up):
+                    what = f"cannot be read after {time.monotonic() - began:.0f} s: {fault}"
+                    fix = "start again when it can be reached"
+                    raise SourceError(what, where, fix, passing=True) from fault
+                WEATHER.retried(fault.reason)
+                wait = min(2 * wait, _LONGEST_WAIT)
 
 
-def _wait(seconds: float) -> bool:
+def _wait(seconds: float, given_up: Callable[[], bool]) -> bool:
     """Let time pass; False as soon as the run is asked to stop, for then seconds count."""
     until = time.monotonic() + seconds
     while (left := until - time.monotonic()) > 0:
-        if WEATHER.stop_requested:
+        if WEATHER.stop_requested or given_up():
             return False
         time.sleep(min(left, _LOOK))
     return not WEATHER.stop_requested

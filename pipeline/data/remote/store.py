@@ -7,6 +7,7 @@ is of a fixed range, of at most `PART` bytes, under the version that was seen fi
 import functools
 import os
 import threading
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -52,8 +53,8 @@ class Store:
         self.size(name)
         return self._seen[name][1]
 
-    def read(self, name: str, start: int, size: int) -> bytes:
-        """Bytes of an object.
+    def read(self, name: str, start: int, size: int, given_up: Callable[[], bool] = lambda: False) -> bytes:
+        """Bytes of an object; `given_up` says whether nobody waits for them any longer.
 
         Raises:
             SourceError: it is gone, forbidden or not the one that was seen first, or patience is spent.
@@ -61,9 +62,9 @@ class Store:
         self.size(name)
         end = start + size
         ranges = [(begin, min(begin + PART, end)) for begin in range(start, end, PART)]
-        return b"".join(self._try(functools.partial(self._range, name, *part), name) for part in ranges)
+        return b"".join(self._try(functools.partial(self._range, name, *part), name, given_up) for part in ranges)
 
-    def _try(self, attempt: Any, name: str) -> Any:
+    def _try(self, attempt: Any, name: str, given_up: Callable[[], bool] = lambda: False) -> Any:
         def checked() -> Any:
             from obstore import exceptions
 
@@ -73,7 +74,7 @@ class Store:
                 raise _judge(error, exceptions, where) from error
 
         where = f"{self.url}/{name}"
-        return patiently(checked, where, self.patience)
+        return patiently(checked, where, self.patience, given_up)
 
     def _head(self, name: str) -> tuple[int, str | None]:
         found = self._store().head(name)

@@ -2,9 +2,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
-from pipeline.config.data import SourceConfig
+from pipeline.config.data import DataConfig, SourceConfig
 from pipeline.data.homes import known_classes
+from pipeline.data.loader import Loader
 from pipeline.data.patterns import list_shards
 from pipeline.data.reader import Dataset, SampleStream
 from pipeline.data.remote.folder import open_remote
@@ -145,3 +147,29 @@ def test_ledger_is_exact_over_three_epochs_and_any_history_of_ranks(folder: Path
     a, b = [r for r in used if r < 24], [r for r in used if r >= 24]
     assert [sorted(a[i : i + 24]) for i in range(0, 72, 24)] == [list(range(24))] * 3
     assert [sorted(b[i : i + 6]) for i in range(0, 18, 6)] == [list(range(24, 30))] * 3
+
+
+def test_loader_gives_the_same_crops_from_a_store_through_a_cache(
+    folder: Path, serve: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two ranks of a node that share a folder, over two epochs, beside two that read from a disk."""
+    server = serve(folder)
+    server.rate, server.faults = 0.15, ("e503", "reset", "cut", "short", "whole")
+    monkeypatch.setattr(WEATHER, "hits", 0)
+    monkeypatch.setattr(WEATHER, "misses", 0)
+    crops = {"global_crops": {"size": 32}, "local_crops": {"count": 2, "size": 16}, "threads": 1, "batch_size": 5}
+    tree = {**crops, "lanes": 2, "window": 1, "cache": {"folder": str(tmp_path / "node")}}
+
+    def ranks(where: object) -> list[Loader]:
+        data = DataConfig.model_validate({**tree, "train": pattern(where)})
+        return [Loader(data, rank=rank, world_size=2) for rank in range(2)]
+
+    here, there = ranks(folder), ranks(server.url)
+    for _ in range(6):
+        for one, other in zip(here, there, strict=True):
+            assert all(torch.equal(x, y) for x, y in zip(next(one), next(other), strict=True))
+    assert not any(loader.skipped for loader in there)
+    for loader in here + there:
+        loader.close()
+    assert WEATHER.hits + WEATHER.misses >= 60, "those of the disk are not looked for"
+    assert sorted(p.name for p in (tmp_path / "node").iterdir() if p.suffix == ".part") == []

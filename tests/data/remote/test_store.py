@@ -7,7 +7,7 @@ import pytest
 
 from pipeline.data.remote import patience
 from pipeline.data.remote import store as stores
-from pipeline.data.remote.patience import WEATHER, SourceError
+from pipeline.data.remote.patience import WEATHER, SourceError, Weather
 from pipeline.data.remote.store import Store, _brief
 
 CONTENT = np.random.default_rng(0).bytes(400_000)
@@ -82,3 +82,25 @@ def test_long_read_is_made_of_parts(server, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(stores, "PART", 1000)
     server.rate, server.faults = 0.2, ("e503", "short", "cut")
     assert Store(server.url).read("a.tar", 7, 4321) == CONTENT[7:4328]
+
+
+def test_what_is_waited_for_the_longest_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    weather = Weather()
+    with weather.reading("a.tar"):
+        assert weather.longest() == "", "a read of no time is worth no word"
+        monkeypatch.setattr(patience, "_NOTABLE", 0.0)
+        with weather.reading("b.tar") as tell:
+            tell("status code: 503")
+            assert weather.longest() == "waiting for 0 s for a.tar"
+    with weather.reading("b.tar") as tell:
+        tell("status code: 503")
+        assert weather.longest() == "waiting for 0 s for b.tar: status code: 503"
+    assert weather.longest() == ""
+
+
+def test_patience_of_the_run_goes_before_the_usual(server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(WEATHER, "patience", 0.0)
+    server.always["a.tar"] = "e503"
+    with pytest.raises(SourceError, match="cannot be read after 0 s"):
+        Store(server.url).size("a.tar")
+    assert server.met["e503"] == 1
