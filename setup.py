@@ -37,8 +37,11 @@ class WithDataFiles(Distribution):
 
 
 ONNX = ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5"]
+SINKS = {"wandb": ["wandb>=0.19"], "mlflow": ["mlflow-skinny>=2.20"]}
 DEVELOPMENT = [
     *ONNX,
+    *SINKS["mlflow"],
+    *SINKS["wandb"],
     "coverage>=7.6",
     "grafana-foundation-sdk",
     "import-linter>=2.3",
@@ -89,6 +92,6 @@ setup(
         "tqdm>=4.66",
         "webdataset>=0.2.100,<2",
     ],
-    extras_require={"dev": DEVELOPMENT, "onnx": ONNX},
+    extras_require={"dev": DEVELOPMENT, "onnx": ONNX, **SINKS},
     entry_points={"console_scripts": ["poa=pipeline.cli:main"]},
 )

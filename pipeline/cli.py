@@ -11,7 +11,21 @@ from collections.abc import Sequence
 from io import UnsupportedOperation
 from typing import Any, NoReturn
 
-from pipeline.commands import demo, doctor, eval, extract, plan, publish, report, select, shards, subnets, train, watch
+from pipeline.commands import (
+    demo,
+    doctor,
+    embed,
+    eval,
+    extract,
+    plan,
+    publish,
+    report,
+    select,
+    shards,
+    subnets,
+    train,
+    watch,
+)
 from pipeline.commands.streams import stdout_is_broken, steady_streams
 from pipeline.errors import UserError
 from pipeline.run.slurm_job import speaks_for_all
@@ -19,7 +33,7 @@ from pipeline.run.slurm_job import speaks_for_all
 EXIT_USER_ERROR = 2
 COMMANDS: dict[str, Any] = {
     module.__name__.rpartition(".")[2]: module
-    for module in (train, doctor, plan, shards, subnets, select, extract, publish, eval, report, watch, demo)
+    for module in (train, doctor, plan, shards, subnets, select, extract, publish, eval, embed, report, watch, demo)
 }
 """In the order of `poa --help`."""
 _FIXES = {

@@ -20,7 +20,7 @@ POA_CACHE=${POA_CACHE:-/var/tmp/poa-$UID}
 
 # slurm/site.sh may set these, and POA_CACHE
 POA_PYTHON=(python3) # e.g. (/path/to/venv/bin/python)
-POA_CONTAINER=()     # e.g. (apptainer exec --nv image.sif)
+POA_CONTAINER=()     # e.g. (apptainer exec --nv image.sif), or options of srun: (--container-image=image.sqsh)
 if [ -e "$POA_SLURM/site.sh" ]; then source "$POA_SLURM/site.sh"; fi
 
 job_field() { scontrol -o show job "$POA_JOB" 2>/dev/null | sed -n "s/.*\b$1=\([^ ]*\).*/\1/p"; }

@@ -9,9 +9,10 @@ export SBATCH_ACCOUNT=my_project
 
 # How to start Python on a compute node: a virtual environment ...
 POA_PYTHON=("${SLURM_SUBMIT_DIR:-$PWD}/.venv/bin/python")
-# ... or a container; it must see the checkout, the shards and the run directory.
-# POA_CONTAINER=(apptainer exec --nv --bind /scratch my_image.sif)
-# POA_PYTHON=(python3)
+# ... or a container (docs/cluster.md); it must see the checkout, the shards, the run directory and POA_CACHE.
+# POA_CONTAINER=(apptainer exec --nv --bind /scratch poa.sif)
+# POA_CONTAINER=(--container-image=/images/poa.sqsh --container-mounts=/scratch,/home)    # pyxis: options of srun
+# POA_PYTHON=(/opt/poa/bin/python)
 
 # A disk of each node for what torch.compile and Triton make; on /tmp, many sites remove it with the job.
 # POA_CACHE=/local/$USER/poa

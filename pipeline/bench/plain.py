@@ -93,14 +93,16 @@ class Plain:
         sizes = config.heads.prototypes
         self.center = {kind: [torch.zeros(k, dtype=dtype, device=device) for k in sizes] for kind in ("cls", "patch")}
 
-    def step(self, number: int, values: StepValues, inputs: Inputs, subnets: Sequence[Subnet]) -> dict[str, Tensor]:
+    def step(
+        self, number: int, values: StepValues, inputs: Inputs, subnets: Sequence[Subnet | None]
+    ) -> dict[str, Tensor]:
         """Train once.
 
         Args:
             number: steps before this one, the key of the random draws.
             values: of this step.
             inputs: batches of all ranks.
-            subnets: the elastic student of each rank.
+            subnets: the elastic student of each rank; None on all for the intact one alone.
 
         Returns:
             Loss terms by "term/branch", and "total".
@@ -113,17 +115,22 @@ class Plain:
         self._update(values)
         return {name: loss.detach() for name, loss in losses.items()}
 
-    def _losses(self, number: int, values: StepValues, inputs: Inputs, subnets: Sequence[Subnet]) -> dict[str, Tensor]:
-        loss, losses = self.config.loss, {}
+    def _losses(
+        self, number: int, values: StepValues, inputs: Inputs, subnets: Sequence[Subnet | None]
+    ) -> dict[str, Tensor]:
+        loss = self.config.loss
         targets = self._targets(inputs, values.teacher_temp)
         self.lap("teacher")
         full = [self.student.backbone.grid.largest] * len(subnets)
         intact = self._see(number, 0, inputs, full)
-        elastic = self._see(number, 1, inputs, subnets)
-        for name, seen in (("intact", intact), ("elastic", elastic)):
-            losses[f"dino/{name}"] = self._dino(seen, targets["cls"])
-            losses[f"ibot/{name}"] = self._ibot(seen, targets["patch"], inputs)
-            losses[f"koleo/{name}"] = _koleo(seen.cls)
+        losses = self._own("intact", intact, targets, inputs)
+        elastic_students = [subnet for subnet in subnets if subnet]
+        if not elastic_students:  # the objective of DINOv2
+            own = losses["dino/intact"] + loss.ibot_weight * losses["ibot/intact"]
+            losses["total"] = own + loss.koleo_weight * losses["koleo/intact"]
+            return losses
+        elastic = self._see(number, 1, inputs, elastic_students)
+        losses |= self._own("elastic", elastic, targets, inputs)
         for name, teach, learn in (
             ("distill_global", intact.global_, elastic.global_),
             ("distill_local", intact.local, elastic.local),
@@ -134,17 +141,25 @@ class Plain:
                     for t, s in zip(teach, learn, strict=True)
                 ]
             )
-        own = {
+        weighed = {
             name: losses[f"dino/{name}"] + loss.ibot_weight * losses[f"ibot/{name}"] for name in ("intact", "elastic")
         }
         distilled = losses["distill_global/elastic"] + losses["distill_local/elastic"]
         spread = (losses["koleo/intact"] + losses["koleo/elastic"]) / 2
         losses["total"] = (
-            loss.intact_weight * own["intact"]
-            + (1 - loss.intact_weight) * (own["elastic"] + distilled)
+            loss.intact_weight * weighed["intact"]
+            + (1 - loss.intact_weight) * (weighed["elastic"] + distilled)
             + loss.koleo_weight * spread
         )
         return losses
+
+    def _own(self, name: str, seen: Seen, targets: dict[str, PerHead], inputs: Inputs) -> dict[str, Tensor]:
+        """The terms of one student that know nothing of the other."""
+        return {
+            f"dino/{name}": self._dino(seen, targets["cls"]),
+            f"ibot/{name}": self._ibot(seen, targets["patch"], inputs),
+            f"koleo/{name}": _koleo(seen.cls),
+        }
 
     @torch.no_grad()
     def _targets(self, inputs: Inputs, temperature: float) -> dict[str, PerHead]:

@@ -106,8 +106,8 @@ class BenchTrainer(TensorTrainer):
         else:
             Trainer.start_data(self, sample)
 
-    def draw(self, step: int) -> Subnet:
-        return self.chosen or super().draw(step)
+    def draw(self, step: int) -> Subnet | None:
+        return None if self.config.sampling.alone else self.chosen or super().draw(step)
 
     def plain_inputs(self, batch: Batch, step: int, values: StepValues) -> Inputs:
         """A batch with the masks that this trainer would put on it."""

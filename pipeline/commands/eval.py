@@ -1,4 +1,4 @@
-"""`poa eval METHOD`: accuracy of frozen features, on one process or under torchrun or srun on many."""
+"""`poa eval METHOD`: quality of frozen features, on one process or under torchrun or srun on many."""
 
 import argparse
 import json
@@ -12,10 +12,11 @@ if TYPE_CHECKING:
 
 from pipeline.commands.arguments import add_json, path
 
-HELP = "k-NN or linear accuracy of sub-networks"
+HELP = "k-NN or linear accuracy, or segmentation, of sub-networks"
 _METHODS = {
     "knn": "20-nearest-neighbour accuracy (cosine, weights exp(similarity / 0.07))",
     "linear": "accuracy of a linear probe, regularisation chosen on a held-out fifth of the training samples",
+    "segment": "mIoU and pixel accuracy of linear and 30-NN segmentation on maps of features (shards with KEY.seg.png)",
 }
 
 
@@ -24,17 +25,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     methods = parser.add_subparsers(metavar="METHOD", required=True)
     for method, text in _METHODS.items():
         sub = methods.add_parser(method, help=text, description=text)
+        kind = "masked" if method == "segment" else "labelled"
         sub.add_argument(
             "path", metavar="RUN|MODEL_DIR", type=path, help="run directory, or a directory that timm can load"
         )
-        sub.add_argument("--train", metavar="SHARDS", type=path, nargs="+", help="labelled shards; default: the run's")
-        sub.add_argument("--val", metavar="SHARDS", type=path, nargs="+", help="labelled shards; default: the run's")
+        sub.add_argument("--train", metavar="SHARDS", type=path, nargs="+", help=f"{kind} shards; default: the run's")
+        sub.add_argument("--val", metavar="SHARDS", type=path, nargs="+", help=f"{kind} shards; default: the run's")
         sub.add_argument("--subnets", metavar="NAME,...|all", nargs="+", help="default: smallest, largest, paper's")
         sub.add_argument("--branch", choices=("teacher", "student"), default="teacher", help="default: %(default)s")
         sub.add_argument("--untrained", action="store_true", help="also the same networks before training")
-        sub.add_argument("--pixels", action="store_true", help="also raw 32x32 pixels, as a yardstick")
+        if method != "segment":
+            sub.add_argument("--pixels", action="store_true", help="also raw 32x32 pixels, as a yardstick")
         add_json(sub)
-        sub.set_defaults(method=method)
+        sub.set_defaults(method=method, pixels=False)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     build.add_argument(
         "--val-fraction", type=float, metavar="F", help="share for val-*.tar (default: the source's own)"
     )
+    build.add_argument("--masks", metavar="DIR", help="segmentation masks under the images' names, kept as KEY.seg.png")
     build.add_argument("--download", action="store_true", help="let torchvision fetch its files")
     add_json(build)
     build.set_defaults(action=_build)
@@ -59,6 +60,7 @@ def _build(args: argparse.Namespace) -> int:
             shorter_side=args.shorter_side,
             seed=args.seed,
             val_fraction=args.val_fraction,
+            masks=args.masks,
             download=args.download,
         )
     if args.json:

@@ -219,6 +219,21 @@ class ModelConfig(Section):
             )
         return self
 
+    def alone(
+        self, width: int | None = None, depths: tuple[int, ...] | None = None, ratio: int | None = None
+    ) -> "ModelConfig":
+        """The grid that holds nothing but one network of this one, the largest if none is named."""
+        width, ratio = width or self.width.max, ratio or self.mlp_ratio.max
+        listed = list(depths) if depths and not self.one_stage else depths[0] if depths else self.depth.max
+        return self.model_copy(
+            update={
+                "width": Span(min=width, max=width, step=self.width.step),
+                "depth": DepthSpan(min=listed, max=listed, step=self.depth.step),
+                "mlp_ratio": Span(min=ratio, max=ratio, step=self.mlp_ratio.step),
+                "block_importance": None if depths else self.block_importance,
+            }
+        )
+
     @property
     def one_stage(self) -> bool:
         """Whether all blocks are alike, over tokens of one size."""

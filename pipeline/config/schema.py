@@ -3,7 +3,7 @@
 import re
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from pipeline.config.data import DataConfig
 from pipeline.config.engine import EngineConfig, KernelsConfig
@@ -21,7 +21,14 @@ class SamplingConfig(Section):
     """How often and to which rank each sub-network is given."""
 
     small_bias: float = Field(3, ge=1)
-    assignment: Literal["balanced", "independent", "shared"] = "balanced"
+    assignment: Literal["balanced", "independent", "shared", "none"] = Field(
+        "balanced", description="none: the largest network trains alone, without an elastic student"
+    )
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is no elastic student."""
+        return self.assignment == "none"
 
 
 class HeadsConfig(Section):
@@ -155,6 +162,8 @@ class MetricsConfig(Section):
     targets_dir: PathText | None = None
     health_every_steps: int = Field(50, gt=0, description="how often to look at targets and features")
     tensorboard: bool = True
+    wandb: str | None = Field(None, min_length=1, description="project of Weights & Biases to log to as well")
+    mlflow: str | None = Field(None, min_length=1, description="experiment of MLflow to log to as well")
 
     @field_validator("host")
     @classmethod
@@ -205,6 +214,18 @@ class ExperimentConfig(Section):
         if isinstance(source, str) and source and not _brings_heads(source) and isinstance(optim, dict):
             return {**values, "optim": {"head_warmup_epochs": 1, **optim}}
         return values
+
+    @model_validator(mode="before")
+    @classmethod
+    def _alone_is_a_grid_of_one(cls, values: Any) -> Any:
+        """With `sampling.assignment: none` no other network is trained, so that there is none to list or to extract."""
+        sampling = values.get("sampling") if isinstance(values, dict) else None
+        if not isinstance(sampling, dict) or sampling.get("assignment") != "none":
+            return values
+        try:
+            return {**values, "model": ModelConfig.model_validate(values.get("model") or {}).alone()}
+        except ValidationError:  # it is about to be told, by the name of its key
+            return values
 
     def with_model(self, **values: Any) -> "ExperimentConfig":
         """This experiment with other values of keys of `model`, checked."""

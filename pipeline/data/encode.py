@@ -64,11 +64,17 @@ def _readable_format(content: bytes, decoded: Decoded) -> str | None:
 def _shrink(image: "Image.Image", shorter_side: int | None) -> "Image.Image":
     from PIL import Image
 
-    if shorter_side is None or min(image.size) <= shorter_side:
-        return image
-    scale = shorter_side / min(image.size)
-    width, height = (max(round(side * scale), shorter_side) for side in image.size)
-    return image.resize((width, height), Image.Resampling.BICUBIC)
+    size = shrunk(image.size, shorter_side)
+    return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
+
+
+def shrunk(size: tuple[int, int], shorter_side: int | None) -> tuple[int, int]:
+    """What becomes of a size when the shorter side must not have more pixels."""
+    if shorter_side is None or min(size) <= shorter_side:
+        return size
+    scale = shorter_side / min(size)
+    width, height = (max(round(side * scale), shorter_side) for side in size)
+    return width, height
 
 
 def _as_file(image: "Image.Image", format_: str) -> bytes:

@@ -56,6 +56,10 @@ class EvalImages:
         inspect(data, self.max_pixels)
         return self.transform(decode(data))
 
+    def sample(self, record: int) -> tuple[int, Tensor]:
+        """Label and image of a record; raises as `label` and `load` do."""
+        return self.label(record), self.load(record)
+
     def label(self, record: int) -> int:
         """The class index.
 

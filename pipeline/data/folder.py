@@ -3,11 +3,12 @@
 import errno
 import os
 import stat
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pipeline.data.aside import is_partial
 from pipeline.data.items import Item, Source
+from pipeline.data.mask_files import MASK, read_mask
 from pipeline.data.names import escape
 from pipeline.errors import UserError
 
@@ -47,6 +48,7 @@ class _Found:
     """Names below the root, in the order of the walk."""
 
     root: Path
+    masks: Path | None = None
     images: list[Path] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)
 
@@ -54,10 +56,13 @@ class _Found:
         self.ignored.append(escape(str(path.relative_to(self.root))) + (f" ({why})" if why else ""))
 
 
-def open_folder(root: Path) -> Source:
+def open_folder(root: Path, masks: Path | None = None) -> Source:
     """Class sub-folders (the first level below `root`) give labels if every image lies in one.
 
     Links are followed. Hidden files and folders, and those that systems leave behind, are not looked into.
+
+    Args:
+        masks: a folder with a mask for each image, under the image's own path but for the suffix.
 
     Raises:
         UserError: there is no such folder, it cannot be read, holds no images, or holds whole splits.
@@ -65,7 +70,9 @@ def open_folder(root: Path) -> Source:
     if not stat.S_ISDIR(_mode(root)):
         what = "a file, not a folder" if _mode(root) else "no such folder"
         raise UserError(what, str(root), "name a folder of images, sklearn:digits or torchvision:CLASS")
-    found = _Found(root)
+    if masks is not None:
+        _require_masks(root, masks)
+    found = _Found(root, masks)
     _walk(root, found, ())
     images = found.images
     if not images:
@@ -74,7 +81,7 @@ def open_folder(root: Path) -> Source:
     loose = next((path for path in images if len(path.parts) == 1), None)
     classes = sorted({path.parts[0] for path in images}) if loose is None else None
     number = {name: i for i, name in enumerate(classes or [])}
-    items = [_file_item(root, path, number.get(path.parts[0])) for path in images]
+    items = [_file_item(root, path, number.get(path.parts[0]), masks) for path in images]
     no_labels = None
     if loose is not None and any(len(path.parts) > 1 for path in images):
         no_labels = f"{escape(str(loose))} lies in no class folder"
@@ -113,6 +120,8 @@ def _walk(folder: Path, found: _Found, above: tuple[tuple[int, int], ...]) -> No
     for path in subfolders:
         if path.name.lower() in _SYSTEM:
             found.ignore(path, "a system's folder")
+        elif found.masks is not None and found.masks.samefile(path):
+            found.ignore(path, "the masks")
         else:
             _walk(path, found, (*above, here))
     if len(above) == 1 and len(found.images) == count:
@@ -144,8 +153,16 @@ def _refuse_splits(root: Path, images: list[Path]) -> None:
         raise UserError(f"the folders are splits, not classes: {', '.join(tops)}", str(root), fix)
 
 
-def _file_item(root: Path, path: Path, label: int | None) -> Item:
-    return Item(escape(str(path)), lambda: ((root / path).read_bytes(), label))
+def _require_masks(root: Path, masks: Path) -> None:
+    if not stat.S_ISDIR(_mode(masks)):
+        raise UserError("no such folder of masks", str(masks), "name the folder that holds them")
+    if masks.samefile(root):
+        raise UserError("the masks lie among the images", str(masks), "keep them in a folder of their own")
+
+
+def _file_item(root: Path, path: Path, label: int | None, masks: Path | None) -> Item:
+    item = Item(escape(str(path)), lambda: ((root / path).read_bytes(), label))
+    return item if masks is None else replace(item, others=lambda: {MASK: read_mask(masks, path)})
 
 
 def _unreadable(folder: Path, error: OSError) -> UserError:

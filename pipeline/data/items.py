@@ -12,11 +12,13 @@ if TYPE_CHECKING:
 class Item:
     """One image to pack. `load` gives the encoded file, or an image that was never one, and its label.
 
-    `name` stands on one line (`names.escape`). `load` raises BadImage or OSError where there is no image.
+    `name` stands on one line (`names.escape`). `others` gives the sample's further files by extension (`seg.png`: its
+    mask, `txt`: its caption). Both raise BadImage or OSError where there is nothing to be had.
     """
 
     name: str
     load: Callable[[], "tuple[bytes | Image.Image, int | None]"]
+    others: Callable[[], Mapping[str, bytes]] = dict
 
 
 @dataclass(frozen=True)

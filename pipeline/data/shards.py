@@ -13,10 +13,12 @@ from typing import Any, TypeVar
 from pipeline.data import indexes, tars
 from pipeline.data.aside import new_folder
 from pipeline.data.catalog import CATALOG, write_catalog
+from pipeline.data.decoders import NO_LIMIT
 from pipeline.data.encode import encode
-from pipeline.data.images import BadImage
+from pipeline.data.images import BadImage, inspect
 from pipeline.data.items import Item, Source
 from pipeline.data.labels import CLASSES
+from pipeline.data.mask_files import MASK, encode_mask
 from pipeline.data.names import escape
 from pipeline.data.patterns import expand_shards
 from pipeline.data.philox import Purpose, philox
@@ -86,6 +88,7 @@ def build(
     shorter_side: int | None = None,
     seed: int = 0,
     val_fraction: float | None = None,
+    masks: str | Path | None = None,
     download: bool = False,
     progress: bool = True,
 ) -> BuildReport:
@@ -100,6 +103,8 @@ def build(
         per_shard: samples in a shard.
         shorter_side: larger images are shrunk to this many pixels.
         val_fraction: share that becomes `val`; by default 0.2 of the digits, 0 of a folder, torchvision's own split.
+        masks: a folder of segmentation masks, each under its image's path but for the suffix; they are packed as
+            `KEY.seg.png` (see `mask_files`), and an image without one is left out.
         download: let torchvision fetch its files.
         progress: show a bar on standard error.
 
@@ -108,9 +113,10 @@ def build(
     """
     _check_options(per_shard, shorter_side, seed, val_fraction)
     with new_folder(destination) as folder:
-        opened = open_source(source, download)
+        opened = open_source(source, download, None if masks is None else str(masks))
         splits = _split_and_shuffle(opened, val_fraction, seed)
-        options = {"per_shard": per_shard, "shorter_side": shorter_side, "seed": seed, "val_fraction": val_fraction}
+        options: dict[str, Any] = {"per_shard": per_shard, "shorter_side": shorter_side, "seed": seed}
+        options |= {"val_fraction": val_fraction} | ({} if masks is None else {"masks": escape(str(masks))})
         report = BuildReport(escape(source), options, classes=opened.classes, ignored=opened.ignored)
         report.no_labels = opened.no_labels
         _pack(splits, folder, report, progress)
@@ -213,11 +219,15 @@ def _sample(item: Item, shorter_side: int | None) -> dict[str, bytes] | str:
     try:
         content, label = item.load()
         extension, data = encode(content, shorter_side)
+        others = dict(item.others())
+        if MASK in others:
+            rows, cols = inspect(data, NO_LIMIT).size
+            others[MASK] = encode_mask(others[MASK], (cols, rows), shorter_side)
     except BadImage as error:
         return error.reason
     except OSError as error:
         return error.strerror or "read"
-    return {extension: data} if label is None else {extension: data, "cls": str(label).encode()}
+    return {extension: data, **({} if label is None else {"cls": str(label).encode()}), **others}
 
 
 def in_order(pool: ThreadPoolExecutor, work: Callable[[T], R], items: Iterable[T]) -> Iterator[tuple[T, R]]:

@@ -15,16 +15,19 @@ from pipeline.data.names import escape
 from pipeline.errors import UserError
 
 
-def open_source(source: str, download: bool = False) -> Source:
+def open_source(source: str, download: bool = False, masks: str | None = None) -> Source:
     """Open `sklearn:digits`, `torchvision:CLASS[:ROOT]` (ROOT: `data/torchvision`) or a folder.
 
     Args:
         download: let torchvision fetch what is not in ROOT.
+        masks: see `folder.open_folder`.
 
     Raises:
         UserError: there is no such source, or it holds no images.
     """
     kind, _, rest = source.partition(":")
+    if masks is not None and kind in ("sklearn", "torchvision"):
+        raise UserError("masks belong to a folder of images", "--masks", f"leave it out for {source}")
     if kind == "sklearn":
         return _digits(rest)
     if kind == "torchvision":
@@ -32,7 +35,7 @@ def open_source(source: str, download: bool = False) -> Source:
         return _torchvision(name, root or "data/torchvision", download)
     if "://" in source:
         raise UserError("a remote address, but images are read from local files", source, "copy them to a disk")
-    return open_folder(Path(source))
+    return open_folder(Path(source), None if masks is None else Path(masks))
 
 
 def _digits(name: str) -> Source:

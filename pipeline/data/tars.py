@@ -52,6 +52,11 @@ class Sample(NamedTuple):
         return self._first(("cls",))
 
     @property
+    def mask(self) -> Member | None:
+        """Its segmentation mask, as `mask_files.encode_mask` wrote it."""
+        return self._first(("seg.png",))
+
+    @property
     def why_no_image(self) -> str:
         """What the extensions are, where none of them is an image's."""
         if self.dotted:

@@ -110,7 +110,7 @@ def masked_patches(config: ExperimentConfig) -> float:
     return config.loss.mask_probability * (low + high) / 2 * _patch_tokens(config.model)
 
 
-def step_flops(config: ExperimentConfig, subnet: Subnet, masked: float | None = None) -> StepFlops:
+def step_flops(config: ExperimentConfig, subnet: Subnet | None, masked: float | None = None) -> StepFlops:
     """FLOPs of one step on one rank: both crop kinds, heads included.
 
     The backward pass costs twice the forward pass, less the gradient of the images. Stochastic depth saves the branches
@@ -118,7 +118,7 @@ def step_flops(config: ExperimentConfig, subnet: Subnet, masked: float | None = 
 
     Args:
         config: the experiment.
-        subnet: the elastic student.
+        subnet: the elastic student, if there is one.
         masked: patches per global crop that take part in iBOT; `masked_patches(config)` if None.
     """
     images, model = config.data.batch_size, config.model
@@ -138,7 +138,7 @@ def step_flops(config: ExperimentConfig, subnet: Subnet, masked: float | None = 
     if config.loss.anchor_weight:
         teacher *= 2  # the frozen network that features are held to sees what the teacher sees, without heads
     teacher += global_rows * head_flops(config.heads, feature_dim(model, largest))
-    return StepFlops(teacher, student(largest), student(subnet))
+    return StepFlops(teacher, student(largest), student(subnet) if subnet else 0.0)
 
 
 def _patch_tokens(config: ModelConfig) -> int:

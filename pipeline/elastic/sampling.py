@@ -1,5 +1,6 @@
 """Which sub-network each rank trains at each step: a pure function of (seed, step, rank)."""
 
+from collections import Counter
 from collections.abc import Callable
 from functools import lru_cache
 from math import gcd
@@ -23,11 +24,13 @@ class SubnetSampler:
       frequencies hold for any R: the sorted entries are walked up, down, up ..., which closes the last group with
       neighbours instead of joining the dearest entries to the cheapest.
 
+    * `none`: there is no elastic student; nothing is drawn.
+
     Args:
         grid: sub-networks and their multiplicities.
         cost: what balanced groups are sorted by, such as the FLOPs of a sub-network.
         world_size: number of ranks.
-        assignment: "balanced", "independent" or "shared".
+        assignment: "balanced", "independent", "shared" or "none".
         seed: any non-negative integer.
 
     Raises:
@@ -37,8 +40,8 @@ class SubnetSampler:
     def __init__(
         self, grid: Grid, cost: Callable[[Subnet], float], world_size: int, assignment: str = "balanced", seed: int = 0
     ):
-        if assignment not in ASSIGNMENTS:
-            raise ValueError(f"assignment: expected one of {', '.join(ASSIGNMENTS)}, got {assignment!r}")
+        if assignment not in (*ASSIGNMENTS, "none"):
+            raise ValueError(f"assignment: expected one of {', '.join(ASSIGNMENTS)}, none, got {assignment!r}")
         drawn = [subnet for subnet in grid.subnets if subnet != grid.largest] or [grid.largest]
         drawn.sort(key=lambda subnet: (cost(subnet), subnet))
         self.entries = tuple(subnet for subnet in drawn for _ in range(grid.multiplicity(subnet)))
@@ -53,8 +56,10 @@ class SubnetSampler:
         n = len(self.entries)
         return n // gcd(n, self.world_size) if self.assignment == "balanced" else n
 
-    def draw(self, step: int, rank: int) -> Subnet:
-        """The sub-network of `rank` at `step`."""
+    def draw(self, step: int, rank: int) -> Subnet | None:
+        """The sub-network of `rank` at `step`, if there is an elastic student."""
+        if self.assignment == "none":
+            return None
         cycle, position = divmod(step, self.cycle_steps)
         if self.assignment == "balanced":
             group = int(self._permutation("groups", cycle, self.cycle_steps)[position])
@@ -62,6 +67,23 @@ class SubnetSampler:
             return self._snake(group * self.world_size + member)
         stream = rank if self.assignment == "independent" else 0
         return self.entries[self._permutation(f"rank {stream}", cycle, len(self.entries))[position]]
+
+    def counts(self, begin: int, end: int) -> Counter[Subnet]:
+        """How often each sub-network is drawn in the steps from `begin` to before `end`, counted over the ranks."""
+        found: Counter[Subnet] = Counter()
+        if self.assignment == "none":
+            return found
+        first, last = (
+            -(-begin // self.cycle_steps),
+            end // self.cycle_steps,
+        )  # whole cycles, of which every one is alike
+        whole = range(first * self.cycle_steps, last * self.cycle_steps) if first < last else range(end, end)
+        per_cycle = self.cycle_steps * self.world_size // len(self.entries)
+        for subnet, entries in Counter(self.entries).items():
+            found[subnet] = entries * per_cycle * max(last - first, 0)
+        for step in (*range(begin, whole.start), *range(whole.stop, end)):
+            found.update(drawn for rank in range(self.world_size) if (drawn := self.draw(step, rank)))
+        return found
 
     def _snake(self, position: int) -> Subnet:
         lap, place = divmod(position, len(self.entries))

@@ -29,7 +29,7 @@ class Own:
         stop: it was asked to stop.
         skipped: samples it left out since the last step.
         flops: of its networks in this step.
-        band: cost band of its elastic student.
+        band: cost band of its elastic student, if it has one.
         parts_saved: `Checkpoints.parts_finished`.
         no_data: it could not get its batch and trained on something else.
     """
@@ -37,7 +37,7 @@ class Own:
     stop: bool
     skipped: int
     flops: float
-    band: int
+    band: int | None
     parts_saved: int
     no_data: bool = False
 
@@ -47,7 +47,8 @@ class Agreement:
     """What every rank knows of a step.
 
     Attributes:
-        losses: mean over ranks by "term/branch", and "total"; NaN where one is not finite.
+        losses: mean over ranks by "term/branch", and "total"; NaN where one is not finite. Without elastic students
+            there are no terms of theirs.
         gradient_norms: before clipping, by module.
         bad: values that were not finite on some rank, the causes before what follows from them.
         stop: some rank was asked to stop.
@@ -98,10 +99,12 @@ class Agreed:
         squares = dict(zip(MODULES, sums["squares"], strict=True))
         infinite = {name for name, ranks in zip(_NAMES, sums["not_finite"], strict=True) if ranks}
         stop, skipped, flops, parts_saved = sums["counts"]
+        elastic = sum(sums["band_steps"]) > 0
         return Agreement(
             losses={
                 name: math.nan if name in infinite else total / dist.get_world_size()
                 for name, total in zip(_NAMES, sums["losses"], strict=True)
+                if elastic or not name.endswith("/elastic")
             },
             gradient_norms={module: math.sqrt(s) if s >= 0 else math.nan for module, s in squares.items()},
             bad=_causes(infinite, squares),

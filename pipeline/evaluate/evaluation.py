@@ -1,15 +1,13 @@
 """One evaluation: targets, their features, and what a classifier makes of them."""
 
 import json
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from pipeline.data.eval_images import MAX_PIXELS, EvalImages
 from pipeline.data.homes import known_classes
@@ -22,29 +20,16 @@ from pipeline.errors import UserError
 from pipeline.evaluate.features import LabelledFeatures, extract_features
 from pipeline.evaluate.knn import knn_accuracy
 from pipeline.evaluate.linear import linear_accuracy
+from pipeline.evaluate.segmentation import Segmentation
+from pipeline.evaluate.spread import decoding_threads, everywhere, number, sum_counts, total
 from pipeline.evaluate.targets import PIXELS, UNTRAINED, Target, directory_target, is_run, pixels_target, run_target
 from pipeline.files import require_writable, write_atomically
 from pipeline.models.loading import RunModels, run_config
 from pipeline.models.results import Results, read_results
 
-T = TypeVar("T")
 _GROUP_BYTES = 4 << 30
-
-
-class Classifier(Protocol):
-    def __call__(
-        self,
-        train: Tensor,
-        train_labels: Tensor,
-        val: Tensor,
-        val_labels: Tensor,
-        *,
-        ranks: Ranks | None,
-        device: torch.device | str,
-    ) -> dict[str, Any]: ...
-
-
-METHODS: dict[str, Classifier] = {"knn": knn_accuracy, "linear": linear_accuracy}
+QUALITIES = ("accuracy", "miou", "knn_accuracy", "knn_miou")
+"""What is compared with the untrained network, of what an entry has."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +37,7 @@ class Evaluation:
     """How and on what to evaluate.
 
     Attributes:
-        method: key of `METHODS`.
+        method: "knn" or "linear".
         train, val: labelled shards.
         ranks: processes that share the work; None for this one alone.
         progress: show progress bars.
@@ -104,9 +89,10 @@ class Evaluation:
                 for shards in (self.train, self.val)
             ]
 
-        images = _everywhere(self.ranks, open_images)
-        threads = _threads(self.ranks)
-        for group in target.groups(sum(map(len, images)), _GROUP_BYTES):
+        images = everywhere(self.ranks, open_images)
+        threads = decoding_threads(self.ranks)
+        held = -(-sum(map(len, images)) // (self.ranks.world_size if self.ranks else 1))
+        for group in target.groups(held, _GROUP_BYTES):
             models = {candidate.name: candidate.load() for candidate in group}
             train, val = (
                 extract_features(
@@ -117,20 +103,24 @@ class Evaluation:
                     threads=threads,
                     progress=self.progress,
                     alive=self.alive,
+                    gather=False,
                 )
                 for source in images
             )
-            _require_samples(train, images[0].dataset)
-            _require_samples(val, images[1].dataset)
+            counts = [
+                _require_samples(share, source.dataset, self.ranks)
+                for share, source in zip((train, val), images, strict=True)
+            ]
+            skipped = [sum_counts(share.skipped, self.ranks) for share in (train, val)]
             results: Results = {}
             for candidate in group:
                 score = self._classify(candidate.name, train, val)
                 self.alive()
                 results[candidate.name] = {
                     **score,
-                    "train_images": len(train.labels),
-                    "val_images": len(val.labels),
-                    "skipped": {"train": dict(train.skipped), "val": dict(val.skipped)},
+                    "train_images": counts[0],
+                    "val_images": counts[1],
+                    "skipped": {"train": skipped[0], "val": skipped[1]},
                     "params": candidate.params,
                     "gflops": candidate.gflops,
                     **candidate.origin,
@@ -140,8 +130,12 @@ class Evaluation:
     def _classify(self, name: str, train: LabelledFeatures, val: LabelledFeatures) -> dict[str, Any]:
         x, queries = train.features[name], val.features[name]
         if name == PIXELS:
-            x, queries = x - x.mean(0), queries - x.mean(0)
-        return METHODS[self.method](x, train.labels, queries, val.labels, ranks=self.ranks, device=self.device)
+            mean = total(x.sum(0).to(self.device), self.ranks).cpu() / number(len(x), self.ranks)
+            x, queries = x - mean, queries - mean
+        together: Any = {"ranks": self.ranks, "device": self.device}
+        if self.method == "linear":
+            return linear_accuracy(x, train.labels, queries, val.labels, records=train.records, **together)
+        return knn_accuracy(x, train.labels, queries, val.labels, **together)
 
 
 @dataclass(frozen=True)
@@ -150,8 +144,8 @@ class Request:
 
     Attributes:
         path: a run directory, or a directory that timm can load.
-        method: "knn" or "linear".
-        train, val: labelled shards; a run's own eval.train (data.train) and eval.val (data.val) by default.
+        method: "knn", "linear" or "segment".
+        train, val: shards with labels or masks; a run's own eval.train (data.train) and eval.val (data.val) by default.
         subnets: names, "all", or None for the smallest, the largest and the paper's sizes.
         branch: "teacher" or "student".
         untrained: add `untrained_accuracy`, of the same architectures as the run initialised them.
@@ -171,7 +165,7 @@ class Request:
 
 
 def evaluate(request: Request, ranks: Ranks | None = None, progress: bool = False) -> Results:
-    """Accuracy of frozen features: of sub-networks of a run, or of one model directory.
+    """Quality of frozen features: of sub-networks of a run, or of one model directory.
 
     Results of a run are also written to `RUN/eval/METHOD.json`, beside earlier ones of the same checkpoint and data,
     after every group of networks that fits into memory.
@@ -182,13 +176,15 @@ def evaluate(request: Request, ranks: Ranks | None = None, progress: bool = Fals
         progress: show progress bars on standard error.
 
     Returns:
-        By name: accuracy (a fraction of 1), what the method adds, train_images, val_images, params, gflops, ...
+        By name: accuracy (a fraction of 1; of pixels, where masks are judged), what the method adds, train_images,
+        val_images, params, gflops, ...
 
     Raises:
         UserError: the path, a sub-network or the shards are not usable.
     """
-    evaluation, target = _everywhere(ranks, lambda: _prepare(request, ranks, progress))
-    warn_of_doubt(evaluation)
+    evaluation, target = everywhere(ranks, lambda: _prepare(request, ranks, progress))
+    if isinstance(evaluation, Evaluation):
+        warn_of_doubt(evaluation)
     data = {"train": patterns_of(evaluation.train), "val": patterns_of(evaluation.val)}
     path = request.path / "eval" / f"{request.method}.json"
     keeps = is_run(request.path) and (ranks is None or ranks.is_main)
@@ -203,13 +199,14 @@ def evaluate(request: Request, ranks: Ranks | None = None, progress: bool = Fals
         target = Target([c for c in target.candidates if c.name not in results], target.preprocessing)
     for found in evaluation.groups(target) if target.candidates else ():
         trained = {name: entry | data for name, entry in found.items() if not name.startswith(UNTRAINED)}
-        fresh = {name: entry["accuracy"] for name, entry in found.items() if name.startswith(UNTRAINED)}
         results |= trained
-        for name, accuracy in fresh.items():
-            results[name.removeprefix(UNTRAINED)]["untrained_accuracy"] = accuracy
+        for name, entry in found.items():
+            if name.startswith(UNTRAINED):
+                of_trained = results[name.removeprefix(UNTRAINED)]
+                of_trained |= {f"untrained_{key}": entry[key] for key in QUALITIES if key in entry}
         if keeps and trained:
             _record(path, trained)
-    if request.pixels:
+    if request.pixels and isinstance(evaluation, Evaluation):
         yardstick = evaluation.run(pixels_target())[PIXELS]["accuracy"]
         for entry in results.values():
             entry["pixels_accuracy"] = yardstick
@@ -224,17 +221,17 @@ def warn_of_doubt(evaluation: Evaluation) -> None:
     Raises:
         UserError: see `Evaluation.numbering`; on every rank alike.
     """
-    doubt = _everywhere(evaluation.ranks, evaluation.numbering).doubt
+    doubt = everywhere(evaluation.ranks, evaluation.numbering).doubt
     if doubt and (evaluation.ranks is None or evaluation.ranks.is_main):
         print(f"warning: {doubt}", file=sys.stderr)
 
 
-def _prepare(request: Request, ranks: Ranks | None, progress: bool) -> tuple[Evaluation, Target]:
+def _prepare(request: Request, ranks: Ranks | None, progress: bool) -> tuple[Evaluation | Segmentation, Target]:
     path, train, val = request.path, request.train, request.val
     if not is_run(path):
         if request.subnets is not None or request.untrained:
             raise UserError("this is one model, not a run", str(path), "leave out --subnets and --untrained")
-        return Evaluation(request.method, *_shards(train, val), ranks, progress), directory_target(path)
+        return _judge(request.method, *_shards(train, val), ranks, progress), directory_target(path)
     config = run_config(path)
     shards = _shards(train, val, config.eval.train or config.data.train, config.eval.val or config.data.val)
     target = run_target(RunModels.open(path, request.branch), request.subnets, request.branch)
@@ -242,16 +239,11 @@ def _prepare(request: Request, ranks: Ranks | None, progress: bool) -> tuple[Eva
         same = [candidate.name for candidate in target.candidates]
         fresh = run_target(RunModels.untrained(config, path), same, request.branch)
         target = Target([*target.candidates, *fresh.candidates], target.preprocessing)
-    return Evaluation(request.method, *shards, ranks, progress, config.data.max_pixels), target
+    return _judge(request.method, *shards, ranks, progress, config.data.max_pixels), target
 
 
-def _everywhere(ranks: Ranks | None, make: Callable[[], T]) -> T:
-    """What `make` makes, once it has succeeded on every rank; an error on one is raised on all."""
-    if ranks is None:
-        return make()
-    made: list[T] = []
-    ranks.together(lambda: made.append(make()))
-    return made[0]
+def _judge(method: str, *others: Any) -> Evaluation | Segmentation:
+    return Segmentation(*others) if method == "segment" else Evaluation(method, *others)
 
 
 def _shards(
@@ -266,17 +258,15 @@ def _named(name: str, shards: Shards | None) -> Shards:
     return shards
 
 
-def _require_samples(features: LabelledFeatures, dataset: Dataset) -> None:
-    if not len(features.labels):
-        reasons = ", ".join(f"{count} {reason}" for reason, count in features.skipped.items())
+def _require_samples(features: LabelledFeatures, dataset: Dataset, ranks: Ranks | None) -> int:
+    """How many samples the ranks have together. Collective."""
+    count, skipped = number(len(features.labels), ranks), sum_counts(features.skipped, ranks)
+    if not count:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
         raise UserError(
             f"no labelled image can be used ({reasons})", str(dataset.paths[0]), "name shards with .cls members"
         )
-
-
-def _threads(ranks: Ranks | None) -> int:
-    """This rank's part of the CPUs that the process may use, at most 16. Collective."""
-    return min(ranks.cpu_share() if ranks else len(os.sched_getaffinity(0)), 16)
+    return count
 
 
 def _record(path: Path, results: Results) -> None:

@@ -5,7 +5,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
-from typing import Any, NamedTuple, cast
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,29 +13,45 @@ from torch import Tensor, nn
 from pipeline.data.eval_images import EvalImages
 from pipeline.data.images import BadImage
 from pipeline.data.progress import progress_bar
+from pipeline.data.reader import Dataset
 from pipeline.engine.distributed import Ranks
 
 BATCH_SIZE = 64
+S = TypeVar("S")
+S_co = TypeVar("S_co", covariant=True)
 
 
 class LabelledFeatures(NamedTuple):
-    """Features of all ranks' samples, in the order of the shards.
+    """Features of samples, in the order of the shards.
 
     Attributes:
         features: per model, fp32 `[N, D]` on the CPU.
         labels: int64 `[N]`.
         skipped: samples left out, by reason.
+        records: int64 `[N]`, their numbers in the shards.
     """
 
     features: dict[str, Tensor]
     labels: Tensor
     skipped: Counter[str]
+    records: Tensor
 
 
-class _Loaded(NamedTuple):
+class Samples(Protocol[S_co]):
+    """What can be read record by record."""
+
+    @property
+    def dataset(self) -> Dataset: ...
+
+    def sample(self, record: int) -> S_co:
+        """Raises BadImage: it cannot be used, for the reason given."""
+
+
+class Loaded(NamedTuple, Generic[S]):
+    """A record and what `Samples.sample` made of it."""
+
     record: int
-    label: int
-    image: Tensor
+    sample: S
 
 
 def extract_features(
@@ -48,6 +64,7 @@ def extract_features(
     batch_size: int = BATCH_SIZE,
     progress: bool = False,
     alive: Callable[[], None] = lambda: None,
+    gather: bool = True,
 ) -> LabelledFeatures:
     """Run frozen models over the labelled samples of some shards.
 
@@ -56,12 +73,13 @@ def extract_features(
     Args:
         models: timm modules (or any that map images to features) by name; they are moved to `device`.
         images: the samples, prepared for all of these models alike.
-        ranks: share the samples out over these processes; all get the result.
+        ranks: share the samples out over these processes.
         device: where to compute.
         threads: that decode images.
         batch_size: images per forward pass.
         progress: show a progress bar on standard error.
         alive: called after every batch.
+        gather: give every rank the features of all; else each keeps those of its own samples.
     """
     rank, world_size = (ranks.rank, ranks.world_size) if ranks else (0, 1)
     device = torch.device(device)
@@ -72,15 +90,16 @@ def extract_features(
     labels: list[int] = []
     for model in models.values():
         model.to(device).eval()
-    for batch in _batches(images, records, batch_size, threads, skipped, progress):
-        x = images.normalize(torch.stack([sample.image for sample in batch]).to(device))
+    for batch in batches(images, records, batch_size, threads, skipped, progress):
+        x = images.normalize(torch.stack([image for _, (_, image) in batch]).to(device))
         for name, model in models.items():
             parts[name].append(pooled(model, x).cpu())
-        seen += [sample.record for sample in batch]
-        labels += [sample.label for sample in batch]
+        seen += [record for record, _ in batch]
+        labels += [label for _, (label, _) in batch]
         alive()
-    own = {name: torch.cat(part) if part else torch.empty(0, 0) for name, part in parts.items()}
-    return _gather(own, seen, labels, skipped, ranks)
+    own = {name: _joined(part, ranks) for name, part in parts.items()}
+    kept = LabelledFeatures(own, _integers(labels), skipped, _integers(seen))
+    return _gather(kept, ranks) if gather and ranks and ranks.world_size > 1 else kept
 
 
 @torch.inference_mode()
@@ -93,16 +112,16 @@ def pooled(model: nn.Module, images: Tensor) -> Tensor:
         return model(images).float()
 
 
-def _batches(
-    images: EvalImages, records: Sequence[int], size: int, threads: int, skipped: Counter[str], progress: bool
-) -> Iterator[list[_Loaded]]:
+def batches(
+    images: Samples[S], records: Sequence[int], size: int, threads: int, skipped: Counter[str], progress: bool
+) -> Iterator[list[Loaded[S]]]:
     """Usable samples in order, `size` at a time; the others are counted in `skipped` and the first is named."""
     bar = progress_bar(progress, total=len(records), unit="image")
-    batch: list[_Loaded] = []
+    batch: list[Loaded[S]] = []
     with bar, ThreadPoolExecutor(threads) as pool:
         for record, outcome in _in_order(pool, images, records, ahead=2 * size):
             bar.update()
-            if isinstance(outcome, _Loaded):
+            if isinstance(outcome, Loaded):
                 batch.append(outcome)
             else:
                 if outcome not in skipped:
@@ -117,11 +136,11 @@ def _batches(
 
 
 def _in_order(
-    pool: ThreadPoolExecutor, images: EvalImages, records: Iterable[int], ahead: int
-) -> Iterator[tuple[int, _Loaded | str]]:
+    pool: ThreadPoolExecutor, images: Samples[S], records: Iterable[int], ahead: int
+) -> Iterator[tuple[int, Loaded[S] | str]]:
     """Each record with its sample, or the reason why there is none; at most `ahead` are held."""
     remaining = iter(records)
-    running: deque[tuple[int, Future[_Loaded | str]]] = deque()
+    running: deque[tuple[int, Future[Loaded[S] | str]]] = deque()
     while True:
         for record in islice(remaining, ahead - len(running)):
             running.append((record, pool.submit(_load, images, record)))
@@ -131,23 +150,29 @@ def _in_order(
         yield record, future.result()
 
 
-def _load(images: EvalImages, record: int) -> _Loaded | str:
+def _load(images: Samples[S], record: int) -> Loaded[S] | str:
     try:
-        return _Loaded(record, images.label(record), images.load(record))
+        return Loaded(record, images.sample(record))
     except BadImage as error:
         return error.reason
 
 
-def _gather(
-    own: dict[str, Tensor], seen: list[int], labels: list[int], skipped: Counter[str], ranks: Ranks | None
-) -> LabelledFeatures:
-    if ranks is None or ranks.world_size == 1:
-        return LabelledFeatures(own, torch.tensor(labels, dtype=torch.int64), skipped)
-    shares = ranks.gather((seen, labels, skipped))
-    order = torch.tensor([record for share in shares for record in share[0]], dtype=torch.int64).argsort()
-    all_labels = torch.tensor([label for share in shares for label in share[1]], dtype=torch.int64)
-    features = {}
-    for name in own:
-        parts = [part for part in ranks.gather(own[name]) if len(part)]
-        features[name] = torch.cat(parts)[order] if parts else own[name]
-    return LabelledFeatures(features, all_labels[order], sum((share[2] for share in shares), Counter()))
+def _integers(values: list[int]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64)
+
+
+def _joined(parts: list[Tensor], ranks: Ranks | None) -> Tensor:
+    """One tensor of this rank's batches; one without samples learns from the others how wide they are. Collective."""
+    width = parts[0].shape[1] if parts else 0
+    widest = max(ranks.gather(width)) if ranks else width
+    return torch.cat(parts) if parts else torch.empty(0, widest)
+
+
+def _gather(own: LabelledFeatures, ranks: Ranks) -> LabelledFeatures:
+    """The features of all ranks, on each of them."""
+    shares = ranks.gather(own._replace(features={}))
+    records = torch.cat([share.records for share in shares])
+    order = records.argsort()
+    features = {name: torch.cat(ranks.gather(part))[order] for name, part in own.features.items()}
+    skipped = sum((share.skipped for share in shares), Counter[str]())
+    return LabelledFeatures(features, torch.cat([share.labels for share in shares])[order], skipped, records[order])

@@ -32,6 +32,6 @@ class Bands:
             self.gflops[band] = flops[subnet] / 1e9
             below += grid.multiplicity(subnet)
 
-    def index(self, subnet: Subnet) -> int:
-        """Position in `BANDS`."""
-        return self._index[subnet]
+    def index(self, subnet: Subnet | None) -> int | None:
+        """Position in `BANDS`; None if there is no elastic student."""
+        return self._index[subnet] if subnet else None

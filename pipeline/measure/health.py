@@ -58,14 +58,14 @@ class Probe:
 
     Args:
         prototypes: K per head.
-        band: position in `BANDS` of this rank's elastic student.
+        band: position in `BANDS` of this rank's elastic student, if there is one.
         student_temperature: of the students' predictions.
         device: where the step runs.
         impl: implementation of the kernels.
     """
 
     def __init__(
-        self, prototypes: Sequence[int], band: int, student_temperature: float, device: torch.device, impl: str
+        self, prototypes: Sequence[int], band: int | None, student_temperature: float, device: torch.device, impl: str
     ):
         self.prototypes, self.band, self.impl = list(prototypes), band, impl
         self.student_temperature = student_temperature
@@ -80,7 +80,8 @@ class Probe:
     @torch.no_grad()
     def student(self, branch: str, logits: list[Tensor], cls: Tensor) -> None:
         """Logits `[R, K]` per head and features `[R, D]` of the "intact" or "elastic" student."""
-        slot = SLOTS.index("intact" if branch == "intact" else BANDS[self.band])
+        assert branch == "intact" or self.band is not None
+        slot = SLOTS.index("intact" if branch == "intact" or self.band is None else BANDS[self.band])
         temperature = self.student_temperature
         rows = [-row_logsumexp(x, temperature, impl=self.impl) for x in logits]
         predictions = [Targets(x, row, None, temperature) for x, row in zip(logits, rows, strict=True)]

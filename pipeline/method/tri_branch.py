@@ -141,6 +141,9 @@ class StochasticDepth(NamedTuple):
 class TriBranch:
     """The losses of a step and their gradients, in the order that keeps one student graph alive at a time.
 
+    The intact student has lambda of the weight of DINO and iBOT, the elastic one the rest, and each half of that of
+    KoLeo. Without an elastic student the intact one has all of the three, which is the objective of DINOv2.
+
     Args:
         loss: weights and temperatures.
         full: the largest network, which teacher and intact student run.
@@ -185,49 +188,57 @@ class TriBranch:
         backward: Callable[[Tensor], None],
         crops: Crops,
         targets: TeacherTargets,
-        subnet: Subnet,
+        subnet: Subnet | None,
         step: int,
         rank: int,
         observer: Observer | None = None,
     ) -> StepLosses:
-        """Forward and backward of the intact, then of the elastic student.
+        """Forward and backward of the intact, then of the elastic student, if there is one.
 
         Args:
             student: the engine around the student `Branch`.
-            backward: called once with each student's loss.
+            backward: called once with each student's loss, `passes(subnet)` times.
             crops, targets: of this step.
-            subnet: the elastic student of this rank.
+            subnet: the elastic student of this rank; None to train the intact one alone.
             step, rank: key of the random draws.
             observer: is shown both students.
         """
-        loss = self.loss
+        share = 1.0 if subnet is None else self.loss.intact_weight
         pairing = Pairing.of(crops.images, len(crops.local) // crops.images, self.device)
         terms: dict[tuple[str, str], Tensor] = {}
 
         logits, cls = student(*self._inputs(crops, self.full, step, rank, branch=0))
         intact = self._self_distillation(logits, targets, crops, pairing, "intact", terms)
-        intact_loss = loss.intact_weight * intact + self._spread(cls, crops, "intact", terms)
-        if self.anchor and loss.anchor_weight:
+        spread = 1 / self.passes(subnet)
+        intact_loss = share * intact + spread * self._spread(cls, crops, "intact", terms)
+        if self.anchor and self.loss.anchor_weight:
             terms["anchor", "intact"] = term = self._away(cls, crops, self.anchor)
-            intact_loss = intact_loss + loss.anchor_weight * term
+            intact_loss = intact_loss + self.loss.anchor_weight * term
         if observer:
             observer.student("intact", logits.cls, cls)
         self.lap("intact")
         backward(intact_loss)
         self.lap("backward")
+        if subnet is None:
+            return StepLosses({k: v.detach() for k, v in terms.items()}, intact_loss.detach())
         reference = Logits(*([x.detach() for x in per_head] for per_head in (logits.local, logits.cls, [])))
         del logits, cls, intact
 
         logits, cls = student(*self._inputs(crops, subnet, step, rank, branch=1))
         elastic = self._self_distillation(logits, targets, crops, pairing, "elastic", terms)
         elastic = elastic + self._from_intact(logits, reference, pairing, terms)
-        elastic_loss = (1 - loss.intact_weight) * elastic + self._spread(cls, crops, "elastic", terms)
+        elastic_loss = (1 - share) * elastic + spread * self._spread(cls, crops, "elastic", terms)
         if observer:
             observer.student("elastic", logits.cls, cls)
         self.lap("elastic")
         backward(elastic_loss)
         self.lap("backward")
         return StepLosses({k: v.detach() for k, v in terms.items()}, (intact_loss + elastic_loss).detach())
+
+    @staticmethod
+    def passes(subnet: Subnet | None) -> int:
+        """Students, and so backward passes, of a step."""
+        return 1 if subnet is None else 2
 
     def _inputs(self, crops: Crops, subnet: Subnet, step: int, rank: int, branch: int) -> tuple:
         images, masks = crops.student_inputs()
@@ -259,7 +270,7 @@ class TriBranch:
         if not loss.koleo_weight:
             return torch.zeros((), device=self.device)
         terms["koleo", branch] = term = losses.koleo(cls, loss.koleo_group or crops.images)
-        return 0.5 * loss.koleo_weight * term
+        return loss.koleo_weight * term
 
     def _away(self, cls: Tensor, crops: Crops, anchor: Callable[[Tensor], Features]) -> Tensor:
         """How far the features of unmasked global crops have turned away from the frozen network's."""

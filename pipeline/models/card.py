@@ -1,13 +1,19 @@
 """The README.md of an extracted model."""
 
+from collections.abc import Mapping
+from shlex import quote
 from typing import Any
 
 from pipeline.config import ModelConfig
 from pipeline.config.model import MLP_RATIO
 from pipeline.elastic import Subnet
 from pipeline.elastic.subnet import kept, mlp_ratio
+from pipeline.models.account import Account
 from pipeline.models.formats import FORMATS
 from pipeline.models.loading import RunModels
+
+Measured = Mapping[str, dict[str, Any]]
+"""Results of one network by method of `poa eval`."""
 
 _CARD = """---
 library_name: timm
@@ -55,6 +61,14 @@ Nothing but timm is needed. It opens the model in other ways too, by arguments b
 `proof.json`: loaded through timm from these files, the model differs from the sub-network in place by at most
 {difference:.1e} on {images} images ({shards}), in fp32.{formats}
 
+## What it took
+
+{account}
+
+## What was measured, and what was not
+
+{measured}
+
 ## Licence
 
 The code that made this model is under Apache-2.0. The weights are under the terms of whoever trained them, who also
@@ -83,7 +97,7 @@ _OTHER_SIZES = {
 
 
 def model_card(
-    models: RunModels, subnet: Subnet, hub: dict[str, Any], proof: dict[str, Any], knn: dict[str, Any] | None
+    models: RunModels, subnet: Subnet, hub: dict[str, Any], proof: dict[str, Any], measured: Measured, account: Account
 ) -> str:
     """The card as Markdown.
 
@@ -91,7 +105,8 @@ def model_card(
         models: what the model was cut out of.
         subnet: which part.
         hub, proof: contents of config.json and proof.json.
-        knn: its entry of the run's eval/knn.json, if it has one.
+        measured: its entries of the run's `eval/METHOD.json`, by method, of this very checkpoint.
+        account: what it took to train it.
     """
     config = models.config
     return _CARD.format(
@@ -109,7 +124,9 @@ def model_card(
         branch="teacher (moving average of the student)" if proof["branch"] == "teacher" else "student",
         step=models.step,
         objective=f"DINO and iBOT losses with distillation between sizes, {config.loss.centering} centering",
-        accuracy=_accuracy(knn),
+        accuracy=_accuracy(measured.get("knn")),
+        account=_account(models, subnet, account),
+        measured=_measured(subnet, measured),
         other_sizes=_OTHER_SIZES[config.model.family].format(stride=config.model.stride, patch=config.model.patch_size),
         maps=_maps(config.model.family, subnet),
         img_size=_IMG_SIZE[config.model.family],
@@ -155,6 +172,63 @@ def _formats(proofs: dict[str, dict[str, Any]]) -> str:
         "|---|---|---|",
     ]
     return "\n".join([*head, *rows])
+
+
+def _account(models: RunModels, subnet: Subnet, account: Account) -> str:
+    """In plain numbers: what trained this network, and what training it alone would have taken."""
+    if not account.steps:
+        return "Not known: the run's manifest does not tell its steps."
+    largest = subnet == models.grid.largest
+    alone = models.config.sampling.alone
+    if alone:
+        role = "It is the only network of its run: every image of every step trained it."
+    elif largest:
+        role = "It is the largest network: every image of every step trained it, as the intact student."
+    else:
+        role = (
+            f"It was the elastic student of a rank {account.draws:,} times and so saw {account.own_images:,} images. "
+            f"Its weights are part of larger ones, trained at every step; {len(models.grid)} networks came of the run."
+        )
+    lines = [f"The run made {account.steps:,} steps on {account.images:,} images. {role}"]
+    if account.before:
+        lines.append(f"Weights began at step {account.before:,} of another run, which is in no number here.")
+    elif models.config.model.init_from:
+        lines.append("Weights began from others (`model.init_from`), whose training is in no number here.")
+    if account.gpu_hours is None or account.own_hours is None or account.alone_hours is None:
+        lines.append("The run's records do not tell its hours.")
+        return "\n".join(lines)
+    lines += [
+        "",
+        "| | GPU-hours |",
+        "|---|---|",
+        f"| the run, all networks (of a CPU: hours of its ranks) | {account.gpu_hours:.3g} |",
+        f"| of these in passes of this network, by FLOPs | {account.own_hours:.3g} ({100 * account.share:.2g}%) |",
+        f"| this network alone on as many images and steps | {account.alone_hours:.3g} |",
+        "",
+        "The last line is computed, not run: FLOPs as `poa plan` counts them for `sampling.assignment=none`, at the "
+        "FLOP/s that this run had.",
+    ]
+    return "\n".join(lines)
+
+
+METHODS = {"knn": "20-NN accuracy", "linear": "linear probe", "segment": "segmentation"}
+_NEVER = "fine-tuning, detection, robustness, fairness, and how it does on other images than these"
+
+
+def _measured(subnet: Subnet, measured: Measured) -> str:
+    """Results with the commands that found them."""
+    lines = []
+    for method, entry in measured.items():
+        value = f"{100 * entry['accuracy']:.1f}%"
+        if "miou" in entry:
+            value = f"mIoU {100 * entry['miou']:.1f}% (linear), {100 * entry['knn_miou']:.1f}% (k-NN); pixels {value}"
+        shards = " ".join(
+            f"--{split} {' '.join(map(quote, entry[split]))}" for split in ("train", "val") if split in entry
+        )
+        lines.append(f"- {METHODS[method]}: {value}, by `poa eval {method} RUN {shards} --subnets {subnet.name}`")
+    missing = [f"{title} (`poa eval {method}`)" for method, title in METHODS.items() if method not in measured]
+    never = [*missing, "latency (`poa select`)", _NEVER]
+    return "\n".join([*lines, f"- Not measured: {', '.join(never)}."])
 
 
 def _accuracy(knn: dict[str, Any] | None) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -17,7 +17,8 @@ from pipeline.data.patterns import Shards
 from pipeline.elastic import Subnet
 from pipeline.errors import UserError
 from pipeline.files import read_json, require_writable, save_tensors, sha256, sync, write_atomically
-from pipeline.models.card import model_card
+from pipeline.models.account import Account, Ledger
+from pipeline.models.card import METHODS, model_card
 from pipeline.models.formats import FORMATS, require_packages, write_formats
 from pipeline.models.loading import RunModels, choose, run_config
 from pipeline.models.proof import (
@@ -98,7 +99,13 @@ def extract(
         _require_free(out / subnet.name, models, subnet, branch, formats)
     measured = _measured(Path(run_dir), models.step, branch)
     bar = tqdm(chosen, "extract", unit="model", disable=not progress, mininterval=0.1 if sys.stderr.isatty() else 10)
-    return [_extract_one(models, subnet, out, branch, images, measured.get(subnet.name), formats) for subnet in bar]
+    ledger = Ledger(Path(run_dir), config, models.step)
+
+    def known(subnet: Subnet) -> _Known:
+        own = {method: results[subnet.name] for method, results in measured.items() if subnet.name in results}
+        return _Known(own, ledger.of(subnet))
+
+    return [_extract_one(models, subnet, out, branch, images, known(subnet), formats) for subnet in bar]
 
 
 def _images(config: ExperimentConfig, shards: Shards | None, count: int) -> ProofImages:
@@ -151,12 +158,26 @@ def _require_free(path: Path, models: RunModels, subnet: Subnet, branch: str, fo
     require_writable(path, "choose another --out")
 
 
-def _measured(run_dir: Path, step: int, branch: str) -> Results:
-    """k-NN results of sub-networks, where they are of this very checkpoint."""
-    results = read_results(run_dir / "eval" / "knn.json")
-    return {
-        name: entry for name, entry in results.items() if (entry.get("step"), entry.get("branch")) == (step, branch)
-    }
+class _Known(NamedTuple):
+    """What a run knows of a network.
+
+    Attributes:
+        measured: results by method.
+        account: what it took.
+    """
+
+    measured: dict[str, dict[str, Any]]
+    account: Account
+
+
+def _measured(run_dir: Path, step: int, branch: str) -> dict[str, Results]:
+    """Results of sub-networks by method, where they are of this very checkpoint."""
+    found = {method: read_results(run_dir / "eval" / f"{method}.json") for method in METHODS}
+
+    def is_of_this(entry: dict[str, Any]) -> bool:
+        return (entry.get("step"), entry.get("branch")) == (step, branch)
+
+    return {method: {n: e for n, e in results.items() if is_of_this(e)} for method, results in found.items()}
 
 
 def _extract_one(
@@ -165,7 +186,7 @@ def _extract_one(
     out: Path,
     branch: str,
     images: ProofImages,
-    knn: dict[str, Any] | None,
+    known: _Known,
     formats: Sequence[str],
 ) -> Extracted:
     final, aside = out / subnet.name, out / f".{subnet.name}.tmp"
@@ -191,8 +212,9 @@ def _extract_one(
                     f"{entry['file']} of {subnet} differs from its model by {entry['max_abs_difference']:.3g}, "
                     f"more than {entry['tolerance']:.1g}; nothing was written to {final}"
                 )
-        write_atomically(aside / CARD, model_card(models, subnet, hub, proof, knn))
-        proof["knn"] = knn
+        write_atomically(aside / CARD, model_card(models, subnet, hub, proof, *known))
+        proof["knn"] = known.measured.get("knn")
+        proof["account"] = known.account.as_json()
         proof["files"] = {name: sha256(aside / name) for name in FILES if (aside / name).is_file()}
         write_atomically(aside / PROOF, json.dumps(proof, indent=2) + "\n")
         _publish(aside, final)

@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from pipeline.monitor.panels import SECTIONS, Panel
+from pipeline.monitor.panels import SECTIONS, SITE, Panel
 
 COLUMNS = 24
 _SOURCE = {"type": "prometheus", "uid": "${datasource}"}
@@ -14,7 +14,7 @@ def dashboard() -> dict[str, Any]:
     """The dashboard as Grafana provisions it, templated by data source and run."""
     panels: list[dict[str, Any]] = []
     y = 0
-    for section in SECTIONS:
+    for section in (*SECTIONS, SITE):
         panels.append(
             {
                 "id": len(panels) + 1,

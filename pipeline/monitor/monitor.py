@@ -29,6 +29,7 @@ from pipeline.measure.phases import Phases
 from pipeline.monitor.discovery import run_label
 from pipeline.monitor.exporter import Exporter
 from pipeline.monitor.report import Health, StepReport
+from pipeline.monitor.sinks import Background, open_sinks, require_packages
 from pipeline.monitor.tensorboard import EventFile
 from pipeline.monitor.values import Values
 
@@ -118,6 +119,8 @@ class Monitor:
         self.complete = self._failed = False
         self._exporter: Exporter | None = None
         self._events: EventFile | None = None
+        self._sinks: list[Background] = []
+        require_packages(config.metrics)
         node = os.environ.get("SLURMD_NODENAME", platform.node())
         nodes = ranks.gather(node)
         elsewhere = len(set(nodes)) > 1 or "SLURM_JOB_ID" in os.environ  # no Prometheus runs on a compute node
@@ -133,6 +136,7 @@ class Monitor:
                 self._describe(bands, progress, last_step)
                 if config.metrics.tensorboard:
                     self._events = EventFile(Path(config.run.dir) / "tensorboard", progress.step)
+                self._sinks = open_sinks(config.metrics, Path(config.run.dir), config.model_dump(mode="json"))
 
     def __enter__(self) -> "Monitor":
         return self
@@ -142,6 +146,8 @@ class Monitor:
         with self._carefully():
             if self._events:
                 self._events.close()
+            for sink in self._sinks:
+                sink.close(self.complete)
             if self._exporter:
                 self._exporter.close(self.values, linger=self.complete)
 
@@ -188,10 +194,12 @@ class Monitor:
         return fields
 
     def logged(self, record: dict[str, Any]) -> None:
-        """Repeat a record of `metrics.jsonl` for TensorBoard."""
+        """Repeat a record of `metrics.jsonl` for TensorBoard and whoever else wants it."""
         with self._carefully():
             if self._events:
                 self._events.add(record)
+            for sink in self._sinks:
+                sink.add(record)
 
     def saved(self, step: int, path: Path | None, seconds: float) -> None:
         """A checkpoint is complete, `seconds` after its snapshot."""

@@ -310,6 +310,37 @@ SECTIONS = (
 )
 
 
+def _of_job(metric: str) -> str:
+    """A series of the site's exporter by the number of the Slurm job that the run is.
+
+    Prometheus renames our label `job`, since it has one of its own.
+    """
+    job = f'label_replace(poa_run_info{RUN}, "hpc_job", "$1", "exported_job", "(.+)")'
+    return f"{metric} * on (hpc_job) group_left () max by (hpc_job) ({job})"
+
+
+def _per_gpu(title: str, unit: str, metric: str, scale: str = "", help: str = "") -> Panel:
+    return Panel(title, unit, (Query("{{Hostname}} {{gpu}}", _of_job(metric) + scale),), help=help, floor_zero=True)
+
+
+SITE = Section(
+    "GPUs, as the site's DCGM exporter sees them",
+    (
+        _per_gpu(
+            "Tensor cores busy",
+            "percentunit",
+            "DCGM_FI_PROF_PIPE_TENSOR_ACTIVE",
+            help="Share of the time. Empty where the site has no dcgm-exporter with its mapping of jobs.",
+        ),
+        _per_gpu("GPU busy", "percentunit", "DCGM_FI_DEV_GPU_UTIL", " / 100"),
+        _per_gpu("GPU memory in use", "bytes", "DCGM_FI_DEV_FB_USED", " * 1048576"),
+        _per_gpu("GPU power", "watt", "DCGM_FI_DEV_POWER_USAGE"),
+        _per_gpu("GPU temperature", "celsius", "DCGM_FI_DEV_GPU_TEMP"),
+    ),
+)
+"""Of Grafana's dashboard alone: another exporter's metrics, joined by the number of the job (its label `hpc_job`)."""
+
+
 def expressions() -> list[tuple[str, str]]:
     """(panel, expression) of all panels."""
     return [(p.title, q.expr) for section in SECTIONS for p in section.panels for q in p.queries]

@@ -35,7 +35,7 @@ class StepReport:
     Attributes:
         agreed: the same on all ranks.
         values: the schedules of this step.
-        subnet: the elastic student of this rank.
+        subnet: the elastic student of this rank, if there is one.
         timing: of this rank.
         phases: seconds by phase up to this step, since the process started, of this rank.
         health: at every `metrics.health_every_steps` steps, else None.
@@ -43,7 +43,7 @@ class StepReport:
 
     agreed: Agreement
     values: StepValues
-    subnet: Subnet
+    subnet: Subnet | None
     timing: Timing
     phases: dict[str, float]
     health: Health | None

@@ -1,8 +1,9 @@
 """Records of `metrics.jsonl` as TensorBoard event files."""
 
-import math
 from pathlib import Path
 from typing import Any
+
+from pipeline.monitor.sinks import numbers
 
 
 class EventFile:
@@ -27,12 +28,8 @@ class EventFile:
         """Write a record; what is no finite number is left out."""
         from tensorboard.compat.proto.summary_pb2 import Summary
 
-        numbers = {
-            key: value
-            for key, value in record.items()
-            if isinstance(value, int | float) and key not in ("step", "time") and math.isfinite(value)
-        }
-        summary = Summary(value=[Summary.Value(tag=key, simple_value=value) for key, value in numbers.items()])
+        values = [Summary.Value(tag=key, simple_value=value) for key, value in numbers(record).items()]
+        summary = Summary(value=values)
         self._writer.add_event(self._event(wall_time=record["time"], step=record["step"], summary=summary))
 
     def close(self) -> None:

@@ -75,7 +75,9 @@ def expected_slowest(costs: list[float], ranks: int, assignment: str) -> float:
 
 def stragglers(config: ExperimentConfig, ranks: int) -> dict[str, dict[str, float]]:
     """Per assignment: FLOPs of the elastic student of the slowest rank and of the mean one, and how much longer the
-    step takes than if no rank waited."""
+    step takes than if no rank waited. Without elastic students there is one assignment, and nothing to wait for."""
+    if config.sampling.alone:
+        return {config.sampling.assignment: {"mean": 0.0, "slowest": 0.0, "slowdown": 0.0}}
     entries = sampler(config, ranks).entries
     steps = {subnet: cost.step_flops(config, subnet) for subnet in set(entries)}
     costs = [steps[subnet].elastic for subnet in entries]
@@ -116,12 +118,13 @@ def _passes(config: ExperimentConfig, count: int) -> tuple[int, int, int]:
     """How often in a step gradients are scattered, and how often the weights of student and teacher are gathered."""
     engine = config.engine
     every_pass = engine.reshards(count) if engine.backend == "fsdp2" else engine.effective_stage() == 3
-    if every_pass:  # forward and backward pass of two students, forward pass of the teacher
-        return 2, 4, 1
+    passes = 1 if config.sampling.alone else 2
+    if every_pass:  # forward and backward pass of each student, forward pass of the teacher
+        return passes, 2 * passes, 1
     if engine.backend == "fsdp2":
         return 1, 1, 1
     stage = engine.effective_stage()  # at stage 0 an all-reduce, once; at stage 2 after each student's pass
-    return 1 if stage == 1 else 2, min(stage, 1), min(stage, 1)
+    return {0: 2, 1: 1}.get(stage, passes), min(stage, 1), min(stage, 1)
 
 
 def data(config: ExperimentConfig, ranks: int) -> dict[str, Any]:

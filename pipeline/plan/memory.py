@@ -59,8 +59,8 @@ def memory_estimate(config: ExperimentConfig, world_size: int = 1, stage: int | 
         **engine,
         **_anchor(config, low),
         "activations (estimate)": _activations(config, Grid(config.model).largest, low),
-        # student's logits with their gradient, the intact student's copy, and the teacher's
-        "logits": 4.0 * low * rows * sum(config.heads.prototypes),
+        # student's logits with their gradient, the teacher's, and the intact student's copy for the elastic one
+        "logits": (3.0 if config.sampling.alone else 4.0) * low * rows * sum(config.heads.prototypes),
     }
 
 

@@ -26,7 +26,8 @@ def describe(config: ExperimentConfig) -> str:
         f"largest network {largest.name}: {backbone / 1e6:.1f} M parameters, heads {heads / 1e6:.1f} M",
         f"kernels: {config.kernels_text()}",
         f"steps: {config.optim.total_steps}; per step and rank {config.data.batch_size} images, "
-        f"{(step.teacher + step.intact) / 1e12:.2f} TFLOP and the elastic student's",
+        f"{(step.teacher + step.intact) / 1e12:.2f} TFLOP"
+        + (" (no elastic student)" if config.sampling.alone else " and the elastic student's"),
         f"memory of one rank alone: {sum(memory.values()) / _GIB:.1f} GiB",
         *(f"  {name:<28}{size / _GIB:>8.2f} GiB" for name, size in memory.items()),
     ]
@@ -40,7 +41,11 @@ def plan(config: ExperimentConfig, gpus: int, gpu: str, mfu: float) -> dict[str,
     backbone, heads = cost.trained_params(config)
     waiting = forecast.stragglers(config, gpus)
     step = cost.step_flops(config, largest)
-    flops = {"teacher": step.teacher, "intact": step.intact, "elastic_mean": waiting["shared"]["mean"]}
+    flops = {
+        "teacher": step.teacher,
+        "intact": step.intact,
+        "elastic_mean": waiting[config.sampling.assignment]["mean"],
+    }
     engines = {str(stage): under(config, zero_stage=stage) for stage in range(4)}
     engines |= {f"fsdp2 {word}": under(config, reshard_after_forward=reshard) for word, reshard in _FSDP2}
     outside = {"CUDA, NCCL, DALI (allowance)": float(OUTSIDE)}

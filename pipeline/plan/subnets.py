@@ -31,11 +31,14 @@ def subnet_table(config: ExperimentConfig) -> str:
     alias = {subnet: name for name, subnet in grid.aliases.items()}
     lines = [f"{'name':>16}  {'params':>9}  {'GFLOPs':>8}  {'drawn':>5}"]
     for row, subnet in zip(subnet_rows(config), grid.subnets, strict=True):
-        drawn = "full" if subnet == grid.largest and len(grid) > 1 else row["multiplicity"]
+        never = subnet == grid.largest and (len(grid) > 1 or config.sampling.alone)
+        drawn = "full" if never else row["multiplicity"]
         lines.append(
             f"{row['name']:>16}  {row['params'] / 1e6:>7.2f} M  {row['gflops']:>8.3g}  {drawn:>5}"
             + (f"  {alias[subnet]}" if subnet in alias else "")
         )
+    if config.sampling.alone:
+        return "\n".join([*lines, "one network, trained alone at every step (sampling.assignment: none)"])
     entries = sum(row["multiplicity"] for row in subnet_rows(config))
     lines.append(f"{len(grid)} sub-networks, {entries} entries; `full` is the intact student, trained at every step")
     return "\n".join(lines)

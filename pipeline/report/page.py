@@ -12,9 +12,11 @@ from typing import Any
 from pipeline.config import ExperimentConfig, dump_config
 from pipeline.elastic import Grid, cost
 from pipeline.errors import UserError
+from pipeline.evaluate.online import representative_subnets
 from pipeline.files import read_json, read_json_lines
 from pipeline.measure.metrics import BANDS, PHASES
 from pipeline.method.schedules import course_text
+from pipeline.models.account import Ledger
 from pipeline.models.loading import RunModels, run_config
 from pipeline.models.results import read_results
 from pipeline.report.charts import line_chart, number, scatter_chart, split_bar, table
@@ -42,6 +44,7 @@ def report(directory: Path) -> str:
         "Throughput and time": _times(records),
         "Health of the representation": _health(config, records),
         "Sub-networks": _subnets(directory, config, records),
+        "What the sizes cost": _costs(directory, config, records),
         "Pictures": _pictures(directory, config, records, manifest),
         "Changed on the way": _changes(manifest),
         "Faults and restarts": _faults(directory, records, manifest),
@@ -194,16 +197,45 @@ def _subnets(directory: Path, config: ExperimentConfig, records: Records) -> str
                 points = [(e[key], e["accuracy"], n) for n, e in evaluated.items()]
                 name = f"{path.stem}: accuracy over {title}"
                 charts.append(scatter_chart(name, {path.stem: points}, title, note, LEAST_ACCURACY_SPAN))
+            heads = {"accuracy": "accuracy", "miou": "mIoU", "knn_miou": "k-NN mIoU"}
+            heads = {key: head for key, head in heads.items() if all(key in entry for entry in evaluated.values())}
             rows = [
-                [n, f"{e['params'] / 1e6:.2f} M", f"{e['gflops']:.3g}", f"{100 * e['accuracy']:.1f}%"]
+                [n, f"{e['params'] / 1e6:.2f} M", f"{e['gflops']:.3g}", *(f"{100 * e[key]:.1f}%" for key in heads)]
                 for n, e in evaluated.items()
             ]
             tables.append(
-                f"<h3>{escape(path.stem)}</h3>" + table(["sub-network", "parameters", "GFLOPs", "accuracy"], rows)
+                f"<h3>{escape(path.stem)}</h3>" + table(["sub-network", "parameters", "GFLOPs", *heads.values()], rows)
             )
     if not tables:
         tables = ["<p>Not evaluated yet: <code>poa eval knn RUN</code>.</p>"]
     return _grid(charts) + "".join(tables)
+
+
+def _costs(directory: Path, config: ExperimentConfig, records: Records) -> str:
+    """What trained the smallest, a middle and the largest network, and what each would have taken alone."""
+    ledger = Ledger(directory, config, records[-1]["step"])
+    if not ledger.stretches:
+        return "<p>Not known: the manifest does not tell the run's steps.</p>"
+    chosen = representative_subnets(ledger.grid)
+    accounts = {subnet: ledger.of(subnet) for subnet in chosen}
+    rows = [
+        [
+            subnet.name,
+            "intact" if subnet == ledger.grid.largest else f"{account.draws:,} times",
+            f"{account.own_images:,}",
+            *(f"{hours:.3g}" if hours is not None else "unknown" for hours in (account.own_hours, account.alone_hours)),
+        ]
+        for subnet, account in accounts.items()
+    ]
+    first = accounts[chosen[0]]
+    hours = "unknown" if first.gpu_hours is None else f"{first.gpu_hours:.3g}"
+    text = (
+        f"{first.steps:,} steps on {first.images:,} images took {hours} GPU-hours (of ranks, on a CPU). Of these, "
+        "those in passes of a network itself, by FLOPs; and what it alone would take on the same images and steps, "
+        "teacher included, computed from FLOPs at the speed of this run."
+    )
+    head = ["sub-network", "as elastic student", "images", "GPU-hours of its own", "GPU-hours alone"]
+    return f"<p>{escape(text)}</p>" + table(head, rows)
 
 
 def _pictures(directory: Path, config: ExperimentConfig, records: Records, manifest: dict[str, Any]) -> str:

@@ -155,10 +155,11 @@ class Console:
         seconds = (now - self._start) / max(done, 1)
         left = (self.last_step - record["step"]) * seconds
         wait = 100 * record["data_wait_seconds"] / record["step_seconds"]
+        elastic = f"subnet {record['subnet']}  " if record["subnet"] else ""
         bad = f"  NOT FINITE: {', '.join(record['bad'])} (step skipped)" if "bad" in record else ""
         return (
             f"step {record['step']}/{self.last_step}  loss {record['loss']:.4f}  lr {record['lr']:.2e}  "
-            f"{record['images_per_second']:.0f} images/s  data wait {wait:.0f}%  subnet {record['subnet']}  "
+            f"{record['images_per_second']:.0f} images/s  data wait {wait:.0f}%  {elastic}"
             f"ETA {_duration(left)}{bad}"
         )
 

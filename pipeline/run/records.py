@@ -31,7 +31,7 @@ def count_skipped(progress: Progress, skips: Iterable[dict[str, Any]]) -> None:
 
 
 def record(progress: Progress, report: StepReport, global_batch: int) -> dict[str, Any]:
-    """One line of `metrics.jsonl`: values of this step, mean over ranks; times and `subnet` of rank 0."""
+    """One line of `metrics.jsonl`: values of this step, mean over ranks; times and rank 0's `subnet`, if any."""
     agreed, values, timing = report.agreed, report.values, report.timing
     line: dict[str, Any] = {
         "step": progress.step,
@@ -45,7 +45,7 @@ def record(progress: Progress, report: StepReport, global_batch: int) -> dict[st
         "teacher_temp": values.teacher_temp,
         "grad_norm": sum(g * g for g in agreed.gradient_norms.values()) ** 0.5,
         **{f"grad_norm_{module}": norm for module, norm in agreed.gradient_norms.items()},
-        "subnet": report.subnet.name,
+        "subnet": report.subnet.name if report.subnet else None,
         "images_per_second": global_batch / timing.step,
         "data_wait_seconds": timing.data_wait,
         "step_seconds": timing.step,

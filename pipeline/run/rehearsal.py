@@ -43,15 +43,15 @@ def rehearse(trainer: Trainer, tell: Callable[[int, int, int], None]) -> None:
         for number in range(len(shapes)):
             subnet = shapes[(number + shift) % len(shapes)]
             tell(number + 1, len(shapes), subnet.width)
-            _discarded_step(trainer, crops, values, subnet)
+            _discarded_step(trainer, crops, values, None if trainer.config.sampling.alone else subnet)
     finally:
         method.lap = lap
 
 
-def _discarded_step(trainer: Trainer, crops: Crops, values: StepValues, subnet: Subnet) -> None:
+def _discarded_step(trainer: Trainer, crops: Crops, values: StepValues, subnet: Subnet | None) -> None:
     engine, method = trainer.engine, trainer.tri_branch
     targets = method.teacher_targets(engine.teacher, crops, values)
-    with engine.backward_window():
+    with engine.backward_window(method.passes(subnet)):
         method.run(engine.student, engine.backward, crops, targets, subnet, 0, trainer.ranks.rank)
     squares = engine.gradient_squares()
     bad = torch.zeros((), device=squares.device)

@@ -57,7 +57,7 @@ class Underway:
         self,
         agreed: Agreed,
         values: StepValues,
-        subnet: Subnet,
+        subnet: Subnet | None,
         samples: int,
         skips: list[Skip],
         began: float,
@@ -203,7 +203,7 @@ class Trainer:
         self.enter(f"teacher of step {step + 1}")
         targets = self.tri_branch.teacher_targets(self.engine.teacher, crops, values, probe)
         self.enter(f"students of step {step + 1}")
-        with self.engine.backward_window():
+        with self.engine.backward_window(self.tri_branch.passes(subnet)):
             losses = self.tri_branch.run(
                 self.engine.student, self.engine.backward, crops, targets, subnet, step, self.ranks.rank, probe
             )
@@ -245,8 +245,8 @@ class Trainer:
         shapes = [(crops * data.batch_size, channels, size, size) for crops, size in kinds]
         return Batch(*(torch.zeros(shape, device=self.ranks.device) for shape in shapes))
 
-    def draw(self, step: int) -> Subnet:
-        """The elastic student of this rank."""
+    def draw(self, step: int) -> Subnet | None:
+        """The elastic student of this rank, if the experiment has one."""
         return self.sampler.draw(step, self.ranks.rank)
 
     def close(self) -> None:
@@ -254,7 +254,7 @@ class Trainer:
             self.loader.close()
         self.engine.destroy()
 
-    def _probe(self, step: int, subnet: Subnet) -> Probe | None:
+    def _probe(self, step: int, subnet: Subnet | None) -> Probe | None:
         if (step + 1) % self.config.metrics.health_every_steps:
             return None
         loss, heads = self.config.loss, self.config.heads

@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from pipeline.config import dump_config, load_config, parse_config
+from pipeline.elastic import Grid
 from pipeline.errors import UserError
 
 
@@ -103,3 +104,20 @@ def test_sources_are_read_one_by_one_and_a_mistake_names_its_own(tmp_path: Path)
             load(train)
         assert "data.train" in str(raised.value)
         assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("family", ["vit", "eva", "swin", "resnet"])
+def test_a_network_alone_is_a_grid_of_one(family):
+    """No other sub-network is trained, so none may be listed or extracted; the largest is built as it was."""
+    ratios = {} if family == "resnet" else {"mlp_ratio": {"min": 2, "max": 4, "step": 2}}
+    tree = {"model": {"family": family, **ratios}, "sampling": {"assignment": "none"}}
+    model, whole = parse_config(tree).model, parse_config({"model": {"family": family, **ratios}}).model
+    grid = Grid(model)
+    assert grid.subnets == (Grid(whole).largest,)
+    assert model.alone() == model
+    assert parse_config(yaml.safe_load(dump_config(parse_config(tree)))) == parse_config(tree)
+
+
+def test_a_mistake_in_the_model_of_a_network_alone_is_told_by_its_key():
+    with pytest.raises(UserError, match=r"model\.width"):
+        parse_config({"model": {"width": {"min": 512, "max": 384}}, "sampling": {"assignment": "none"}})

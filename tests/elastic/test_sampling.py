@@ -114,6 +114,19 @@ def test_a_grid_of_one_network_draws_it(tiny_config):
     assert sampler(2, grid=grid).draw(0, 1) == grid.largest
 
 
+@pytest.mark.parametrize("assignment", ["balanced", "independent", "shared"])
+@pytest.mark.parametrize(("begin", "end"), [(0, 30), (0, 1000), (130, 460), (7, 900)])
+def test_draws_are_counted_as_they_are_drawn(assignment, begin, end):
+    grid = Grid(ModelConfig.model_validate({"family": "swin"}), 2)
+    s = sampler(4, assignment, grid=grid)
+    drawn = Counter(s.draw(step, rank) for step in range(begin, end) for rank in range(4))
+    assert s.counts(begin, end) == drawn
+
+
+def test_a_network_that_trains_alone_has_no_elastic_student():
+    assert {sampler(2, "none").draw(step, rank) for step in (0, 1000) for rank in (0, 1)} == {None}
+
+
 def test_unknown_assignment_is_refused():
     with pytest.raises(ValueError, match="balanced, independent, shared"):
         sampler(1, "fair")

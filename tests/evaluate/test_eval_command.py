@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from shapes import write_masked
 
 from pipeline.commands import eval
 from pipeline.errors import UserError
@@ -14,6 +15,7 @@ from pipeline.evaluate.evaluation import Request, evaluate
 from pipeline.evaluate.table import table
 from pipeline.models.extract import extract
 from pipeline.models.loading import RunModels, run_config
+from pipeline.report.page import report
 from pipeline.run.step import build_student
 
 
@@ -143,3 +145,23 @@ def test_missing_class_names_on_one_side_are_told_once(run, labelled, tmp_path, 
     val = shutil.copy(labelled["val"][0], bare)
     evaluate(Request(run, subnets=["32x2"], train=[str(path) for path in shards], val=str(val)))
     assert capsys.readouterr().err.count("compared by number, not by name") == 1
+
+
+def test_segmentation_of_a_run_is_printed_and_kept_and_stands_on_card_and_page(run, labelled, tmp_path, capsys):
+    write_masked(labelled["val"], tmp_path / "masked")
+    (masked,) = (tmp_path / "masked").glob("*.tar")
+    words = ("segment", run, "--train", masked, "--val", masked, "--subnets", "32x2", "--untrained")
+    assert command(*words, "--json") == 0
+    results = json.loads(capsys.readouterr().out)
+    assert results == json.loads((run / "eval" / "segment.json").read_text())
+    entry = results["32x2"]
+    assert list(entry["iou"]) == ["background", "disc", "square", "triangle"]
+    for key in ("accuracy", "miou", "knn_accuracy", "knn_miou", "untrained_miou", "untrained_knn_miou"):
+        assert 0 < entry[key] < 1
+    shown = table(results, "segment")
+    assert shown.splitlines()[1].split()[0] == "32x2"
+    assert f"{100 * entry['miou']:.1f}" in shown
+    card = (extract(run, ["32x2"], tmp_path / "models")[0].path / "README.md").read_text()
+    assert f"segmentation: mIoU {100 * entry['miou']:.1f}% (linear)" in card
+    assert f"`poa eval segment RUN --train {masked} --val {masked} --subnets 32x2`" in card
+    assert f"<td>{100 * entry['miou']:.1f}%</td>" in report(run)

@@ -10,14 +10,17 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from shapes import write_masked
 from timm.data import create_transform, resolve_data_config
 from timm.models import save_for_hf
 
 from pipeline import load_subnet
 from pipeline.data.eval_images import EvalImages
 from pipeline.errors import UserError
+from pipeline.evaluate.embed import read_part
 from pipeline.evaluate.evaluation import Evaluation, Request, evaluate
 from pipeline.evaluate.features import extract_features
+from pipeline.evaluate.knn import knn_votes
 from pipeline.evaluate.targets import Candidate, Target, directory_target, pixels_target, run_target
 from pipeline.models.extract import extract
 from pipeline.models.loading import RunModels
@@ -135,15 +138,29 @@ def test_awkward_images_are_read_or_left_out_as_they_should(odd):
 
 def test_two_ranks_get_what_one_process_gets(trained_run, labelled, val_images, models, launch, tmp_path):
     run = shutil.copytree(trained_run, tmp_path / "run")
-    launch(WORKER, 2, tmp_path / "found", run, *labelled["val"])
+    write_masked(labelled["val"], tmp_path / "masked")
+    (masked,) = map(str, (tmp_path / "masked").glob("*.tar"))
+    launch(WORKER, 2, tmp_path / "found", run, masked, *labelled["val"])
     alone = extract_features({"64x4": models["64x4"]}, val_images)
     shards = {"train": labelled["val"], "val": labelled["val"]}
     results = {method: evaluate(Request(run, method, **shards, subnets=["64x4"])) for method in ("knn", "linear")}
+    segmented = evaluate(Request(run, "segment", train=masked, val=masked, subnets=["64x4"]))["64x4"]
     for rank in (0, 1):
         found = torch.load(tmp_path / f"found.{rank}")
         assert torch.equal(found["labels"], alone.labels)
         assert torch.allclose(found["features"], alone.features["64x4"], atol=1e-5)
         assert {method: found[method] for method in results} == results
+        for key in ("miou", "accuracy", "knn_miou", "knn_accuracy"):  # sums in another order turn a few pixels
+            assert found["segment"]["64x4"][key] == pytest.approx(segmented[key], abs=2e-3), key
+        assert found["segment"]["64x4"]["train_images"] == segmented["train_images"]
+    random = torch.Generator().manual_seed(0)  # the same as the worker's
+    x, queries = torch.randn(45, 6, generator=random), torch.randn(9, 6, generator=random)
+    whole = knn_votes(x, torch.randint(4, (45,), generator=random), queries)
+    assert torch.equal(torch.load(tmp_path / "found.0")["votes"], whole)
+    assert len(torch.load(tmp_path / "found.1")["votes"]) == 0
+    cls, part = read_part(tmp_path / "found.parts", 0, "cls")
+    assert torch.allclose(torch.from_numpy(cls), alone.features["64x4"], atol=1e-5)
+    assert part["labels"] == alone.labels.tolist()
 
 
 def test_groups_fit_the_memory_they_are_given():

@@ -2,11 +2,14 @@
 
 import json
 import re
+import subprocess
 from pathlib import Path
+
+import pytest
 
 from pipeline.measure.metrics import FAMILIES
 from pipeline.monitor.grafana import COLUMNS, dashboard
-from pipeline.monitor.panels import SECTIONS, expressions
+from pipeline.monitor.panels import SECTIONS, SITE, expressions
 
 FILE = Path(__file__).parents[2] / "yaml" / "monitoring" / "grafana" / "poa.json"
 PANELS = [panel for panel in dashboard()["panels"] if panel["type"] != "row"]
@@ -42,7 +45,7 @@ def test_panels_lie_on_the_grid_without_overlap():
 
 def test_every_panel_of_the_list_is_there_in_its_section():
     titles = [panel["title"] for panel in dashboard()["panels"]]
-    expected = [title for section in SECTIONS for title in (section.title, *(p.title for p in section.panels))]
+    expected = [title for section in (*SECTIONS, SITE) for title in (section.title, *(p.title for p in section.panels))]
     assert titles == expected
 
 
@@ -55,6 +58,35 @@ def test_expressions_use_known_metrics_and_variables_and_belong_to_one_run():
         unknown = {m for m in metrics if not m.startswith("run:") and m != "up"} - set(FAMILIES) - suffixes
         assert not unknown, title
         assert expr.count('run="$run"') == len(metrics), f"{title} mixes runs"
+
+
+def test_a_sites_series_are_those_of_the_runs_job_alone(tmp_path):
+    """By promtool on made-up series: two jobs share a node, and the run is one of them."""
+    expr = SITE.panels[1].queries[0].expr.replace("$run", "mine")
+    series = [
+        {"series": 'poa_run_info{run="mine",exported_job="77",job="poa",node="n1"}', "values": "1x5"},
+        {"series": 'poa_run_info{run="other",exported_job="78",job="poa",node="n1"}', "values": "1x5"},
+        *(
+            {"series": f'DCGM_FI_DEV_GPU_UTIL{{Hostname="n1",gpu="{gpu}",hpc_job="{job}"}}', "values": f"{value}x5"}
+            for gpu, job, value in ((0, 77, 90), (1, 77, 80), (2, 78, 50), (3, "", 0))
+        ),
+    ]
+    found = [
+        {"labels": f'{{Hostname="n1",gpu="{gpu}",hpc_job="77"}}', "value": value} for gpu, value in ((0, 0.9), (1, 0.8))
+    ]
+    test = {"input_series": series, "interval": "1m"}
+    test["promql_expr_test"] = [{"expr": expr, "eval_time": "2m", "exp_samples": found}]
+    (tmp_path / "test.yaml").write_text(json.dumps({"rule_files": [], "tests": [test]}))
+    done = subprocess.run(["promtool", "test", "rules", tmp_path / "test.yaml"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("panel", SITE.panels, ids=lambda panel: panel.title)
+def test_a_sites_panels_join_by_the_run_that_is_chosen(panel):
+    (query,) = panel.queries
+    assert re.fullmatch(
+        r'DCGM_FI_\w+ \* on \(hpc_job\) group_left \(\) max by .*poa_run_info\{run="\$run"\}.*', query.expr
+    )
 
 
 def test_targets_of_a_panel_are_told_apart():

@@ -207,3 +207,18 @@ def test_command_knows_the_samples_of_shards_at_hand(capsys, digits):
 def test_impossible_questions_are_refused(arguments, capsys):
     assert main(["plan", str(VIT_L), *arguments]) == 2
     assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_a_network_alone_costs_a_teacher_and_one_student():
+    """The largest of the grid, as if it were the whole grid; what the elastic student would add is left out."""
+    alone, elastic = (load_config(VIT_L, [f"sampling.assignment={name}"]) for name in ("none", "shared"))
+    found, whole = plan(alone, 8, "h200", 0.5), plan(elastic, 8, "h200", 0.5)
+    flops, of_whole = found["flops_per_step"], whole["flops_per_step"]
+    assert flops["elastic_mean"] == 0
+    assert flops["total"] == of_whole["teacher"] + of_whole["intact"]
+    assert found["speed"]["step_seconds"] == pytest.approx(flops["total"] / (0.5 * found["peak_flops"]))
+    assert found["parameters"]["smallest_subnet"] == found["parameters"]["backbone"] == whole["parameters"]["backbone"]
+    for stage, times in (("0", 1), ("1", 1), ("2", 2), ("3", 2)):
+        sent, of_two = found["communication"][stage]["gradients"], whole["communication"][stage]["gradients"]
+        assert of_two == pytest.approx(times * sent)
+    assert whole["communication"]["3"]["student weights"] == 2 * found["communication"]["3"]["student weights"]

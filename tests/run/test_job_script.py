@@ -1,6 +1,8 @@
 """What slurm/common.sh makes of the end of a run, with stand-ins for Slurm's commands (real ones: `tests/cluster`)."""
 
 import os
+import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -124,3 +126,51 @@ def test_compilers_keep_what_they_made_on_a_disk_of_the_node_in_a_directory_of_t
     assert ("is no directory of this user" in output) == (expected == "<> <>")
     if not before:
         assert (tmp_path / "cache").stat().st_mode & 0o777 == 0o700
+
+
+CONTAINER = """#!/bin/bash
+# stands in for a container: what Slurm brings to the node is not in it, and the variables of the job are
+echo "container $0 $*" >>"$LOG"
+while [ "$1" != bash ]; do shift; done
+unset -f scontrol
+PATH=${0%/*}/inside exec "$@"
+"""
+SRUN = 'while [[ $1 == --* ]]; do echo "srun $1" >>"$LOG"; shift; done; "$@"'
+SEEN = (
+    """POA_PYTHON=(bash -c 'echo "rank at $MASTER_ADDR, cache $TRITON_CACHE_DIR, scontrol: $(command -v scontrol)"')"""
+)
+
+
+def test_apptainer_is_what_each_task_runs_in(tmp_path):
+    image = tmp_path / "apptainer"
+    image.write_text(CONTAINER)
+    image.chmod(0o755)
+    (tmp_path / "inside").mkdir()
+    for name in ("bash", "mkdir"):
+        (tmp_path / "inside" / name).symlink_to(shutil.which(name))
+    settings = f"POA_CONTAINER=({image} exec --nv --bind /scratch poa.sif); POA_CACHE={tmp_path}/cache; {SEEN}"
+    script = f"scontrol() {{ echo n1; }}; export -f scontrol\n{settings}\nprepare; run_tasks train a.yaml"
+    code, output, log = run(tmp_path, SRUN, command=script)
+    assert code == 0, output
+    assert f"rank at n1, cache {tmp_path}/cache/triton, scontrol: \n" in output
+    assert f"container {image} exec --nv --bind /scratch poa.sif bash -c" in log
+    assert "-P -m pipeline train a.yaml" in log
+
+
+def test_options_of_pyxis_go_to_srun_and_not_into_the_task(tmp_path):
+    settings = "POA_CONTAINER=(--container-image=poa.sqsh --container-mounts=/scratch)"
+    code, output, log = run(tmp_path, SRUN, command=f"{settings}\nPOA_PYTHON=(echo python)\nrun_tasks doctor a.yaml")
+    assert code == 0, output
+    assert "srun --container-image=poa.sqsh\nsrun --container-mounts=/scratch\n" in log
+    assert output.strip().endswith("python -P -m pipeline doctor a.yaml")
+
+
+def test_both_recipes_of_a_container_take_the_same_steps_and_know_both_wheels_of_dali():
+    folder = ROOT / "slurm" / "container"
+    docker, apptainer, steps = ((folder / name).read_text() for name in ("Dockerfile", "poa.def", "install.sh"))
+    assert "RUN bash slurm/container/install.sh" in docker
+    assert "bash slurm/container/install.sh" in apptainer
+    wheels = dict(re.findall(r'"(cuda1\d0)": (\d+)', (ROOT / "setup.py").read_text()))
+    assert set(wheels) == {"cuda120", "cuda130"}
+    assert all(wheel in docker + apptainer + steps for wheel in wheels)
+    subprocess.run(["bash", "-n", folder / "install.sh"], check=True)

@@ -100,7 +100,7 @@ def last_place(x: Tensor, seed: int) -> Tensor:
 
 
 def by_plain_torch(
-    config: ExperimentConfig, subnets: list[list[Subnet]], dtype: torch.dtype, rounding: int = 0
+    config: ExperimentConfig, subnets: list[list[Subnet | None]], dtype: torch.dtype, rounding: int = 0
 ) -> dict:
     images = config.data.batch_size * len(subnets[0])
     loader = Loader(config.data.model_copy(update={"batch_size": images}))
@@ -123,7 +123,7 @@ def by_plain_torch(
     }
 
 
-def draws(config: ExperimentConfig, ranks: int) -> list[list[Subnet]]:
+def draws(config: ExperimentConfig, ranks: int) -> list[list[Subnet | None]]:
     from functools import partial
 
     from pipeline.elastic import cost
@@ -137,7 +137,7 @@ def draws(config: ExperimentConfig, ranks: int) -> list[list[Subnet]]:
     return [[sampler.draw(step, rank) for rank in range(ranks)] for step in range(config.run.max_steps or STEPS)]
 
 
-def plain(mode: str, config: ExperimentConfig, subnets: list[list[Subnet]]) -> dict | list[dict]:
+def plain(mode: str, config: ExperimentConfig, subnets: list[list[Subnet | None]]) -> dict | list[dict]:
     if mode == "plain64":
         return by_plain_torch(config, subnets, torch.float64)
     return [by_plain_torch(config, subnets, torch.float32, rounding) for rounding in range(ROUNDINGS)]

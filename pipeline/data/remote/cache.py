@@ -91,7 +91,7 @@ class Cache:
             folder.mkdir(parents=True, exist_ok=True)
             with self._alone():
                 self._own = folder / f"{_WISH}{secrets.token_hex(8)}"
-                self._alive = os.open(self._own, os.O_RDWR | os.O_CREAT)
+                self._alive = os.open(self._own, os.O_RDWR | os.O_CREAT, 0o644)
                 fcntl.flock(self._alive, fcntl.LOCK_EX)  # for as long as this process lives
         except OSError as error:
             fix = "name a folder on a local disk of the node, or null"
@@ -246,7 +246,7 @@ class Cache:
             OSError: there is no room.
         """
         with self._alone():
-            descriptor = os.open(part, os.O_RDWR | os.O_CREAT)
+            descriptor = os.open(part, os.O_RDWR | os.O_CREAT, 0o644)
             try:
                 if not whole.exists() and _lock(descriptor) and not whole.exists():  # it may be finished in between
                     self._make_room(part.name, size)
@@ -309,7 +309,7 @@ class Cache:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        descriptor = os.open(self.folder / _LOCK, os.O_RDWR | os.O_CREAT)
+        descriptor = os.open(self.folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield
