@@ -122,7 +122,7 @@ def begun(request, launch, experiment, tmp_path_factory):
     backbone = scrambled(build(parse_config(tree).model))
     export = backbone.export(backbone.grid.largest)
     source.mkdir()
-    (source / "config.json").write_text(json.dumps(hub_config(backbone.config, export)))
+    (source / "config.json").write_text(json.dumps(hub_config(parse_config(tree), export)))
     save_file(export.state_dict, source / "model.safetensors")
     begun = Begun(directory / "run", backbone)
     # goes on with other multipliers of parameters, which are grouped by them, and without a learning rate to speak of
