@@ -110,13 +110,13 @@ class Begun:
 
 
 @pytest.fixture(scope="module", params=["magnitude", "taylor"])
-def begun(request, launch, experiment, labelled, tmp_path_factory):
+def begun(request, launch, experiment, tmp_path_factory):
     directory = tmp_path_factory.mktemp(request.param)
     source = directory / "source"
     tree = experiment(
         model={"init_from": str(source), "init_order": request.param},
         loss={"anchor_weight": 0.5, "ibot_start_epoch": 9},
-        data={**labelled, "batch_size": 32},
+        data={"batch_size": 32},
         run={"dir": str(directory / "run"), "max_steps": 2},
     )
     backbone = scrambled(build(parse_config(tree).model))
