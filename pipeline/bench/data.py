@@ -9,11 +9,12 @@ import numpy as np
 import torch
 
 from pipeline.config import DataConfig
-from pipeline.data.augment import P, decode_pipeline, make_pipeline, parameters
+from pipeline.data.augment import decode_pipeline, make_pipeline
+from pipeline.data.draws import P, parameters
 from pipeline.data.intake import CHANNELS, Intake
 from pipeline.data.loader import Loader
-from pipeline.data.reader import Picked
 from pipeline.data.reading import Reading
+from pipeline.data.stream import Picked
 
 _WARM_UP = 3  # batches; the first ones build operators and fill the queue
 

@@ -10,12 +10,14 @@ import torch
 
 from kernels.colours import Normalisation, colour
 from pipeline.config import DataConfig
-from pipeline.data.augment import GLOBAL_CROPS, P, colour_table, make_pipeline, parameters, undecodable
+from pipeline.data.augment import make_pipeline, undecodable
+from pipeline.data.draws import GLOBAL_CROPS, P, colour_table, parameters
 from pipeline.data.images import Header
 from pipeline.data.intake import CHANNELS, Intake
 from pipeline.data.mixing import WHOLE, Segment
-from pipeline.data.reader import Dataset, Skip
+from pipeline.data.reader import Dataset
 from pipeline.data.reading import Reading
+from pipeline.data.stream import Skip
 
 _READ_AHEAD = 4  # batches whose bytes and parameters are prepared before the pipeline asks for them
 _DTYPES = (torch.float32, torch.float16)

@@ -10,8 +10,9 @@ from pipeline.config import DataConfig
 from pipeline.data.intake import Intake
 from pipeline.data.mixing import WHOLE, Segment
 from pipeline.data.order import Order, lanes_of
-from pipeline.data.reader import Dataset, Picked, SampleStream
+from pipeline.data.reader import Dataset
 from pipeline.data.remote.cache import Cache
+from pipeline.data.stream import Picked, SampleStream
 
 _REQUESTS = 32  # in flight at once to a store
 

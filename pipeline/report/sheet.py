@@ -10,8 +10,8 @@ from pipeline.config import CacheConfig, DataConfig, ExperimentConfig
 from pipeline.data.intake import Intake, settle_values
 from pipeline.data.loader import Loader
 from pipeline.data.masks import block_masks
-from pipeline.data.reader import Skip
 from pipeline.data.reading import Reading
+from pipeline.data.stream import Skip
 from pipeline.elastic import Grid
 from pipeline.report.charts import table
 from pipeline.report.pictures import SIDE, darkened, picture

@@ -12,9 +12,9 @@ from typing import Any, NoReturn
 
 from pipeline.config import ExperimentConfig
 from pipeline.data.intake import settle_values
-from pipeline.data.reader import Skip
 from pipeline.data.remote.patience import WEATHER
 from pipeline.data.segments import segment_of
+from pipeline.data.stream import Skip
 from pipeline.engine import distributed
 from pipeline.engine.checkpoint import Checkpoints, Progress, Saved, SaveError, Written
 from pipeline.engine.distributed import Ranks

@@ -13,8 +13,9 @@ from pipeline.config import ExperimentConfig
 from pipeline.data.loader import Batch, Loader
 from pipeline.data.masks import block_masks
 from pipeline.data.mixing import Segment
-from pipeline.data.reader import Dataset, Skip
+from pipeline.data.reader import Dataset
 from pipeline.data.remote.patience import SourceError
+from pipeline.data.stream import Skip
 from pipeline.elastic import Backbone, Subnet, build, cost
 from pipeline.elastic.head import ProjectionHeads
 from pipeline.elastic.layers import recut_in_backward

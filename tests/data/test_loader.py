@@ -13,7 +13,7 @@ import torch
 
 from pipeline.config import DataConfig
 from pipeline.data.loader import Batch, Loader
-from pipeline.data.reader import Skip
+from pipeline.data.stream import Skip
 from pipeline.errors import UserError
 
 ROOT = Path(__file__).parents[2]

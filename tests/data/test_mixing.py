@@ -7,7 +7,8 @@ import pytest
 
 from pipeline.config.data import SourceConfig
 from pipeline.data.mixing import ROWS, Mix, Segment, integer_shares
-from pipeline.data.reader import Dataset, SampleStream
+from pipeline.data.reader import Dataset
+from pipeline.data.stream import SampleStream
 from pipeline.errors import UserError
 
 SHARES = [500, 333, 167]

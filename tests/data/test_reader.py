@@ -11,9 +11,10 @@ from pipeline.config.data import SourceConfig
 from pipeline.data import indexes, tars
 from pipeline.data.order import Order, SampleOrder
 from pipeline.data.patterns import expand_shards
-from pipeline.data.reader import Dataset, SampleStream
+from pipeline.data.reader import Dataset
 from pipeline.data.remote.patience import SourceError
 from pipeline.data.shards import index
+from pipeline.data.stream import SampleStream
 from pipeline.errors import UserError
 
 LIMIT = 178956970

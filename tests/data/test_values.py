@@ -10,9 +10,10 @@ from PIL import Image
 
 from pipeline.cli import main
 from pipeline.config import DataConfig, parse_config
-from pipeline.data.augment import P, make_pipeline, parameters
+from pipeline.data.augment import make_pipeline
 from pipeline.data.catalog import Pixels, open_catalog
 from pipeline.data.check import stats, verify
+from pipeline.data.draws import P, parameters
 from pipeline.data.eval_images import EvalImages
 from pipeline.data.images import BadImage, Header
 from pipeline.data.intake import Intake, settle_values

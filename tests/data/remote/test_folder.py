@@ -8,10 +8,11 @@ from pipeline.config.data import DataConfig, SourceConfig
 from pipeline.data.homes import known_classes
 from pipeline.data.loader import Loader
 from pipeline.data.patterns import list_shards
-from pipeline.data.reader import Dataset, SampleStream
+from pipeline.data.reader import Dataset
 from pipeline.data.remote.folder import open_remote
 from pipeline.data.remote.patience import WEATHER, SourceError
 from pipeline.data.shards import index
+from pipeline.data.stream import SampleStream
 from pipeline.errors import UserError
 
 RANKS = (2, 1, 3, 5)
