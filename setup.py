@@ -37,9 +37,11 @@ class WithDataFiles(Distribution):
 
 
 ONNX = ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5"]
+PARQUET = ["pyarrow>=17"]
 SINKS = {"wandb": ["wandb>=0.19"], "mlflow": ["mlflow-skinny>=2.20"]}
 DEVELOPMENT = [
     *ONNX,
+    *PARQUET,
     *SINKS["mlflow"],
     *SINKS["wandb"],
     "coverage>=7.6",
@@ -54,6 +56,7 @@ DEVELOPMENT = [
     "pytest-xdist>=3.7",
     "ruff>=0.11",
     "types-PyYAML",
+    "webdataset>=0.2.100,<2",  # the tests hold our shards against it
 ]
 
 setup(
@@ -89,9 +92,9 @@ setup(
         "scikit-learn>=1.5",
         "scipy>=1.12",
         "tensorboard>=2.18",
+        "tifffile>=2024.8.10",
         "tqdm>=4.66",
-        "webdataset>=0.2.100,<2",
     ],
-    extras_require={"dev": DEVELOPMENT, "onnx": ONNX, **SINKS},
+    extras_require={"dev": DEVELOPMENT, "onnx": ONNX, "parquet": PARQUET, **SINKS},
     entry_points={"console_scripts": ["poa=pipeline.cli:main"]},
 )

@@ -98,8 +98,9 @@ def _parser() -> argparse.ArgumentParser:
 def _measure(args: argparse.Namespace, config: ExperimentConfig, device: str) -> dict[str, Any]:
     if args.what == "data":
         from pipeline.bench.data import benchmark
+        from pipeline.data.intake import settle_values
 
-        return benchmark(config.data, device=device, batches=args.steps)
+        return benchmark(settle_values(config).data, device=device, batches=args.steps, channels=config.model.in_chans)
     if args.what == "layout":
         from pipeline.bench.layout import benchmark_layout
 

@@ -1,18 +1,22 @@
-"""`poa shards build | index | verify | stats`."""
+"""`poa shards build | index | verify | stats | show`."""
 
 import argparse
 import json
+import os
 import signal
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, NoReturn
 
-from pipeline.commands.arguments import add_json
+from pipeline.commands.arguments import add_config, add_json, path
+from pipeline.data.aside import kept_of
 from pipeline.data.names import escape
+from pipeline.errors import UserError
 
-HELP = "build, index, verify or describe shards"
+HELP = "build, index, verify, describe or show shards"
 _LISTED = 20  # names printed of a long list; JSON has them all
 
 
@@ -20,7 +24,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `poa shards`."""
     commands = parser.add_subparsers(metavar="ACTION", required=True)
     build = commands.add_parser("build", help="pack images into shards")
-    build.add_argument("source", metavar="SRC", help="a folder, sklearn:digits or torchvision:CLASS[:ROOT]")
+    build.add_argument(
+        "source",
+        metavar="SRC",
+        help="a folder, tars, .parquet, a .txt of URLs, sklearn:digits, torchvision:CLASS[:ROOT]",
+    )
     build.add_argument("destination", metavar="DST", help="a new folder")
     build.add_argument("--per-shard", type=int, default=1000, metavar="N", help="samples (default: %(default)s)")
     build.add_argument("--shorter-side", type=int, metavar="PX", help="shrink larger images (default: keep)")
@@ -29,6 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--val-fraction", type=float, metavar="F", help="share for val-*.tar (default: the source's own)"
     )
     build.add_argument("--masks", metavar="DIR", help="segmentation masks under the images' names, kept as KEY.seg.png")
+    build.add_argument(
+        "--values", action="store_true", help="keep depth and channels of PNG, TIFF and numpy files (model.in_chans)"
+    )
+    build.add_argument("--jobs", type=int, metavar="N", help="processes, a shard each (default: all processors)")
     build.add_argument("--download", action="store_true", help="let torchvision fetch its files")
     add_json(build)
     build.set_defaults(action=_build)
@@ -40,8 +52,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         command = commands.add_parser(name, help=text)
         command.add_argument("shards", metavar="SHARDS", nargs="+", help="tar files or patterns with {000..009}")
         command.set_defaults(action=run)
+        if name == "index":
+            command.add_argument(
+                "--image", metavar="NAME", help="of samples with several, e.g. input.jpg, or input in any format"
+            )
         if name != "index":
             add_json(command)
+    show = commands.add_parser("show", help="one HTML page of what a model sees of its first images")
+    add_config(show)
+    show.add_argument("--out", metavar="HTML", type=path, help="default: the config's name with .html, here")
+    show.set_defaults(action=_show)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -52,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
 def _build(args: argparse.Namespace) -> int:
     from pipeline.data.shards import build
 
-    with _signals_that_clean_up():
+    with _signals_that_clean_up(args.destination):
         report = build(
             args.source,
             args.destination,
@@ -61,6 +81,8 @@ def _build(args: argparse.Namespace) -> int:
             seed=args.seed,
             val_fraction=args.val_fraction,
             masks=args.masks,
+            values=args.values,
+            processes=args.jobs or len(os.sched_getaffinity(0)),
             download=args.download,
         )
     if args.json:
@@ -82,30 +104,37 @@ def _build(args: argparse.Namespace) -> int:
 
 
 @contextmanager
-def _signals_that_clean_up() -> Iterator[None]:
-    """A time limit or a lost terminal ends a build as an error does: nothing half done stays behind."""
+def _signals_that_clean_up(destination: str) -> Iterator[None]:
+    """A time limit or a lost terminal ends a build as an error does: no shard that is half done stays behind."""
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     ours = [number for number, handler in before.items() if handler is signal.SIG_DFL]
     for number in ours:
         signal.signal(number, _stop)
     try:
         yield
+    except (SystemExit, KeyboardInterrupt):
+        kept = kept_of(destination)
+        print(f"stopped: {_of_kept(kept)}", file=sys.stderr)
+        raise
     finally:
         for number in ours:
             signal.signal(number, before[number])
 
 
+def _of_kept(shards: int) -> str:
+    return f"{shards} complete shards are kept, the same command goes on from there" if shards else "nothing is kept"
+
+
 def _stop(number: int, _frame: Any) -> NoReturn:
     for again in (signal.SIGTERM, signal.SIGHUP):  # a second one would end the cleaning up half way
         signal.signal(again, signal.SIG_IGN)
-    print("stopped: nothing is kept", file=sys.stderr)
     sys.exit(128 + number)
 
 
 def _index(args: argparse.Namespace) -> int:
     from pipeline.data.shards import index
 
-    for report in index(args.shards):
+    for report in index(args.shards, args.image):
         without = f", {report.without_image} without an image left out" if report.without_image else ""
         others = len(report.left_out) - report.without_image
         others_out = f", {others} other members left out" if others else ""
@@ -150,10 +179,32 @@ def _stats(args: argparse.Namespace) -> int:
     for name in ("height", "width", "kilobytes"):
         low, *inner, high = getattr(found, name) or [0.0] * 5
         print(f"{name}: {low:.4g} to {high:.4g}, 5/50/95% at " + "/".join(f"{value:.4g}" for value in inner))
+    for folder, values in found.values.items():
+        mean, std = (", ".join(f"{value:.4g}" for value in values[key]) for key in ("mean", "std"))
+        depth = f"{values['depth']} from {values['low']:.6g} to {values['high']:.6g}"
+        print(f"values of {values['images']} images in {escape(folder)}: {depth}, mean {mean}, deviation {std}")
+    for folder, why in found.not_kept.items():
+        print(f"warning: not written to the catalog of {escape(folder)}, {why}", file=sys.stderr)
     for what, count in found.bad_labels.items():
         print(f"no class for {count}: {what}")
     if found.classes:
         print("classes: " + ", ".join(f"{label}: {count}" for label, count in found.classes.items()))
+    return 0
+
+
+def _show(args: argparse.Namespace) -> int:
+    from pipeline.config import load_config
+    from pipeline.files import require_writable, write_atomically
+    from pipeline.report.sheet import contact_sheet
+
+    config = load_config(args.config, args.overrides)
+    out = Path(args.out or f"{Path(args.config).stem}.html")
+    if out.exists() and not out.is_file():
+        raise UserError("this is no file that could be replaced", str(out), "name one with --out HTML")
+    require_writable(out.parent, "name a file that can be written with --out")
+    text = contact_sheet(config, Path(args.config).stem)
+    write_atomically(out, text)
+    print(f"{escape(str(out))} ({len(text) / 1e6:.1f} MB)")
     return 0
 
 

@@ -52,6 +52,9 @@ class DataConfig(Section):
     )
     segment: Free[int] = Field(0, ge=0, description="raised by one, the run goes on with other sources or weights")
     val: Free[Shards | None] = None
+    image: str | None = Field(
+        None, pattern=r"^[^\s/]+$", description="which image of a sample with several: `input.jpg`, or `input`"
+    )
     batch_size: Free[int] = Field(50, gt=0)
     global_crops: CropConfig = CropConfig()
     local_crops: LocalCropConfig = LocalCropConfig()
@@ -66,6 +69,29 @@ class DataConfig(Section):
     blur: Changeable[tuple[float, float, float]] = Field(
         (0.0, 0.9, 0.5), description="probability: global 1, global 2, local"
     )
+
+    value_range: Fraction | None = Field(
+        None, description="values that become 0 and 1; null: 8-bit RGB, or what poa shards stats found"
+    )
+    mean: tuple[float, ...] | None = Field(None, description="by channel, of values in 0..1; null: ImageNet's or found")
+    std: tuple[float, ...] | None = Field(None, description="by channel, likewise")
+    channel_drop: Changeable[float] = Field(
+        0, ge=0, lt=1, description="probability that a crop's channel is set to its mean"
+    )
+
+    @field_validator("value_range")
+    @classmethod
+    def _range_rises(cls, value: Fraction | None) -> Fraction | None:
+        if value and value[0] >= value[1]:
+            raise ValueError(f"value_range={list(value)} must rise, e.g. [0, 4095] for 12 bits")
+        return value
+
+    @field_validator("std")
+    @classmethod
+    def _positive(cls, value: tuple[float, ...] | None) -> tuple[float, ...] | None:
+        if value and min(value) <= 0:
+            raise ValueError(f"std={list(value)} must be above 0")
+        return value
 
     @field_validator("train", mode="before")
     @classmethod

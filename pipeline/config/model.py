@@ -125,7 +125,7 @@ class ModelConfig(Section):
     family: Family = "vit"
     image_size: int = Field(224, gt=0)
     patch_size: int = Field(16, gt=0)
-    in_chans: int = Field(3, gt=0)
+    in_chans: int = Field(3, gt=0, le=16)
     head_dim: int = Field(64, gt=0)
     width: Span
     depth: DepthSpan

@@ -13,7 +13,6 @@ from pipeline.config.section import Changeable, Free, PathText, Section, Shards,
 Fraction = tuple[float, float]
 _LONGEST_SECONDS = 1e9  # thirty years; clocks and timeouts bear no more
 
-IMAGE_CHANNELS = 3  # what the data path delivers
 KERNEL_HEAD_DIMS = (16, 32, 64)  # of kernels.fused.attention, whose import needs Triton
 
 
@@ -258,10 +257,13 @@ class ExperimentConfig(Section):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> "ExperimentConfig":
-        if self.model.in_chans != IMAGE_CHANNELS:
-            raise ValueError(
-                f"model.in_chans={self.model.in_chans}: images are read as RGB, so only {IMAGE_CHANNELS} works"
-            )
+        for key in ("mean", "std"):
+            values = getattr(self.data, key)
+            if values is not None and len(values) != self.model.in_chans:
+                raise ValueError(
+                    f"data.{key} has {len(values)} values, but model.in_chans is {self.model.in_chans}: "
+                    "give one for each channel"
+                )
         crops = {"data.global_crops.size": self.data.global_crops.size}
         if self.data.local_crops.count:
             crops["data.local_crops.size"] = self.data.local_crops.size

@@ -6,19 +6,25 @@ import re
 import shutil
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pipeline.data.names import escape
 from pipeline.errors import UserError
 
+_IDENTITY = ".identity"
+
 
 @contextmanager
-def new_folder(destination: str | Path) -> Iterator[Path]:
+def new_folder(destination: str | Path, identity: str | None = None) -> Iterator[Path]:
     """Give a folder to fill, which becomes the destination when the block ends well and goes away when it does not.
 
     An empty folder that is there already (a mounted volume, the target of a link, one in a place where only it may be
     written) is kept: the files are filled in below it and moved up.
+
+    Args:
+        identity: of what is made. What of it is complete, which a file `.NAME.json` for each part says, is kept if the
+            block does not end well, and is there again in the next folder of the same identity.
 
     Raises:
         UserError: the destination holds something or cannot be written, or the block meets an OSError. What is
@@ -29,16 +35,19 @@ def new_folder(destination: str | Path) -> Iterator[Path]:
     aside = _beside(target, below=there)
     made = [parent for parent in aside.parents if not os.path.exists(parent)]
     try:
-        _sweep(aside.parent, target.name)
-        aside.mkdir(parents=True)
+        _sweep(aside.parent, target.name, aside, identity)
+        aside.mkdir(parents=True, exist_ok=True)
+        if identity is not None:
+            (aside / _IDENTITY).write_text(identity, encoding="utf-8")
     except OSError as error:
         _remove_empty(made)
         raise UserError(f"cannot write there: {error.strerror}", shown, "check rights and space") from error
     try:
         yield aside
     except BaseException as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        _remove_empty(made)
+        if not complete_parts(aside):
+            shutil.rmtree(aside, ignore_errors=True)
+            _remove_empty(made)
         if isinstance(error, OSError):
             raise UserError(f"cannot write: {error.strerror or error}", shown, "check rights and space") from error
         raise
@@ -47,6 +56,23 @@ def new_folder(destination: str | Path) -> Iterator[Path]:
     except OSError as error:
         fix = f"move the files yourself from {escape(str(aside))}, where they are all complete"
         raise UserError(f"cannot be put in place: {error.strerror}", shown, fix) from error
+
+
+def complete_parts(aside: Path) -> int:
+    """How much of a folder is complete."""
+    return sum(1 for _ in aside.glob(".*.json"))
+
+
+def forget(aside: Path) -> None:
+    """Remove what says how far a folder is: from now on its parts are put together, and half of that is of no use."""
+    for path in aside.glob(".*"):
+        path.unlink()
+
+
+def kept_of(destination: str | Path) -> int:
+    """Complete parts that this process left of a destination which it did not finish."""
+    target = Path(os.path.realpath(destination))
+    return sum(complete_parts(_beside(target, below)) for below in (False, True))
 
 
 def _remove_empty(folders: list[Path]) -> None:
@@ -88,14 +114,19 @@ def is_partial(name: str) -> bool:
     return re.fullmatch(r"\..+\.\d+\.partial", name) is not None
 
 
-def _sweep(folder: Path, target: str) -> None:
-    """Remove what builds of this destination left that were killed on this machine."""
+def _sweep(folder: Path, target: str, aside: Path, identity: str | None) -> None:
+    """Take over, or remove, what builds of this destination left that ended on this machine before they were done."""
     if not folder.is_dir():
         return
     for name in os.listdir(folder):
         match = _own(name, target)
-        if match and match["host"] == socket.gethostname() and not is_alive(int(match["process"])):
-            shutil.rmtree(folder / name, ignore_errors=True)
+        if not match or match["host"] != socket.gethostname() or is_alive(int(match["process"])):
+            continue
+        with suppress(OSError):
+            if identity is not None and (folder / name / _IDENTITY).read_text(encoding="utf-8") == identity:
+                os.rename(folder / name, aside)
+                continue
+        shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def is_alive(process: int) -> bool:

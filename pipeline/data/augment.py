@@ -3,6 +3,9 @@
 The operations and their order are fixed: crop, flip and resize, hue, saturation (0 for grey), contrast, brightness,
 blur, solarisation, normalisation. (torchvision's ColorJitter draws the order of its four operations anew each time.)
 Probabilities and ranges are those of DINO and DINOv2.
+
+Hue, saturation, grey and solarisation are of 8-bit RGB alone. Other images have contrast about the mean of all
+channels, brightness and blur, on values that are in 0..1 before them; both kinds may drop channels.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,10 +21,10 @@ from kernels.colours import table
 from pipeline.config import DataConfig
 from pipeline.data.generated import remove_generated_files
 from pipeline.data.images import Header
+from pipeline.data.intake import CHANNELS, Intake
 from pipeline.data.philox import Purpose, philox
+from pipeline.data.values import MOST_CHANNELS
 
-MEAN = (0.485, 0.456, 0.406)  # ImageNet's, for pixels in 0..1
-STD = (0.229, 0.224, 0.225)
 LUMA = (0.299, 0.587, 0.114)
 GLOBAL_CROPS = 2
 
@@ -66,20 +69,24 @@ class P(IntEnum):
 
 def colour_table(drawn: np.ndarray, hue: str) -> Tensor:
     """What `kernels.colours` wants to know of crops, by parameters `[..., len(P)]`: fp32 `[..., width]`."""
-    columns = torch.from_numpy(drawn[..., P.HUE :])
+    columns = torch.from_numpy(drawn[..., P.HUE : len(P)])
     return table(columns.flatten(0, -2), hue).unflatten(0, columns.shape[:-1])
 
 
-def parameters(data: DataConfig, position: int | np.ndarray, headers: Sequence[Header]) -> np.ndarray:
+def parameters(
+    data: DataConfig, position: int | np.ndarray, headers: Sequence[Header], channels: int = CHANNELS
+) -> np.ndarray:
     """Augmentation parameters of samples.
 
     Args:
         position: global positions, rising by runs; of the first one alone if the others follow it. Every sample's draws
             depend on the seed and its own position alone.
         headers: of the B images.
+        channels: of all images.
 
     Returns:
-        float32 `[B, 2 + L, len(P)]`; global crops first.
+        float32 `[B, 2 + L, len(P)]`; global crops first. With `channel_drop`, a column for each channel follows: 0
+        where it is dropped, else 1.
     """
     crops = GLOBAL_CROPS + data.local_crops.count
     positions = position + np.arange(len(headers)) if isinstance(position, int) else position
@@ -89,6 +96,9 @@ def parameters(data: DataConfig, position: int | np.ndarray, headers: Sequence[H
     boxes = _boxes(data, np.array([header.size for header in headers]), draws[..., : 2 * _BOX_TRIES + 2])
     _fill_geometry(out, boxes, draws[..., -1] < _FLIP_PROBABILITY, headers)
     _fill_colours(out, draws[..., 2 * _BOX_TRIES + 2 : -1], data.blur)
+    if data.channel_drop:
+        kept = np.concatenate([_kept_channels(data, run, crops, channels) for run in runs])
+        out = np.concatenate([out, kept], -1)
     return out
 
 
@@ -96,6 +106,14 @@ def _draws(seed: int, crops: int, position: int, count: int) -> np.ndarray:
     """Of consecutive positions."""
     generator = philox(seed, Purpose.AUGMENT, crops, block=position * crops * _DRAWS // 4)
     return generator.random((count, crops, _DRAWS))
+
+
+def _kept_channels(data: DataConfig, run: np.ndarray, crops: int, channels: int) -> np.ndarray:
+    """1 or 0 for each channel of each crop of consecutive positions; one is always left."""
+    generator = philox(data.seed, Purpose.CHANNELS, crops, block=int(run[0]) * crops * MOST_CHANNELS // 4)
+    draws = generator.random((len(run), crops, MOST_CHANNELS))[..., :channels]
+    kept = (draws >= data.channel_drop) | (draws == draws.max(-1, keepdims=True))
+    return kept.astype(np.float32)
 
 
 def _boxes(data: DataConfig, sizes: np.ndarray, draws: np.ndarray) -> np.ndarray:
@@ -157,41 +175,56 @@ def make_pipeline(
     device_id: int | None,
     half: bool,
     coloured: bool = True,
+    intake: Intake | None = None,
 ) -> Any:
     """A DALI pipeline that executes the parameters; it is built by its first `run`.
 
     Args:
-        source: batch number -> (encoded images, parameters `[B, 2 + L, len(P)]`, positions `[B, 1]`).
+        source: batch number -> (images as `Intake.open` has them, their `parameters`, positions `[B, 1]`).
         device_id: CUDA device, None for the CPU.
         half: float16 instead of float32 output.
-        coloured: False ends with crops that are cut out and resized, which `kernels.colours` then does the rest to.
+        coloured: False ends with crops of 8-bit RGB that are cut out and resized, which `kernels.colours` then does the
+            rest to.
+        intake: of the images; by default as `data` says of 8-bit RGB.
 
     Outputs per batch, the first two on the CPU: positions int64 `[B, 1]`, shapes int64 `[B, 3]` of the decoded images,
-    global crops `[B, 2, 3, S, S]` and, if there are any, local crops `[B, L, 3, s, s]`; not coloured, they are uint8
+    global crops `[B, 2, C, S, S]` and, if there are any, local crops `[B, L, C, s, s]`; not coloured, they are uint8
     `[B, 2, S, S, 3]` and `[B, L, s, s, 3]`.
     """
     from nvidia.dali import fn, pipeline_def, types
     from nvidia.dali.pipeline import do_not_convert
+
+    how = intake or Intake.of(data)
 
     @do_not_convert
     def outputs(rewritten: Where) -> tuple[Any, ...]:
         def where(condition: Any, change: Callable[[Any], Any], x: Any) -> Any:
             return rewritten(condition, do_not_convert(change), x)
 
-        encoded, drawn, positions = fn.external_source(
-            source=source, num_outputs=3, batch=True, dtype=[types.UINT8, types.FLOAT, types.INT64], ndim=[1, 2, 1]
+        given, drawn, positions = fn.external_source(
+            source=source,
+            num_outputs=3,
+            batch=True,
+            dtype=[types.UINT8 if how.is_rgb else types.FLOAT, types.FLOAT, types.INT64],
+            ndim=[1 if how.is_rgb else 3, 2, 1],
+            layout=["" if how.is_rgb else "HWC", "", ""],
         )
-        image = _decode(encoded, device_id)
+        image = _decode(given, device_id) if how.is_rgb else given if device_id is None else given.gpu()
+        shapes = image.shape() if how.is_rgb else given.shape()
         local = data.local_crops
         rows = [drawn[i] for i in range(GLOBAL_CROPS + local.count)]
         sizes = [data.global_crops.size] * GLOBAL_CROPS + [local.size] * local.count
         crops = [_cut(image, row, size) for row, size in zip(rows, sizes, strict=True)]
         if coloured:
-            crops = [_colour(crop, row, data.hue, where) for crop, row in zip(crops, rows, strict=True)]
-            crops[1] = _solarize(crops[1], rows[1], where)
+            change = partial(_colour, hue=data.hue) if how.is_rgb else partial(_change_values, channels=how.channels)
+            crops = [change(crop, row, where) for crop, row in zip(crops, rows, strict=True)]
+            if how.is_rgb:
+                crops[1] = _solarize(crops[1], rows[1], where)
         groups = [group for group in (crops[:GLOBAL_CROPS], crops[GLOBAL_CROPS:]) if group]
-        finish = partial(_normalize, half=half) if coloured else _stack
-        return positions, image.shape(), *map(finish, groups)
+        found = [_normalize(group, how, half) if coloured else _stack(group) for group in groups]
+        if coloured and data.channel_drop:
+            found = [_drop_channels(x, drawn, i * GLOBAL_CROPS) for i, x in enumerate(found)]
+        return positions, shapes, *found
 
     @pipeline_def(enable_conditionals=True)
     def graph() -> tuple[Any, ...]:
@@ -251,7 +284,7 @@ def _decode(encoded: Any, device_id: int | None) -> Any:
 
 
 def _cut(image: Any, p: Any, size: int) -> Any:
-    """One crop, uint8 HWC; `p` is its row of parameters."""
+    """One crop, HWC; `p` is its row of parameters."""
     from nvidia.dali import fn, types
 
     # `roi_start` of `resize` would save this copy, but lets the kernel reach beyond the box: up to 50 levels at borders
@@ -260,21 +293,43 @@ def _cut(image: Any, p: Any, size: int) -> Any:
     return fn.resize(x, size=(size, size), interp_type=types.INTERP_CUBIC, antialias=True)
 
 
-def _colour(x: Any, p: Any, hue: str, where: Where) -> Any:
-    """All that is done to a crop before it is solarised, if it is; uint8 HWC."""
+def _turn(x: Any, p: Any, where: Where) -> Any:
+    """A crop put upright and flipped."""
     from nvidia.dali import fn, types
 
     x = where(p[P.TRANSPOSE] > 0.0, lambda x: fn.transpose(x, perm=[1, 0, 2], transpose_layout=False), x)
-    x = fn.flip(
+    return fn.flip(
         x, horizontal=fn.cast(p[P.MIRROR_X], dtype=types.INT32), vertical=fn.cast(p[P.MIRROR_Y], dtype=types.INT32)
     )
+
+
+def _blur(x: Any, p: Any, where: Where) -> Any:
+    from nvidia.dali import fn
+
+    return where(p[P.SIGMA] > 0.0, lambda x: fn.gaussian_blur(x, window_size=_BLUR_WINDOW, sigma=p[P.SIGMA]), x)
+
+
+def _change_values(x: Any, p: Any, where: Where, *, channels: int) -> Any:
+    """All that is done to a crop of an image that is not 8-bit RGB, float32 HWC."""
+    from nvidia.dali import types
+
+    x = _turn(x, p, where)
+    x = _contrast_and_brightness(x, p, np.full(channels, 1 / channels, np.float32), types.FLOAT)
+    return _blur(x, p, where)
+
+
+def _colour(x: Any, p: Any, where: Where, *, hue: str) -> Any:
+    """All that is done to a crop before it is solarised, if it is; uint8 HWC."""
+    from nvidia.dali import types
+
+    x = _turn(x, p, where)
     if hue == "hsv":
         x = where(p[P.HUE] != 0.0, lambda x: _turn_hue(x, p), x)
         x = _saturate(x, p, where)
     else:
         x = _saturate_and_turn_hue(x, p, where)
-    x = _contrast_and_brightness(x, p)
-    return where(p[P.SIGMA] > 0.0, lambda x: fn.gaussian_blur(x, window_size=_BLUR_WINDOW, sigma=p[P.SIGMA]), x)
+    x = _contrast_and_brightness(x, p, np.array(LUMA, np.float32), types.UINT8)
+    return _blur(x, p, where)
 
 
 def _solarize(x: Any, p: Any, where: Where) -> Any:
@@ -335,25 +390,25 @@ def _hsv_channel(value: Any, chroma: Any, sector: Any) -> Any:
     return fn.cast(value - chroma * weight, dtype=types.UINT8)
 
 
-def _contrast_and_brightness(x: Any, p: Any) -> Any:
-    """Contrast about the mean luma (`color_twist` knows only 128), then brightness."""
+def _contrast_and_brightness(x: Any, p: Any, weights: np.ndarray, dtype: Any) -> Any:
+    """Contrast about the mean luma (`color_twist` knows only 128), then brightness; `weights` make luma of channels."""
     from nvidia.dali import fn, types
 
     means = fn.reductions.mean(x, axes=(0, 1), dtype=types.FLOAT)
-    centre = fn.reductions.sum(means * types.Constant(np.array(LUMA, np.float32), device=x.device))
+    centre = fn.reductions.sum(means * types.Constant(weights, device=x.device))
     if x.device == "cpu":
         x = fn.contrast(x, contrast=p[P.CONTRAST], contrast_center=centre)
     else:
-        x = _blend(x, centre, p[P.CONTRAST])
+        x = _blend(x, centre, p[P.CONTRAST], dtype)
     # not in one operation: what the contrast clips to white is then darkened with the rest
     return fn.brightness(x, brightness=p[P.BRIGHTNESS])
 
 
-def _blend(x: Any, centre: Any, factor: Any) -> Any:
+def _blend(x: Any, centre: Any, factor: Any, dtype: Any) -> Any:
     """`fn.contrast` by arithmetic, ten times slower: on a GPU that operator cannot take a centre computed there."""
-    from nvidia.dali import fn, types
+    from nvidia.dali import fn
 
-    return fn.cast(x * _beside(factor, x) + centre * _beside(1.0 - factor, x), dtype=types.UINT8)
+    return fn.cast(x * _beside(factor, x) + centre * _beside(1.0 - factor, x), dtype=dtype)
 
 
 def _beside(value: Any, x: Any) -> Any:
@@ -367,14 +422,23 @@ def _stack(crops: list[Any]) -> Any:
     return fn.stack(*crops, axis_name="F")
 
 
-def _normalize(crops: list[Any], half: bool) -> Any:
-    """Stack uint8 HWC crops of an image and normalise them: `[crops, 3, size, size]`."""
+def _normalize(crops: list[Any], how: Intake, half: bool) -> Any:
+    """Stack HWC crops of an image, 8-bit or in 0..1, and normalise them: `[crops, C, size, size]`."""
     from nvidia.dali import fn, types
 
+    levels = 255 if how.is_rgb else 1
     return fn.crop_mirror_normalize(
         _stack(crops),
-        mean=[255 * m for m in MEAN],
-        std=[255 * s for s in STD],
+        mean=[levels * m for m in how.mean],
+        std=[levels * s for s in how.std],
         output_layout="FCHW",
         dtype=types.FLOAT16 if half else types.FLOAT,
     )
+
+
+def _drop_channels(x: Any, drawn: Any, first: int) -> Any:
+    """Set channels to their mean, which is 0, in normalised crops from the first on of which parameters are given."""
+    from nvidia.dali import fn
+
+    kept = drawn[first:, len(P) :] if first else drawn[:GLOBAL_CROPS, len(P) :]
+    return fn.cast_like(x * _beside(fn.expand_dims(kept, axes=[2, 3]), x), x)

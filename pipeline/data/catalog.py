@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
@@ -31,7 +31,55 @@ _HEADER = 128  # bytes of a .npy file before its numbers
 _ROW = np.dtype("<u4")
 _NO_LABEL = 2**32 - 1
 _FAULTS = {NO_NUMBER: 2**32 - 2, BEYOND: 2**32 - 3}  # of a label file, by what `parse_label` says
+_LEAST_STD = 1e-3  # of a channel that is the same everywhere
 _MOST = 2**32 - 4  # the largest label that a row holds
+
+
+class Pixels(NamedTuple):
+    """What values the images of some shards hold, each image counting alike.
+
+    Attributes:
+        images: that were looked at.
+        depth: `integers`, all whole and none below 0, or `floats`.
+        low, high: the range of all but the most extreme values.
+        mean, std: by channel, of the values as stored.
+    """
+
+    images: int
+    depth: str
+    low: float
+    high: float
+    mean: list[float]
+    std: list[float]
+
+    @classmethod
+    def joined(cls, parts: Sequence["Pixels"]) -> "Pixels":
+        """Of several sets of shards, each counting by its images."""
+        weights = np.array([part.images for part in parts]) / sum(part.images for part in parts)
+        means, stds = (np.array([part[i] for part in parts]) for i in (4, 5))
+        mean = weights @ means
+        std = np.sqrt(weights @ (stds**2 + (means - mean) ** 2))
+        depth = "integers" if all(part.depth == "integers" for part in parts) else "floats"
+        low, high = min(part.low for part in parts), max(part.high for part in parts)
+        return cls(sum(part.images for part in parts), depth, low, high, mean.tolist(), std.tolist())
+
+    @property
+    def is_rgb(self) -> bool:
+        """Whether these are what 8-bit RGB images hold."""
+        return self.depth == "integers" and self.high <= 255 and len(self.mean) == 3
+
+    def range(self) -> tuple[float, float]:
+        """What becomes 0 and 1: of integers 0 and the most that as many bits hold, 8 or more."""
+        if self.depth == "integers":
+            return 0.0, float(2 ** max(int(self.high).bit_length(), 8) - 1)
+        return (self.low, self.high) if self.high > self.low else (self.low, self.low + 1.0)
+
+    def scaled(self, value_range: tuple[float, float] | None) -> dict[str, tuple[float, ...]]:
+        """`value_range`, `mean` and `std` of an experiment, the latter two of values in 0..1."""
+        low, high = value_range or self.range()
+        mean = tuple((m - low) / (high - low) for m in self.mean)
+        std = tuple(max(s / (high - low), _LEAST_STD) for s in self.std)
+        return {"value_range": (low, high), "mean": mean, "std": std}
 
 
 class Catalog:
@@ -44,6 +92,8 @@ class Catalog:
         firsts: the row at which each begins.
         versions: of the objects in a store, by which a change is noticed; None on a disk.
         classes: names by label; None without.
+        image: which of a sample's images the rows list (see `tars.Sample`).
+        pixels: statistics of the images' values, if `poa shards stats` has run since.
         rows: uint32 `[samples, 3]`: block of the image, its bytes, its label.
     """
 
@@ -62,6 +112,8 @@ class Catalog:
             self.sizes, self.samples, self._checksums = (np.array(columns[c], np.int64) for c in _COLUMNS[1:])
             self.versions: list[str] | None = columns.get("versions")
             self.classes: list[str] | None = columns["classes"]
+            self.image: str | None = columns.get("image")
+            self.pixels = Pixels(**columns["pixels"]) if columns.get("pixels") else None
             self.firsts = np.concatenate([[0], np.cumsum(self.samples)])
             if not len(self.names) == len(self.sizes) == len(self.samples) == len(self._checksums):
                 raise ValueError("columns of different lengths")
@@ -171,12 +223,14 @@ def _label(descriptor: int, sample: Sample) -> int | None:
     return value if value <= _MOST else None
 
 
-def write_catalog(folder: Path, shards: Sequence[Path]) -> None:
+def write_catalog(folder: Path, shards: Sequence[Path], image: str | None = None) -> None:
     """Write the catalog of a folder, atomically; shards that an older one lists stay in it as long as they are there.
 
     Args:
         folder: of all the shards.
         shards: with their indexes beside them. One with a label too large for a row is left to its index.
+        image: which of a sample's images is listed, as `tars.Sample` has it; for all shards of the folder, and until
+            another is named.
 
     Raises:
         UserError: a shard or an index cannot be read.
@@ -186,6 +240,9 @@ def write_catalog(folder: Path, shards: Sequence[Path]) -> None:
     with suppress(UserError):  # one that cannot be used is what this one replaces
         old = open_catalog(folder)
     new = {shard.name: shard for shard in shards}
+    if old and image not in (None, old.image):
+        new |= {name: folder / name for name in old.names if (folder / name).exists()}
+    image = image or (old.image if old else None)
     kept = [name for name in old.names if name not in new and (folder / name).exists()] if old else []
     columns: dict[str, list[Any]] = {column: [] for column in _COLUMNS}
     aside = folder / f".{ROWS}.{os.getpid()}"
@@ -195,7 +252,7 @@ def write_catalog(folder: Path, shards: Sequence[Path]) -> None:
             for name in sorted([*kept, *new]):
                 if name in new:
                     shard = new[name]
-                    samples = [] if tars.is_empty(shard) else indexes.read_index(shard)
+                    samples = [] if tars.is_empty(shard) else indexes.read_index(shard, image)
                     rows, size = rows_of(shard, samples), shard.stat().st_size
                 else:
                     assert old is not None
@@ -213,7 +270,17 @@ def write_catalog(folder: Path, shards: Sequence[Path]) -> None:
     finally:
         aside.unlink(missing_ok=True)
     classes = class_names(folder / "any")
-    tree = {"format": _FORMAT, **columns, "classes": classes}
+    tree = {"format": _FORMAT, **columns, "classes": classes} | ({"image": image} if image else {})
+    write_atomically(folder / CATALOG, json.dumps(tree, separators=(",", ":")) + "\n")
+
+
+def write_pixels(folder: Path, pixels: Pixels) -> None:
+    """Add statistics to the catalog of a folder, until its shards are indexed anew.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    tree = json.loads((folder / CATALOG).read_bytes()) | {"pixels": pixels._asdict()}
     write_atomically(folder / CATALOG, json.dumps(tree, separators=(",", ":")) + "\n")
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,18 +13,22 @@ from typing import Any
 import numpy as np
 
 from pipeline.data import indexes, tars
-from pipeline.data.catalog import CATALOG, Catalog, open_catalog, rows_of
+from pipeline.data.catalog import CATALOG, Catalog, open_catalog, rows_of, write_pixels
 from pipeline.data.decoders import NO_LIMIT, check
 from pipeline.data.images import EXTENSIONS, BadImage, inspect
 from pipeline.data.labels import CLASSES, LONGEST, class_names, parse_label
 from pipeline.data.names import escape
+from pipeline.data.packing import in_order
 from pipeline.data.patterns import expand_shards
 from pipeline.data.progress import progress_bar
 from pipeline.data.reader import Dataset
-from pipeline.data.shards import MANIFEST, in_order
+from pipeline.data.remote.address import is_remote
+from pipeline.data.shards import MANIFEST
+from pipeline.data.values import decode_values, has_values, measure_values, name_of
 from pipeline.errors import UserError
 from pipeline.files import sha256
 
+_LOOKED_AT = 1000  # images of a folder whose values are measured
 _PERCENTILES = (0, 5, 50, 95, 100)
 
 
@@ -50,6 +55,8 @@ class Statistics:
         formats: images by format; unusable ones by reason, with a minus sign in front.
         classes: samples by label; empty without labels.
         bad_labels: samples by what is wrong with their label.
+        values: by folder, its images' `catalog.Pixels`; empty where no image is usable.
+        not_kept: by folder, why its catalog does not hold them.
         height, width, kilobytes: minimum, 5th, 50th and 95th percentile, maximum over usable images.
     """
 
@@ -62,6 +69,8 @@ class Statistics:
     height: list[float]
     width: list[float]
     kilobytes: list[float]
+    values: dict[str, dict[str, Any]]
+    not_kept: dict[str, str]
 
 
 def verify(shards: str | Sequence[str], *, progress: bool = True) -> list[ShardVerdict]:
@@ -79,10 +88,10 @@ def verify(shards: str | Sequence[str], *, progress: bool = True) -> list[ShardV
             verdicts.append(verdict)
             bar.set_description(shard.name, refresh=False)
             try:
-                contents = tars.scan(shard)
                 if shard.parent not in catalogs:
                     catalogs[shard.parent] = open_catalog(shard.parent)
                 named, listing = class_names(shard), catalogs[shard.parent]
+                contents = tars.scan(shard, listing.image if listing else None)
                 with open(shard, "rb", buffering=0) as file:
                     _verify(verdict, file.fileno(), contents, listing, named, pool, keys, bar)
             except UserError as error:
@@ -109,15 +118,15 @@ def _verify(
     for name, why in contents.passed_over:
         lost = Path(name).suffix.lower().removeprefix(".") in EXTENSIONS and not Path(name).name.startswith(".")
         (verdict.problems if lost else verdict.left_out).append((name, why))
-    for sample, problems in in_order(pool, lambda s: _sample_problems(descriptor, s, classes), samples):
+    by_values = bool(listing and listing.pixels and not listing.pixels.is_rgb)
+    for sample, problems in in_order(pool, lambda s: _sample_problems(descriptor, s, classes, by_values), samples):
         bar.update()
         verdict.samples += sample.image is not None
         if sample.key in keys:
             problems = [*problems, f"the key appears in {keys[sample.key]} as well"]
         keys[sample.key] = shard.name
         verdict.problems += [(escape(sample.key), problem) for problem in problems]
-        images = [member for member in sample.members if member.extension in EXTENSIONS]
-        verdict.left_out += [(escape(member.name), "not the first image of its sample") for member in images[1:]]
+        verdict.left_out += [(escape(member.name), tars.OTHER) for member in sample.others if sample.image]
     if not verdict.samples:
         verdict.problems.append(("", "no image"))
 
@@ -127,7 +136,7 @@ def _index_problems(shard: Path, samples: list[tars.Sample]) -> Iterator[str]:
         yield "no index"
         return
     try:
-        indexed = indexes.read_index(shard)
+        indexed = indexes.read_index(shard, samples[0].wanted if samples else None)
     except UserError as error:
         yield error.what
         return
@@ -166,20 +175,23 @@ def _manifest_problems(shard: Path) -> Iterator[str]:
         yield f"another checksum than in {MANIFEST}"
 
 
-def _sample_problems(descriptor: int, sample: tars.Sample, classes: list[str] | None) -> list[str]:
+def _sample_problems(descriptor: int, sample: tars.Sample, classes: list[str] | None, by_values: bool) -> list[str]:
     if sample.image is None:
-        return [f"no image: {sample.why_no_image}" if sample.dotted else "no image"]
+        return [f"no image: {sample.why_no_image}" if sample.images else "no image"]
     problems = []
     try:
-        check(os.pread(descriptor, sample.image.size, sample.image.offset))
+        data = os.pread(descriptor, sample.image.size, sample.image.offset)
+        if by_values or has_values(data):
+            decode_values(data, NO_LIMIT)
+        else:
+            check(data)
     except BadImage as error:
         problems.append(error.reason)
     except OSError as error:
         problems.append(f"cannot be read: {error.strerror}")
     if sample.label is not None:
         problems += _label_problems(descriptor, sample.label, classes)
-    extensions = Counter(member.extension for member in sample.members)
-    return problems + [f"two .{escape(extension)} files" for extension, count in extensions.items() if count > 1]
+    return problems
 
 
 def _label_problems(descriptor: int, member: tars.Member, classes: list[str] | None) -> Iterator[str]:
@@ -194,7 +206,9 @@ def _label_problems(descriptor: int, member: tars.Member, classes: list[str] | N
 
 
 def stats(shards: str | Sequence[str]) -> Statistics:
-    """Counts, sizes and classes, from headers alone.
+    """Counts, sizes and classes from headers, and what values a part of the images hold.
+
+    The latter are written to the catalog of each folder, for images that are not 8-bit RGB (see `intake`).
 
     Raises:
         UserError: see `Dataset`.
@@ -207,8 +221,8 @@ def stats(shards: str | Sequence[str]) -> Statistics:
     for record in range(len(dataset)):
         try:
             data = dataset.image(record)
-            header = inspect(data, NO_LIMIT)
-            formats[header.format] += 1
+            header = decode_values(data, NO_LIMIT)[1] if has_values(data) else inspect(data, NO_LIMIT)
+            formats[name_of(data) if has_values(data) else header.format] += 1
             rows.append((*header.size, len(data) / 1e3))
         except BadImage as error:
             formats[f"-{error.reason}"] += 1
@@ -218,6 +232,7 @@ def stats(shards: str | Sequence[str]) -> Statistics:
                 classes[label] += 1
         except ValueError as error:
             bad_labels[str(error)] += 1
+    values, not_kept = _keep_values(dataset)
     height, width, kilobytes = np.percentile(rows, _PERCENTILES, axis=0).T.tolist() if rows else ([], [], [])
     return Statistics(
         shards=len(dataset.paths),
@@ -229,4 +244,33 @@ def stats(shards: str | Sequence[str]) -> Statistics:
         height=height,
         width=width,
         kilobytes=kilobytes,
+        values=values,
+        not_kept=not_kept,
     )
+
+
+def _keep_values(dataset: Dataset) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """Statistics of values by folder, and why they are not in its catalog, where they are not."""
+    records: dict[str, list[int]] = {}
+    firsts = np.concatenate([[0], np.cumsum(dataset.shard_sizes)])
+    for path, first, last in zip(dataset.paths, firsts, firsts[1:], strict=False):
+        records.setdefault(str(path.parent), []).extend(range(first, last))
+    values, not_kept = {}, {}
+    for folder, own in records.items():
+        step = -(-len(own) // _LOOKED_AT)
+        found = measure_values(dataset.image(record) for record in own[::step])
+        if found is None:
+            continue
+        values[folder] = found._asdict()
+        if is_remote(folder):
+            not_kept[folder] = "it is in a store"
+        elif open_catalog(Path(folder)) is None:
+            not_kept[folder] = f"there is none: poa shards index {shlex.quote(folder)}/*.tar"
+        else:
+            try:
+                write_pixels(Path(folder), found)
+            except OSError as error:
+                not_kept[folder] = error.strerror or str(error)
+        if found.is_rgb:  # which nobody asks for
+            not_kept.pop(folder, None)
+    return values, not_kept

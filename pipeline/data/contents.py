@@ -18,24 +18,24 @@ def warn_of_missing_indexes(bare: list[Path], count: int) -> None:
         _log.warning(text, len(bare), count, bare[0], indexes.indexing(bare[0]))
 
 
-def of(shard: Path) -> tars.Contents:
-    """What the index beside a shard says of it, or its own headers."""
+def of(shard: Path, wanted: str | None = None) -> tars.Contents:
+    """What the index beside a shard says of it, or its own headers; `wanted` as in `tars.Sample`."""
     if indexes.has_index(shard):
-        return tars.Contents(indexes.read_index(shard), [])
-    contents = tars.scan(shard)
+        return tars.Contents(indexes.read_index(shard, wanted), [])
+    contents = tars.scan(shard, wanted)
     for name, why in contents.passed_over[:1]:
         text = "%s: %d members are left out, beginning with %s (%s)"
         _log.warning(text, shard, len(contents.passed_over), name, why)
     return contents
 
 
-def images_and_labels(shard: Path) -> np.ndarray:
+def images_and_labels(shard: Path, wanted: str | None = None) -> np.ndarray:
     """Of every sample with an image, int64 `[n, 4]`: offset and bytes of the image, offset and bytes of the label.
 
     Raises:
         UserError: there is none, or the shard or its index is damaged.
     """
-    contents = of(shard)
+    contents = of(shard, wanted)
     places = [(*_member(image), *_member(sample.label)) for sample in contents.samples if (image := sample.image)]
     if not places:
         raise tars.no_image(shard, contents)

@@ -40,6 +40,23 @@ def require_equal_pictures(data: bytes, stored: "Image.Image") -> Header:
     return header
 
 
+def plain_format(data: bytes) -> str | None:
+    """The format of a file that training's decoder reads and in which no other could see another picture, else None.
+
+    Raises:
+        BadImage: see `images.inspect`.
+    """
+    header = inspect(data, NO_LIMIT)
+    if not header.plain:
+        return None
+    hidden: bytes | bytearray = data
+    if header.exif_at:
+        hidden = bytearray(data)
+        hide_exif(hidden, header)
+    pixels = _decode(bytes(hidden))
+    return header.format if pixels is not None and pixels.shape[:2] == (header.rows, header.cols) else None
+
+
 def check(data: bytes, max_pixels: int = NO_LIMIT) -> None:
     """Inspect and decode a file as training and evaluation do.
 
@@ -50,8 +67,28 @@ def check(data: bytes, max_pixels: int = NO_LIMIT) -> None:
     require_equal_pictures(data, decode_stored(data).stored)
 
 
+def decode_deep(data: bytes) -> np.ndarray | None:
+    """`[H, W, C]` with the depth and channels of the file, by nvImageCodec; None if it gives up."""
+    from nvidia import nvimgcodec
+
+    as_it_is = nvimgcodec.DecodeParams(
+        apply_exif_orientation=False, color_spec=nvimgcodec.ColorSpec.UNCHANGED, allow_any_depth=True
+    )
+    image: Any = _decoder().decode(data, params=as_it_is)
+    return None if image is None else np.asarray(image)
+
+
 def _decode(data: bytes) -> np.ndarray | None:
-    """RGB `[H, W, 3]` by nvImageCodec, which DALI's decoder is made of; one decoder per thread."""
+    """RGB `[H, W, 3]` by nvImageCodec, which DALI's decoder is made of."""
+    from nvidia import nvimgcodec
+
+    parameters = nvimgcodec.DecodeParams(apply_exif_orientation=False, color_spec=nvimgcodec.ColorSpec.SRGB)
+    image: Any = _decoder().decode(data, params=parameters)
+    return None if image is None else np.asarray(image)
+
+
+def _decoder() -> Any:
+    """One per thread."""
     from nvidia import nvimgcodec
 
     if not hasattr(_local, "decoder"):
@@ -60,9 +97,7 @@ def _decode(data: bytes) -> np.ndarray | None:
             max_num_cpu_threads=1,
             backends=[nvimgcodec.Backend(nvimgcodec.CPU_ONLY)],
         )
-        _local.parameters = nvimgcodec.DecodeParams(apply_exif_orientation=False, color_spec=nvimgcodec.ColorSpec.SRGB)
-    image: Any = _local.decoder.decode(data, params=_local.parameters)
-    return None if image is None else np.asarray(image)
+    return _local.decoder
 
 
 def _differ(ones: np.ndarray, others: np.ndarray) -> bool:

@@ -3,8 +3,9 @@
 import io
 from typing import TYPE_CHECKING
 
-from pipeline.data.decoders import NO_LIMIT, require_equal_pictures
+from pipeline.data.decoders import NO_LIMIT, plain_format, require_equal_pictures
 from pipeline.data.images import BadImage, Decoded, decode_stored, inspect, rgb
+from pipeline.data.values import decode_values, has_values, name_of
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -26,6 +27,8 @@ def encode(content: "bytes | Image.Image", shorter_side: int | None = None) -> t
     if not isinstance(content, bytes):
         image = content if content.mode in ("L", "RGB") else rgb(content)
         return "png", _as_file(_shrink(image, shorter_side), "png")
+    if shorter_side is None and (plain := _plain_format(content)):
+        return _EXTENSIONS[plain], content
     decoded = _decode(content)
     format_ = _readable_format(content, decoded)
     image = decoded.upright()
@@ -33,6 +36,25 @@ def encode(content: "bytes | Image.Image", shorter_side: int | None = None) -> t
         return _EXTENSIONS[format_], content
     lossy = format_ in _LOSSY
     return ("jpg" if lossy else "png"), _as_file(_shrink(image, shorter_side), "jpeg" if lossy else "png")
+
+
+def _plain_format(content: bytes) -> str | None:
+    try:
+        return plain_format(content)
+    except BadImage:  # in another way it may be readable, or the reason a better one
+        return None
+
+
+def keep_values(content: "bytes | Image.Image") -> tuple[str, bytes]:
+    """Extension and bytes of an image that is packed with the depth and the channels that it has.
+
+    Raises:
+        BadImage: it cannot be decoded so, see `values.decode_values`.
+    """
+    if not isinstance(content, bytes):
+        return encode(content)
+    decode_values(content, NO_LIMIT)
+    return (name_of(content) if has_values(content) else _EXTENSIONS[inspect(content, NO_LIMIT).format]), content
 
 
 def _decode(content: bytes) -> Decoded:

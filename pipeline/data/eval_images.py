@@ -6,13 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.config import DataConfig
 from pipeline.data.images import BadImage, decode, inspect
+from pipeline.data.intake import Intake, upright
 from pipeline.data.labels import Numbering
 from pipeline.data.patterns import Shards
 from pipeline.data.reader import Dataset
-
-MAX_PIXELS = DataConfig().max_pixels  # where no run's config says otherwise
 
 
 class EvalImages:
@@ -21,7 +19,7 @@ class EvalImages:
     Args:
         shards: pattern or patterns.
         preprocessing: what `timm.data.resolve_data_config` says of a model.
-        max_pixels: larger images count as bad.
+        intake: how bytes become values; mean and deviation are those of `preprocessing`.
         numbering: of the classes, where other shards have another.
 
     Raises:
@@ -32,13 +30,13 @@ class EvalImages:
         self,
         shards: Shards,
         preprocessing: Mapping[str, Any],
-        max_pixels: int = MAX_PIXELS,
+        intake: Intake | None = None,
         numbering: Numbering | None = None,
     ):
         from timm.data import create_transform
 
-        self.dataset = Dataset(shards)
-        self.max_pixels, self.numbering = max_pixels, numbering or Numbering({})
+        self.intake, self.numbering = intake or Intake(), numbering or Numbering({})
+        self.dataset = Dataset(shards, image=self.intake.image)
         self.transform = create_transform(**preprocessing, is_training=False, normalize=False)
         self._mean = torch.tensor(preprocessing["mean"]).view(-1, 1, 1)
         self._std = torch.tensor(preprocessing["std"]).view(-1, 1, 1)
@@ -47,14 +45,27 @@ class EvalImages:
         return len(self.dataset)
 
     def load(self, record: int) -> Tensor:
-        """The image as uint8 `[3, H, W]`.
+        """The image as uint8 `[3, H, W]`, or of other kinds than 8-bit RGB as values in 0..1, fp32 `[C, H, W]`.
 
         Raises:
             BadImage: it cannot be used, for the reason given.
         """
-        data = self.dataset.image(record)
-        inspect(data, self.max_pixels)
-        return self.transform(decode(data))
+        return self.prepare(self.dataset.image(record))[0]
+
+    def prepare(self, data: bytearray) -> tuple[Tensor, tuple[int, int]]:
+        """What `load` makes of a file, and the upright width and height that it had.
+
+        Raises:
+            BadImage: it cannot be used, for the reason given.
+        """
+        if self.intake.is_rgb:
+            inspect(data, self.intake.max_pixels)
+            image = decode(data)
+            return self.transform(image), image.size
+        values, header = self.intake.open(data)
+        rows, cols = header.size
+        turned = upright(values, header.orientation).transpose(2, 0, 1).copy()
+        return self.transform(torch.from_numpy(turned)), (cols, rows)
 
     def sample(self, record: int) -> tuple[int, Tensor]:
         """Label and image of a record; raises as `label` and `load` do."""
@@ -75,6 +86,10 @@ class EvalImages:
         raise BadImage("unlabelled")
 
     def normalize(self, images: Tensor) -> Tensor:
-        """uint8 `[B, 3, H, W]` -> fp32 of mean 0 and deviation 1, on the same device."""
+        """What `load` gives, `[B, C, H, W]` -> fp32 of mean 0 and deviation 1, on the same device."""
         mean, std = self._mean.to(images.device), self._std.to(images.device)
-        return images.float().div(255).sub(mean).div(std)
+        return self.brightness(images).sub(mean).div(std)
+
+    def brightness(self, images: Tensor) -> Tensor:
+        """What `load` gives as values in 0..1, fp32."""
+        return images.float().div(255) if self.intake.is_rgb else images

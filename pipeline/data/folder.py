@@ -3,7 +3,8 @@
 import errno
 import os
 import stat
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from pipeline.data.aside import is_partial
@@ -49,20 +50,24 @@ class _Found:
 
     root: Path
     masks: Path | None = None
+    suffixes: frozenset[str] = _SUFFIXES
     images: list[Path] = field(default_factory=list)
+    texts: set[Path] = field(default_factory=set)
     ignored: list[str] = field(default_factory=list)
 
     def ignore(self, path: Path, why: str = "") -> None:
         self.ignored.append(escape(str(path.relative_to(self.root))) + (f" ({why})" if why else ""))
 
 
-def open_folder(root: Path, masks: Path | None = None) -> Source:
+def open_folder(root: Path, masks: Path | None = None, values: bool = False) -> Source:
     """Class sub-folders (the first level below `root`) give labels if every image lies in one.
 
-    Links are followed. Hidden files and folders, and those that systems leave behind, are not looked into.
+    Links are followed. Hidden files and folders, and those that systems leave behind, are not looked into. A `.txt`
+    beside an image of that name is its caption.
 
     Args:
         masks: a folder with a mask for each image, under the image's own path but for the suffix.
+        values: numpy files are images, too.
 
     Raises:
         UserError: there is no such folder, it cannot be read, holds no images, or holds whole splits.
@@ -72,7 +77,7 @@ def open_folder(root: Path, masks: Path | None = None) -> Source:
         raise UserError(what, str(root), "name a folder of images, sklearn:digits or torchvision:CLASS")
     if masks is not None:
         _require_masks(root, masks)
-    found = _Found(root, masks)
+    found = _Found(root, masks, _SUFFIXES | {".npy"} if values else _SUFFIXES)
     _walk(root, found, ())
     images = found.images
     if not images:
@@ -81,7 +86,15 @@ def open_folder(root: Path, masks: Path | None = None) -> Source:
     loose = next((path for path in images if len(path.parts) == 1), None)
     classes = sorted({path.parts[0] for path in images}) if loose is None else None
     number = {name: i for i, name in enumerate(classes or [])}
-    items = [_file_item(root, path, number.get(path.parts[0]), masks) for path in images]
+    captions: dict[Path, Path] = {}
+    if found.texts:
+        captions = {path: path.with_suffix(".txt") for path in images if path.with_suffix(".txt") in found.texts}
+    for text in sorted(found.texts.difference(captions.values())):
+        found.ignore(root / text)
+    items = [
+        _file_item(root, path, number.get(path.parts[0]), masks, root / captions[path] if path in captions else None)
+        for path in images
+    ]
     no_labels = None
     if loose is not None and any(len(path.parts) > 1 for path in images):
         no_labels = f"{escape(str(loose))} lies in no class folder"
@@ -113,8 +126,10 @@ def _walk(folder: Path, found: _Found, above: tuple[tuple[int, int], ...]) -> No
             subfolders.append(path)
         elif mode and not stat.S_ISREG(mode):  # reading a pipe would wait for ever
             found.ignore(path, "not a regular file")
-        elif _looks_like_image(path):
+        elif _looks_like_image(path, found.suffixes):
             found.images.append(path.relative_to(found.root))
+        elif mode and path.suffix == ".txt":
+            found.texts.add(path.relative_to(found.root))
         else:
             found.ignore(path, "" if mode else "a broken link")
     for path in subfolders:
@@ -160,18 +175,26 @@ def _require_masks(root: Path, masks: Path) -> None:
         raise UserError("the masks lie among the images", str(masks), "keep them in a folder of their own")
 
 
-def _file_item(root: Path, path: Path, label: int | None, masks: Path | None) -> Item:
-    item = Item(escape(str(path)), lambda: ((root / path).read_bytes(), label))
-    return item if masks is None else replace(item, others=lambda: {MASK: read_mask(masks, path)})
+def _file_item(root: Path, path: Path, label: int | None, masks: Path | None, caption: Path | None) -> Item:
+    return Item(escape(str(path)), partial(_load, root / path, label), partial(_others, path, masks, caption))
+
+
+def _load(path: Path, label: int | None) -> tuple[bytes, int | None]:
+    return path.read_bytes(), label
+
+
+def _others(path: Path, masks: Path | None, caption: Path | None) -> dict[str, bytes]:
+    found = {} if masks is None else {MASK: read_mask(masks, path)}
+    return found if caption is None else {**found, "txt": caption.read_bytes()}
 
 
 def _unreadable(folder: Path, error: OSError) -> UserError:
     return UserError(f"cannot look there: {error.strerror}", escape(str(folder)), "check its rights")
 
 
-def _looks_like_image(path: Path) -> bool:
+def _looks_like_image(path: Path, suffixes: frozenset[str]) -> bool:
     suffix = path.suffix.lower()
-    if suffix in _SUFFIXES:
+    if suffix in suffixes:
         return True
     try:
         with open(path, "rb") as file:

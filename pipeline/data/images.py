@@ -14,12 +14,13 @@ import numpy as np
 if TYPE_CHECKING:
     from PIL import Image
 
-EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+EXTENSIONS = ("jpg", "jpeg", "png", "webp", "tif", "tiff", "npy")
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF", "TGA", "ICO")
-"""What Pillow may take bytes for; the first three are what shards hold."""
+"""What Pillow may take bytes for; the first three are what 8-bit RGB training reads of shards."""
 _TIFF_BITS, _TIFF_PHOTOMETRIC = 258, 262
 _JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _JPEG_BARE = frozenset(range(0xD0, 0xD8)) | {0x01}  # markers without a length
+_PNG_PLAIN = (b"IHDR", b"IDAT", b"IEND", b"pHYs", b"tIME")
 _ORIENTATION_TAG = 0x0112
 _UPRIGHT = 1
 _WEBP_HAS_EXIF = 0x08
@@ -42,6 +43,7 @@ class Header(NamedTuple):
         orientation: EXIF, 1..8; from 5 on rows and columns are swapped when the image is put upright.
         complete: the end of the image is there.
         exif_at: offset of each EXIF block's name.
+        plain: stored as nearly all images are, so that no two decoders see different pictures in it.
     """
 
     format: str
@@ -50,6 +52,7 @@ class Header(NamedTuple):
     orientation: int
     complete: bool
     exif_at: tuple[int, ...]
+    plain: bool = False
 
     @property
     def size(self) -> tuple[int, int]:
@@ -224,18 +227,23 @@ def _parse_jpeg(data: bytes | bytearray) -> Header:
     rows = cols = 0
     exif_at: tuple[int, ...] = ()
     orientation, position = _UPRIGHT, 2
+    colours, transform = b"", 1
     while data[position] == 0xFF:
         marker = data[position + 1]
         if marker == 0xFF or marker in _JPEG_BARE:
             position += 1 if marker == 0xFF else 2
             continue
         if marker == 0xDA:  # start of scan; trailing junk behind the end marker is harmless
-            return Header("jpeg", rows, cols, orientation, data.find(b"\xff\xd9", position) >= 0, exif_at)
+            plain = len(colours) == 1 or (colours == b"\1\2\3" and transform == 1)
+            return Header("jpeg", rows, cols, orientation, data.find(b"\xff\xd9", position) >= 0, exif_at, plain)
         (length,) = struct.unpack_from(">H", data, position + 2)
         if marker in _JPEG_FRAMES:
             precision, rows, cols = struct.unpack_from(">BHH", data, position + 4)
             if precision != 8:
                 raise BadImage("precision")
+            colours = bytes(data[position + 10 : position + 10 + 3 * data[position + 9] : 3])
+        elif marker == 0xEE and data[position + 4 : position + 9] == b"Adobe":
+            transform = data[position + 15]
         elif marker == 0xE1 and data[position + 4 : position + 10] == b"Exif\0\0":
             if not exif_at:
                 orientation = _exif_orientation(data[position + 10 : position + 2 + length])
@@ -250,15 +258,17 @@ def _parse_png(data: bytes | bytearray) -> Header:
         raise BadImage("header")
     exif_at: tuple[int, ...] = ()
     orientation, position, complete = _UPRIGHT, 8, False
+    plain = data[24] == 8 and data[25] in (0, 2)
     while position + 12 <= len(data) and not complete:
         length, kind = struct.unpack_from(">I4s", data, position)
         complete = kind == b"IEND"
+        plain = plain and kind in _PNG_PLAIN
         if kind == b"eXIf" and position + 12 + length <= len(data):
             if not exif_at:
                 orientation = _exif_orientation(data[position + 8 : position + 8 + length])
             exif_at = (*exif_at, position + 4)
         position += 12 + length
-    return Header("png", rows, cols, orientation, complete, exif_at)
+    return Header("png", rows, cols, orientation, complete, exif_at, plain)
 
 
 def _parse_webp(data: bytes | bytearray) -> Header:

@@ -65,17 +65,20 @@ def write_index(shard: Path, samples: Sequence[Sample]) -> Path:
     return path
 
 
-def read_index(shard: Path) -> list[Sample]:
+def read_index(shard: Path, wanted: str | None = None) -> list[Sample]:
     """Read the index beside a shard and check that it describes this very file.
 
     Alignment and the end of the archive are checked for all members, headers in the tar for a few.
+
+    Args:
+        wanted: see `Sample`.
 
     Raises:
         UserError: shard or index cannot be read, or the index is malformed or describes another file.
     """
     path = index_path(shard)
     try:
-        samples = _parse_index(path.read_bytes())
+        samples = [sample._replace(wanted=wanted) for sample in _parse_index(path.read_bytes())]
         with open(shard, "rb", buffering=0) as file:
             problem = _mismatch(shard, file.fileno(), samples)
             if not problem and not samples[0].members[0].name:
@@ -122,14 +125,14 @@ def _parse_index(content: bytes) -> list[Sample]:
 def _named(shard: Path, descriptor: int, samples: list[Sample]) -> list[Sample]:
     """Version 1.1 of the format has no names: take them from the tar."""
     named = [
-        Sample(tuple(member._replace(name=_header(descriptor, member).name) for member in sample.members))
+        sample._replace(members=tuple(m._replace(name=_header(descriptor, m).name) for m in sample.members))
         for sample in samples
     ]
     if all(m.name.lower().endswith(f".{m.extension}") and "?" not in m.name for s in named for m in s.members):
         return named
     whole = {m.offset: m.name for sample in walk(shard) for m in sample.members}  # long and foreign ones stand there
     return [
-        Sample(tuple(member._replace(name=whole.get(member.offset, member.name)) for member in sample.members))
+        sample._replace(members=tuple(m._replace(name=whole.get(m.offset, m.name)) for m in sample.members))
         for sample in named
     ]
 
@@ -151,7 +154,7 @@ def _mismatch(shard: Path, descriptor: int, samples: Sequence[Sample]) -> str | 
         if header.size != member.size or (member.name and not cut and header.name != member.name):
             return f"another member lies at byte {member.offset}"
     more = first_byte(descriptor, end, size) is not None  # a member that is no sample, a joined tar, or new samples
-    if more and list(image_places(walk(shard))) != list(image_places(samples)):
+    if more and list(image_places(walk(shard, samples[0].wanted))) != list(image_places(samples)):
         return "the shard holds more"
     return None
 

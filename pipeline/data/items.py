@@ -12,8 +12,9 @@ if TYPE_CHECKING:
 class Item:
     """One image to pack. `load` gives the encoded file, or an image that was never one, and its label.
 
-    `name` stands on one line (`names.escape`). `others` gives the sample's further files by extension (`seg.png`: its
-    mask, `txt`: its caption). Both raise BadImage or OSError where there is nothing to be had.
+    `others` gives the sample's further files by extension (`seg.png`: its mask, `txt`: its caption). Both raise
+    BadImage or OSError where there is nothing to be had, and are pickled where other processes pack. `name` stands on
+    one line (`names.escape`).
     """
 
     name: str
@@ -29,6 +30,8 @@ class Source:
         classes: names by label, None without labels.
         ignored: files that are no images, hidden ones, folders that were not entered.
         no_labels: why folders are no classes, if they are not.
+        divisible: whether its images may be loaded by other processes.
+        waits: whether loading one is mostly waiting, so that many may be loaded at once.
     """
 
     splits: Mapping[str, list[Item]]
@@ -36,3 +39,5 @@ class Source:
     val_fraction: float = 0.0
     ignored: list[str] = field(default_factory=list)
     no_labels: str | None = None
+    divisible: bool = True
+    waits: bool = False

@@ -10,8 +10,9 @@ import torch
 
 from kernels.colours import Normalisation, colour
 from pipeline.config import DataConfig
-from pipeline.data.augment import GLOBAL_CROPS, MEAN, STD, colour_table, make_pipeline, parameters, undecodable
+from pipeline.data.augment import GLOBAL_CROPS, P, colour_table, make_pipeline, parameters, undecodable
 from pipeline.data.images import Header
+from pipeline.data.intake import CHANNELS, Intake
 from pipeline.data.mixing import WHOLE, Segment
 from pipeline.data.reader import Dataset, Skip
 from pipeline.data.reading import Reading
@@ -28,7 +29,7 @@ class Batch(NamedTuple):
 
 
 class _Prepared(NamedTuple):
-    """What the pipeline needs for a batch, and what had to be left out of it."""
+    """What the pipeline needs for a batch (files, or values), and what had to be left out of it."""
 
     positions: np.ndarray
     encoded: list[np.ndarray]
@@ -56,6 +57,7 @@ class Loader:
         on_skip: called once per sample left out, with its key, shard, reason and first position.
         dataset: `data.train` in pieces of `data.piece_mb`, if it is open already.
         segment: of the run, if its sources or weights have changed.
+        channels: of the images, `model.in_chans`.
 
     Attributes:
         next_sample: samples consumed by all ranks together, the `start_sample` that resumes.
@@ -81,13 +83,16 @@ class Loader:
         on_skip: Callable[[Skip], None] | None = None,
         dataset: Dataset | None = None,
         segment: Segment = WHOLE,
+        channels: int = CHANNELS,
     ) -> None:
         dtypes = (*_DTYPES, torch.bfloat16) if colours else _DTYPES
         if dtype not in dtypes:
             raise ValueError(f"dtype {dtype}: expected one of {dtypes}")
         self.data, self.rank, self.world_size, self.on_skip = data, rank, world_size, on_skip
-        self.device_id, self._dtype, self._colours = _device_id(torch.device(device)), dtype, colours
-        self._reading = Reading(data, rank, world_size, dataset, segment)
+        self.intake = Intake.of(data, channels)
+        self._colours = colours if self.intake.is_rgb else None
+        self.device_id, self._dtype = _device_id(torch.device(device)), dtype
+        self._reading = Reading(data, rank, world_size, dataset, segment, self.intake)
         self._stream, self.dataset = self._reading.stream, self._reading.dataset
         self.samples, self.next_sample = len(self.dataset), start_sample
         self.skipped: Counter[str] = Counter()
@@ -114,21 +119,31 @@ class Loader:
         self.used.update(self.dataset.source(record).name for record in prepared.records)
         crops = [torch.from_dlpack(output.as_tensor()).flatten(0, 1) for output in outputs[2:]]
         if prepared.colours is not None:
-            crops = self._coloured(crops, prepared.colours)
+            crops = self._coloured(crops, prepared)
+        elif self._dtype == torch.bfloat16:  # which DALI cannot write
+            crops = [group.to(self._dtype) for group in crops]
         if len(crops) == 1:
             size = self.data.local_crops.size
-            crops.append(crops[0].new_empty(0, 3, size, size))
+            crops.append(crops[0].new_empty(0, self.intake.channels, size, size))
         return Batch(*crops)
 
-    def _coloured(self, crops: list[torch.Tensor], rows: torch.Tensor) -> list[torch.Tensor]:
-        """Crops as the network takes them; `rows` `[B, 2 + L, width]` are of global crops first."""
+    def _coloured(self, crops: list[torch.Tensor], prepared: _Prepared) -> list[torch.Tensor]:
+        """Crops as the network takes them."""
         assert self._colours is not None
-        rows = rows.to(crops[0].device, non_blocking=True)
-        groups = rows.split([GLOBAL_CROPS, rows.shape[1] - GLOBAL_CROPS], 1)
-        return [
-            colour(group, row.flatten(0, 1), Normalisation(MEAN, STD), dtype=self._dtype, impl=self._colours)
-            for group, row in zip(crops, groups, strict=False)
+        assert prepared.colours is not None
+        rows = prepared.colours.to(crops[0].device, non_blocking=True)
+        parts, look = (
+            [GLOBAL_CROPS, rows.shape[1] - GLOBAL_CROPS],
+            Normalisation(_three(self.intake.mean), _three(self.intake.std)),
+        )
+        coloured = [
+            colour(group, row.flatten(0, 1), look, dtype=self._dtype, impl=self._colours)
+            for group, row in zip(crops, rows.split(parts, 1), strict=False)
         ]
+        if not self.data.channel_drop:
+            return coloured
+        kept = torch.from_numpy(prepared.parameters[..., len(P) :]).to(rows.device).split(parts, 1)
+        return [x * keep.flatten(0, 1)[..., None, None].to(x.dtype) for x, keep in zip(coloured, kept, strict=False)]
 
     def close(self) -> None:
         """Stop the reading threads and free the pipeline; tensors handed out stay valid."""
@@ -154,7 +169,12 @@ class Loader:
             return prepared.encoded, list(prepared.parameters), prepared.positions[:, None]
 
         self._pipeline = make_pipeline(
-            self.data, source, device_id=self.device_id, half=self._dtype == torch.float16, coloured=not self._colours
+            self.data,
+            source,
+            device_id=self.device_id,
+            half=self._dtype == torch.float16,
+            coloured=not self._colours,
+            intake=self.intake,
         )
 
     def _prepare(self, sample: int) -> _Prepared:
@@ -162,13 +182,13 @@ class Loader:
         numbers = positions.tolist()
         picked = self._reading.pick(numbers)
         headers = [p.header for p in picked]
-        drawn = parameters(self.data, positions, headers)
+        drawn = parameters(self.data, positions, headers, self.intake.channels)
         colours = colour_table(drawn, self.data.hue) if self._colours else None
         if colours is not None and self.device_id is not None:
             colours = colours.pin_memory()
         return _Prepared(
             positions,
-            [np.frombuffer(p.data, np.uint8) for p in picked],
+            [np.frombuffer(p.data, np.uint8) if self.intake.is_rgb else p.data for p in picked],
             drawn,
             [p.record for p in picked],
             headers,
@@ -187,6 +207,8 @@ class Loader:
             prepared = self._prepared[self.next_sample].result()
             if not failure and _shapes_as_announced(outputs[1], prepared.headers):
                 return outputs
+            if not self.intake.is_rgb:
+                raise failure or RuntimeError("an image has another size than its header")
             culprits = undecodable(prepared.encoded, prepared.headers, self.device_id)
             if not culprits:
                 raise failure or RuntimeError("an image decodes to another size than on its own")
@@ -216,6 +238,11 @@ class Loader:
 def _shapes_as_announced(shapes: Any, headers: list[Header]) -> bool:
     announced = [(header.rows, header.cols) for header in headers]
     return bool((np.asarray(shapes.as_tensor())[:, :2] == announced).all())
+
+
+def _three(values: tuple[float, ...]) -> tuple[float, float, float]:
+    red, green, blue = values
+    return red, green, blue
 
 
 def _device_id(device: torch.device) -> int | None:

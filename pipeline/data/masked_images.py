@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.data.eval_images import MAX_PIXELS, EvalImages
+from pipeline.data.eval_images import EvalImages
 from pipeline.data.homes import open_shard
-from pipeline.data.images import decode, inspect
 from pipeline.data.indexes import has_index, read_index
+from pipeline.data.intake import Intake
 from pipeline.data.names import escape
 from pipeline.data.patterns import Shards
 from pipeline.data.tars import walk
@@ -47,7 +47,7 @@ class MaskedImages:
         shards: pattern or patterns.
         preprocessing: what `timm.data.resolve_data_config` says of a model, but for its crop: the whole image is
             squeezed to the input size.
-        max_pixels: larger images count as bad.
+        intake: how bytes become values.
 
     Attributes:
         side: of image and mask.
@@ -57,9 +57,9 @@ class MaskedImages:
         UserError: a shard is missing, damaged or not on a disk, images have no mask, or names of classes differ.
     """
 
-    def __init__(self, shards: Shards, preprocessing: Mapping[str, Any], max_pixels: int = MAX_PIXELS):
+    def __init__(self, shards: Shards, preprocessing: Mapping[str, Any], intake: Intake | None = None):
         whole = {**preprocessing, "crop_pct": 1.0, "crop_mode": "squash"}
-        self._images = EvalImages(shards, whole, max_pixels)
+        self._images = EvalImages(shards, whole, intake)
         self.dataset, self.normalize = self._images.dataset, self._images.normalize
         self.side = int(preprocessing["input_size"][-1])
         self._places = [place for path in self.dataset.paths for place in _masks_of(path)]
@@ -76,14 +76,12 @@ class MaskedImages:
             BadImage: the image cannot be used, for the reason given.
             UserError: the mask cannot.
         """
-        data = self.dataset.image(record)
-        inspect(data, self._images.max_pixels)
-        image = decode(data)
-        mask = self._mask(record, image.size)
+        image, size = self._images.prepare(self.dataset.image(record))
+        mask = self._mask(record, size)
         known = mask[mask != IGNORED]
         rows, columns = (((np.arange(self.side) + 0.5) * length / self.side).astype(int) for length in mask.shape)
         squeezed = np.ascontiguousarray(mask[rows][:, columns])
-        return Masked(self._images.transform(image), torch.from_numpy(squeezed), int(known.max()) if known.size else -1)
+        return Masked(image, torch.from_numpy(squeezed), int(known.max()) if known.size else -1)
 
     def _mask(self, record: int, size: tuple[int, int]) -> np.ndarray:
         from PIL import Image

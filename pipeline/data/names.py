@@ -13,6 +13,8 @@ def escape(name: str) -> str:
     Control characters, line separators and the backslash become `\n`, `\u2028`, `\\` and the like; bytes that are not
     UTF-8 (which Python carries as lone surrogates) become `\xe9`. All other characters stay.
     """
+    if name.isprintable() and "\\" not in name:  # as nearly all are
+        return name
     return "".join(map(_escape, name))
 
 

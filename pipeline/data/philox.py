@@ -16,6 +16,7 @@ class Purpose(IntEnum):
     PACK = 6
     MIX = 7
     LINE = 8
+    CHANNELS = 9
 
 
 def philox(

@@ -7,8 +7,9 @@ import shlex
 import time
 import zlib
 from bisect import bisect_right
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,7 +17,8 @@ from pipeline.config.data import SourceConfig
 from pipeline.data import catalog, contents, indexes, tars
 from pipeline.data.catalog import Catalog
 from pipeline.data.homes import OpenShard, ShardName, catalog_of, open_shard, shard_name
-from pipeline.data.images import BadImage, Header, hide_exif, inspect
+from pipeline.data.images import BadImage, Header
+from pipeline.data.intake import Intake
 from pipeline.data.labels import LONGEST, parse_label
 from pipeline.data.mixing import ROWS, WHOLE, Mix, Segment, integer_shares
 from pipeline.data.names import escape
@@ -87,6 +89,7 @@ class Dataset:
     Args:
         shards: patterns, or sources.
         piece_mb: bytes of the pieces that shards are divided into (see `order.cut`).
+        image: which image of a sample that has several, as `tars.Sample` has it; by default what the catalog says.
 
     Attributes:
         sources: that share the stream; a single one without a name, unless they are listed with their names.
@@ -98,7 +101,8 @@ class Dataset:
         UserError: a shard is missing or damaged, all of a source are empty, or an index describes another file.
     """
 
-    def __init__(self, shards: Shards, piece_mb: int = 0) -> None:
+    def __init__(self, shards: Shards, piece_mb: int = 0, image: str | None = None) -> None:
+        self._image = image
         named = _by_source(shards)
         folders = {os.path.dirname(name) for names in named.values() for name in names}
         self._catalogs = {folder: catalog_of(folder) for folder in folders}
@@ -110,7 +114,7 @@ class Dataset:
         self._listing = [self._catalogs[os.path.dirname(name)] for name in self._names]
         unlisted = [self._names[shard] for shard, number in enumerate(self._numbers) if number < 0]
         contents.warn_of_missing_indexes(self.without_index, len(self._names))
-        self._rows = {name: contents.images_and_labels(Path(name)) for name in unlisted}
+        self._rows = {name: contents.images_and_labels(Path(name), self._wanted(name)) for name in unlisted}
         self.shard_sizes = np.array([len(self._rows_of(shard)) for shard in range(len(self._names))])
         self._starts = np.concatenate([[0], np.cumsum(self.shard_sizes)])
         self.sources = self._divide(named, _shares(shards), piece_mb)
@@ -160,7 +164,7 @@ class Dataset:
         shard = self._shard_number(record)
         path = shard_name(self._names[shard])
         if isinstance(path, Path):
-            samples = [sample for sample in contents.of(path).samples if sample.image]
+            samples = [sample for sample in contents.of(path, self._wanted(str(path))).samples if sample.image]
             return escape(samples[record - int(self._starts[shard])].key)
         _, row = self._place(record)
         return escape(tars.key_at(functools.partial(self._read, shard), catalog.place(row)[0]))
@@ -253,7 +257,19 @@ class Dataset:
         folder, base = os.path.split(name)
         listing = self._catalogs[folder]
         number = listing.number(base) if listing else None
-        return -1 if number is None else number
+        if listing is None or number is None:
+            return -1
+        if self._image in (None, listing.image):
+            return number
+        if is_remote(name):
+            fix = f"poa shards index --image {shlex.quote(str(self._image))} the shards on a disk, and copy the catalog"
+            raise UserError(f"the catalog lists {listing.image or 'the first image'} of each sample", folder, fix)
+        return -1  # the index has all images
+
+    def _wanted(self, name: str) -> str | None:
+        """The image to take from a shard that is not read by its catalog."""
+        listing = self._catalogs[os.path.dirname(name)]
+        return self._image or (listing.image if listing else None)
 
     def _listed(self, shard: int) -> tuple[Catalog, int] | None:
         """The catalog that lists a shard, and its number there."""
@@ -294,10 +310,10 @@ class Skip(NamedTuple):
 
 
 class Picked(NamedTuple):
-    """What a position is given: a usable image (EXIF hidden), and the records rejected on the way to it."""
+    """What a position is given: a usable image as `Intake.open` has it, and the records rejected on the way to it."""
 
     record: int
-    data: bytearray
+    data: Any
     header: Header
     rejected: tuple[tuple[int, str], ...]
 
@@ -308,6 +324,9 @@ class SampleStream:
     A rejected sample is replaced by a record of its source drawn from (seed, position, attempt): from all in the plain
     order, else from the window that is being read. Rejection depends on the bytes alone: `reject` records a verdict
     reached later, by decoding, that any other process would reach as well.
+
+    Args:
+        unpack: what to make of a sample's bytes, `Intake.open`; by default that of 8-bit RGB.
     """
 
     def __init__(
@@ -319,8 +338,10 @@ class SampleStream:
         max_pixels: int,
         segment: Segment = WHOLE,
         order: Order = PLAIN,
+        unpack: Callable[[bytearray], tuple[Any, Header]] | None = None,
     ) -> None:
-        self.dataset, self.seed, self.max_pixels = dataset, seed, max_pixels
+        self.dataset, self.seed = dataset, seed
+        self._unpack = unpack or Intake(max_pixels=max_pixels).open
         self._keeps_near = order != PLAIN
         self._mix = Mix([source.share for source in dataset.sources], seed, segment, order.lanes)
         self._orders = [SampleOrder(s.pieces, window, seed, s.stream, order.lanes) for s in dataset.sources]
@@ -366,9 +387,7 @@ class SampleStream:
             record = self._candidate(position, attempt)
             if record not in self._rejected:
                 try:
-                    data = self.dataset.image(record)
-                    header = inspect(data, self.max_pixels)
-                    hide_exif(data, header)
+                    data, header = self._unpack(self.dataset.image(record))
                     return Picked(record, data, header, tuple(rejected))
                 except BadImage as error:
                     self.reject(record, error.reason)

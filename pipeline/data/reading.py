@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.config import DataConfig
+from pipeline.data.intake import Intake
 from pipeline.data.mixing import WHOLE, Segment
 from pipeline.data.order import Order, lanes_of
 from pipeline.data.reader import Dataset, Picked, SampleStream
@@ -23,6 +24,7 @@ class Reading:
         rank, world_size: this process among those that share the stream.
         dataset: `data.train` in pieces of `data.piece_mb`, if it is open already.
         segment: of the run, if its sources or weights have changed.
+        intake: what to make of a sample's bytes; by default as `data` says of 8-bit RGB.
 
     Raises:
         UserError: see `Dataset` and `Cache`.
@@ -35,9 +37,10 @@ class Reading:
         world_size: int = 1,
         dataset: Dataset | None = None,
         segment: Segment = WHOLE,
+        intake: Intake | None = None,
     ) -> None:
         self.data, self.rank, self.world_size = data, rank, world_size
-        self.dataset = dataset or Dataset(data.train, data.piece_mb)
+        self.dataset = dataset or Dataset(data.train, data.piece_mb, data.image)
         self.stream = SampleStream(
             self.dataset,
             window=data.window,
@@ -45,6 +48,7 @@ class Reading:
             max_pixels=data.max_pixels,
             segment=segment,
             order=Order.of(data),
+            unpack=(intake or Intake.of(data)).open,
         )
         self.cache = self.dataset.cache = self._open_cache()
         self._lanes = lanes_of(rank, world_size, data.lanes)

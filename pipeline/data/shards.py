@@ -2,44 +2,30 @@
 
 import json
 import os
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from hashlib import blake2b
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from pipeline.data import indexes, tars
-from pipeline.data.aside import new_folder
+from pipeline.data.aside import forget, new_folder
 from pipeline.data.catalog import CATALOG, write_catalog
-from pipeline.data.decoders import NO_LIMIT
-from pipeline.data.encode import encode
-from pipeline.data.images import BadImage, inspect
 from pipeline.data.items import Item, Source
 from pipeline.data.labels import CLASSES
-from pipeline.data.mask_files import MASK, encode_mask
 from pipeline.data.names import escape
+from pipeline.data.packing import Job, ShardEntry, pack_all
 from pipeline.data.patterns import expand_shards
 from pipeline.data.philox import Purpose, philox
 from pipeline.data.progress import progress_bar
 from pipeline.data.sources import open_source
 from pipeline.errors import UserError
-from pipeline.files import sha256, write_atomically
+from pipeline.files import write_atomically
 
 MANIFEST = "dataset.json"
-_AHEAD = 4  # images in work per thread
-
-T = TypeVar("T")
-R = TypeVar("R")
-
-
-@dataclass
-class ShardEntry:
-    name: str
-    samples: int
-    bytes: int
-    sha256: str
+_WAITING = 16  # threads that load images from elsewhere
+_WORTH = 2000  # images for which another process is started
 
 
 @dataclass
@@ -89,14 +75,17 @@ def build(
     seed: int = 0,
     val_fraction: float | None = None,
     masks: str | Path | None = None,
+    values: bool = False,
+    processes: int = 1,
     download: bool = False,
     progress: bool = True,
 ) -> BuildReport:
     """Pack images into `train-NNNNNN.tar` (and `val-NNNNNN.tar`), shuffled, with indexes beside them.
 
     Files are kept byte for byte if training can read them, else stored anew: what was lossy as JPEG, the rest as PNG.
-    The same source, options and library versions give the same bytes. `destination` appears whole or not at all; it
-    also holds `dataset.json`, `sources.tsv` (which key came from where) and, with labels, `classes.txt`.
+    The same source, options and library versions give the same bytes. `destination` appears whole or not at all; where
+    a build of the same was stopped, its complete shards are not packed again. It also holds `dataset.json`,
+    `sources.tsv` (which key came from where) and, with labels, `classes.txt`.
 
     Args:
         source: see `sources.open_source`.
@@ -105,6 +94,8 @@ def build(
         val_fraction: share that becomes `val`; by default 0.2 of the digits, 0 of a folder, torchvision's own split.
         masks: a folder of segmentation masks, each under its image's path but for the suffix; they are packed as
             `KEY.seg.png` (see `mask_files`), and an image without one is left out.
+        values: pack PNG, TIFF, numpy files, JPEG and WebP with the depth and channels that they have.
+        processes: that pack a shard each, where there is enough to do.
         download: let torchvision fetch its files.
         progress: show a bar on standard error.
 
@@ -112,14 +103,19 @@ def build(
         UserError: the source has no usable image, the destination is not empty, or an option makes no sense.
     """
     _check_options(per_shard, shorter_side, seed, val_fraction)
-    with new_folder(destination) as folder:
-        opened = open_source(source, download, None if masks is None else str(masks))
+    if values and shorter_side:
+        raise UserError("images are kept as they are with --values", "--shorter-side", "leave one of them out")
+    options: dict[str, Any] = {"per_shard": per_shard, "shorter_side": shorter_side, "seed": seed}
+    options |= {"val_fraction": val_fraction} | ({} if masks is None else {"masks": escape(str(masks))})
+    options |= {"values": True} if values else {}
+    identity = json.dumps([escape(source), options])
+    with new_folder(destination, identity) as folder:
+        opened = open_source(source, download, None if masks is None else str(masks), values, folder)
         splits = _split_and_shuffle(opened, val_fraction, seed)
-        options: dict[str, Any] = {"per_shard": per_shard, "shorter_side": shorter_side, "seed": seed}
-        options |= {"val_fraction": val_fraction} | ({} if masks is None else {"masks": escape(str(masks))})
+        _forget_other_images(folder, splits)
         report = BuildReport(escape(source), options, classes=opened.classes, ignored=opened.ignored)
         report.no_labels = opened.no_labels
-        _pack(splits, folder, report, progress)
+        _pack(splits, folder, report, processes if opened.divisible else 1, _WAITING if opened.waits else 1, progress)
         if not report.samples["train"]:
             count = len(splits["train"])
             raise UserError(f"none of {count} images can be decoded", escape(source), _why_none(report))
@@ -130,45 +126,109 @@ def build(
     return report
 
 
+def _forget_other_images(folder: Path, splits: dict[str, list[Item]]) -> None:
+    """Keep what a stopped build completed only if the same images stand in the same order."""
+    digest = blake2b()
+    for split, items in splits.items():
+        for item in items:
+            digest.update(f"{split} {item.name}\n".encode())
+    there = folder / ".images"
+    if there.exists() and there.read_text() != digest.hexdigest():
+        for path in (*folder.glob(".*.json"), *folder.glob("*.tar"), *folder.glob("*.idx")):
+            path.unlink()
+    there.write_text(digest.hexdigest())
+
+
+def _pack(
+    splits: dict[str, list[Item]], folder: Path, report: BuildReport, processes: int, least: int, progress: bool
+) -> None:
+    """Pack all shards, and gather what came of them; at least `least` threads load images."""
+    total = sum(map(len, splits.values()))
+    per_shard = report.options["per_shard"]
+    processes = min(processes, sum(-(-len(items) // per_shard) for items in splits.values()), total // _WORTH + 1)
+    threads = max((os.cpu_count() or 1) // processes, least)
+    with (
+        progress_bar(progress, total=total, desc="packing", unit=" images") as bar,
+        open(folder / "sources.tsv", "w", encoding="utf-8") as names,
+    ):
+        for split, items in splits.items():
+            entries: list[ShardEntry] = []
+            jobs = (
+                Job(
+                    folder / f"{split}-{first // per_shard:06d}.tar",
+                    split,
+                    first,
+                    items[first : first + per_shard],
+                    report.options["shorter_side"],
+                    report.options.get("values", False),
+                    threads,
+                )
+                for first in range(0, len(items), per_shard)
+            )
+            for packed in pack_all(jobs, processes, bar.update):
+                names.writelines(f"{key}\t{name}\n" for key, name in packed.sources)
+                report.left_out += packed.left_out
+                if packed.entry:
+                    entries.append(packed.entry)
+            report.shards[split] = entries
+            report.samples[split] = sum(entry.samples for entry in entries)
+    forget(folder)
+    for split, entries in report.shards.items():
+        report.shards[split] = [_renumbered(folder, split, i, entry) for i, entry in enumerate(entries)]
+
+
+def _renumbered(folder: Path, split: str, number: int, entry: ShardEntry) -> ShardEntry:
+    """Close the gap that a shard without a usable image leaves."""
+    name = f"{split}-{number:06d}.tar"
+    if name != entry.name:
+        for place in (Path, indexes.index_path):
+            os.replace(place(folder / entry.name), place(folder / name))
+    return replace(entry, name=name)
+
+
 def _why_none(report: BuildReport) -> str:
     """The reasons, the most frequent first."""
     reasons = Counter(reason for _, reason in report.left_out).most_common()
     return f"name other images ({', '.join(f'{count} {reason}' for reason, count in reasons)})"
 
 
-def index(shards: str | Sequence[str]) -> list[IndexReport]:
+def index(shards: str | Sequence[str], image: str | None = None) -> list[IndexReport]:
     """Write the index beside each shard, and the catalog of each folder; samples without an image are left out.
 
     A tar without any member, as some writers leave one at their end, is listed in the catalog as holding nothing.
+
+    Args:
+        image: see `write_catalog`.
 
     Raises:
         UserError: a shard is missing or damaged, has members but no image, or its folder cannot be written.
     """
     paths = expand_shards(shards)
-    reports = [_index(path) for path in paths]
+    reports = [_index(path, image) for path in paths]
     for folder in dict.fromkeys(path.parent for path in paths):
         try:
-            write_catalog(folder, [path for path in paths if path.parent == folder])
+            write_catalog(folder, [path for path in paths if path.parent == folder], image)
         except OSError as error:
             where = str(folder / CATALOG)
             raise UserError(f"cannot write the catalog: {error.strerror}", where, "check rights and space") from error
     return reports
 
 
-def _index(shard: Path) -> IndexReport:
-    contents = tars.scan(shard)
+def _index(shard: Path, image: str | None = None) -> IndexReport:
+    contents = tars.scan(shard, image)
     complete = [sample for sample in contents.samples if sample.image]
     if not any(contents):
         return IndexReport(str(shard), 0, 0, [])
     if not complete:
         raise tars.no_image(shard, contents)
     try:
-        indexes.write_index(shard, complete)
+        indexes.write_index(shard, [sample for sample in contents.samples if sample.images])
     except OSError as error:
         where = str(indexes.index_path(shard))
         raise UserError(f"cannot write the index: {error.strerror}", where, "check rights and space") from error
     bare = [(escape(sample.key), sample.why_no_image) for sample in contents.samples if not sample.image]
-    return IndexReport(str(shard), len(complete), len(bare), bare + contents.passed_over)
+    others = [(escape(member.name), tars.OTHER) for sample in complete for member in sample.others]
+    return IndexReport(str(shard), len(complete), len(bare), bare + others + contents.passed_over)
 
 
 def _check_options(per_shard: int, shorter_side: int | None, seed: int, val_fraction: float | None) -> None:
@@ -193,97 +253,3 @@ def _split_and_shuffle(source: Source, val_fraction: float | None, seed: int) ->
     wanted = round(len(images) * (source.val_fraction if val_fraction is None else val_fraction))
     count = min(wanted, len(images) - 1)  # something is left to train on
     return {"train": images[count:], "val": images[:count]} if count else {"train": images}
-
-
-def _pack(splits: dict[str, list[Item]], folder: Path, report: BuildReport, progress: bool) -> None:
-    shorter_side = report.options["shorter_side"]
-    with (
-        progress_bar(progress, total=sum(map(len, splits.values())), desc="packing", unit=" images") as bar,
-        ThreadPoolExecutor(os.cpu_count()) as pool,
-        open(folder / "sources.tsv", "w", encoding="utf-8") as names,
-    ):
-        for split, items in splits.items():
-            with _SplitWriter(folder, split, report.options["per_shard"]) as writer:
-                for item, sample in in_order(pool, lambda item: _sample(item, shorter_side), items):
-                    bar.update()
-                    if isinstance(sample, str):
-                        report.left_out.append((item.name, sample))
-                    else:
-                        names.write(f"{writer.write(sample)}\t{item.name}\n")
-                report.shards[split] = writer.close()
-                report.samples[split] = writer.samples
-
-
-def _sample(item: Item, shorter_side: int | None) -> dict[str, bytes] | str:
-    """The sample's files by extension, or why there are none."""
-    try:
-        content, label = item.load()
-        extension, data = encode(content, shorter_side)
-        others = dict(item.others())
-        if MASK in others:
-            rows, cols = inspect(data, NO_LIMIT).size
-            others[MASK] = encode_mask(others[MASK], (cols, rows), shorter_side)
-    except BadImage as error:
-        return error.reason
-    except OSError as error:
-        return error.strerror or "read"
-    return {extension: data, **({} if label is None else {"cls": str(label).encode()}), **others}
-
-
-def in_order(pool: ThreadPoolExecutor, work: Callable[[T], R], items: Iterable[T]) -> Iterator[tuple[T, R]]:
-    """Like `map` over the pool's threads, but never far ahead of the consumer."""
-    waiting: deque[tuple[T, Future[R]]] = deque()
-    for item in items:
-        waiting.append((item, pool.submit(work, item)))
-        if len(waiting) > _AHEAD * (os.cpu_count() or 1):
-            first, result = waiting.popleft()
-            yield first, result.result()
-    for first, result in waiting:
-        yield first, result.result()
-
-
-class _SplitWriter:
-    """Writes samples of a split into consecutive shards; a shard is opened by its first sample."""
-
-    def __init__(self, folder: Path, split: str, per_shard: int) -> None:
-        self.folder, self.split, self.per_shard = folder, split, per_shard
-        self.samples = 0
-        self._entries: list[ShardEntry] = []
-        self._tar: Any = None
-        self._file: Any = None
-
-    def __enter__(self) -> "_SplitWriter":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._tar is not None:  # the end of a build that failed: what is in the buffers need not fit the disk
-            for part in (self._tar, self._file):
-                with suppress(OSError):
-                    part.close()
-
-    def write(self, sample: dict[str, bytes]) -> str:
-        """Write one sample and return its key."""
-        import webdataset
-
-        if self.samples % self.per_shard == 0:
-            self.close()
-            self._file = open(self._path(), "wb")  # noqa: SIM115  a shard outlives the call
-            # fixed times and owners make the bytes reproducible
-            self._tar = webdataset.TarWriter(self._file, "root", "root", encoder=False, mtime=0, compress=False)
-        key = f"{self.split}_{self.samples:08d}"
-        self._tar.write({"__key__": key, **sample})
-        self.samples += 1
-        return key
-
-    def close(self) -> list[ShardEntry]:
-        """Finish the open shard and return all."""
-        if self._tar is not None:
-            self._tar.close()
-            self._file.close()
-            self._tar = self._file = None
-            path = self._path()
-            self._entries.append(ShardEntry(path.name, _index(path).samples, path.stat().st_size, sha256(path)))
-        return self._entries
-
-    def _path(self) -> Path:
-        return self.folder / f"{self.split}-{len(self._entries):06d}.tar"

@@ -1,13 +1,15 @@
-"""Where images come from before they are shards: a folder, scikit-learn's digits, a torchvision data set."""
+"""Where images come from before they are shards: a folder, archives, scikit-learn's digits, torchvision."""
 
 import difflib
 import inspect
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from pipeline.data.archives import is_archive, open_archives
 from pipeline.data.folder import open_folder
 from pipeline.data.images import BadImage
 from pipeline.data.items import Item, Source
@@ -15,12 +17,15 @@ from pipeline.data.names import escape
 from pipeline.errors import UserError
 
 
-def open_source(source: str, download: bool = False, masks: str | None = None) -> Source:
-    """Open `sklearn:digits`, `torchvision:CLASS[:ROOT]` (ROOT: `data/torchvision`) or a folder.
+def open_source(
+    source: str, download: bool = False, masks: str | None = None, values: bool = False, spool: Path | None = None
+) -> Source:
+    """Open `sklearn:digits`, `torchvision:CLASS[:ROOT]` (ROOT: `data/torchvision`), archives or a folder.
 
     Args:
         download: let torchvision fetch what is not in ROOT.
-        masks: see `folder.open_folder`.
+        masks, values: see `folder.open_folder`.
+        spool: see `archives.open_archives`.
 
     Raises:
         UserError: there is no such source, or it holds no images.
@@ -33,25 +38,32 @@ def open_source(source: str, download: bool = False, masks: str | None = None) -
     if kind == "torchvision":
         name, _, root = rest.partition(":")
         return _torchvision(name, root or "data/torchvision", download)
+    if is_archive(source) and masks is None and spool is not None:
+        return open_archives(source, spool)
     if "://" in source:
         raise UserError("a remote address, but images are read from local files", source, "copy them to a disk")
-    return open_folder(Path(source), None if masks is None else Path(masks))
+    return open_folder(Path(source), None if masks is None else Path(masks), values)
 
 
 def _digits(name: str) -> Source:
     if name != "digits":
         raise UserError(f"unknown data set {name!r}", f"sklearn:{name}", "sklearn:digits is the embedded one")
-    from PIL import Image
     from sklearn.datasets import load_digits
 
     digits = load_digits()
 
     def item(i: int) -> Item:
         pixels = np.rint(digits.images[i] * (255 / 16)).astype(np.uint8)
-        return Item(f"digit-{i:04d}", lambda: (Image.fromarray(pixels), int(digits.target[i])))
+        return Item(f"digit-{i:04d}", partial(_digit, pixels, int(digits.target[i])))
 
     items = [item(i) for i in range(len(digits.images))]
     return Source({"train": items}, [str(c) for c in digits.target_names], val_fraction=0.2)
+
+
+def _digit(pixels: np.ndarray, label: int) -> Any:
+    from PIL import Image
+
+    return Image.fromarray(pixels), label
 
 
 def _torchvision(name: str, root: str, download: bool) -> Source:
@@ -79,7 +91,7 @@ def _torchvision(name: str, root: str, download: bool) -> Source:
     _check_classification(datasets["train"], where)
     items = {split: [_torchvision_item(data, split, i) for i in range(len(data))] for split, data in datasets.items()}
     classes = getattr(datasets["train"], "classes", None)
-    return Source(items, [escape(str(c)) for c in classes] if classes else None)
+    return Source(items, [escape(str(c)) for c in classes] if classes else None, divisible=False)
 
 
 class _NoSuchSplitError(ValueError):

@@ -14,6 +14,9 @@ from pipeline.errors import UserError
 
 BLOCK = 512
 _CHUNK = 1 << 20  # bytes read at once behind the end
+OTHER = "not the image that is taken of its sample"
+_MASK = ".seg.png"
+_PICTURES = 4  # extensions that come before those of arrays, which may be something else
 _LONG_HEADERS = 3  # blocks: of the member that holds a long name, the name, and the header proper
 _COMPRESSED = {
     b"\x1f\x8b": "gzip",
@@ -34,18 +37,39 @@ class Member(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """Neighbouring members that share a key (the name up to the first dot of its last part)."""
+    """Members that share a key (the name up to the first dot of its last part), as webdataset has it.
+
+    Attributes:
+        wanted: which of its images is meant, by all of its extension (`input.jpg`) or all but the format (`input`);
+            by default the first whose extension is a format alone, else the first that is no mask.
+    """
 
     members: tuple[Member, ...]
+    wanted: str | None = None
 
     @property
     def key(self) -> str:
-        first = self.members[0]
-        return first.name[: len(first.name) - len(first.extension) - 1]
+        return _key(self.members[0].name)[0]
 
     @property
     def image(self) -> Member | None:
-        return self._first(EXTENSIONS)
+        if self.wanted is not None:
+            return next((m for m in self.images if self.wanted in (m.extension, m.extension.rpartition(".")[0])), None)
+        return self._first(EXTENSIONS[:_PICTURES]) or self._first(EXTENSIONS) or next(iter(self.images), None)
+
+    @property
+    def images(self) -> list[Member]:
+        """All that are of an image's format, but for masks."""
+        return [
+            member
+            for member in self.members
+            if member.extension.rpartition(".")[2] in EXTENSIONS and not f".{member.extension}".endswith(_MASK)
+        ]
+
+    @property
+    def others(self) -> list[Member]:
+        """Its images that are not meant."""
+        return [member for member in self.images if member is not self.image]
 
     @property
     def label(self) -> Member | None:
@@ -58,19 +82,9 @@ class Sample(NamedTuple):
 
     @property
     def why_no_image(self) -> str:
-        """What the extensions are, where none of them is an image's."""
-        if self.dotted:
-            return f"the extension is all behind the first dot, here .{escape(self.dotted.extension)}: rename it"
+        """What the extensions are, where none of them is the image's."""
         ends = ", ".join(escape(f".{member.extension}") for member in self.members)
-        return f"{ends}, none of {', '.join(EXTENSIONS)}"
-
-    @property
-    def dotted(self) -> Member | None:
-        """A member that looks like an image, but for further dots in its name."""
-        for member in self.members:
-            if member.extension.rpartition(".")[2] in EXTENSIONS:
-                return member
-        return None
+        return f"{ends}, none of {', '.join(EXTENSIONS) if self.wanted is None else escape(self.wanted)}"
 
     def _first(self, extensions: tuple[str, ...]) -> Member | None:
         for member in self.members:
@@ -113,32 +127,49 @@ def is_empty(shard: Path) -> bool:
     return head == bytes(BLOCK) and not any(scan(shard))
 
 
-def walk(shard: Path) -> list[Sample]:
+def walk(shard: Path, wanted: str | None = None) -> list[Sample]:
     """The samples of `scan`."""
-    return scan(shard).samples
+    return scan(shard, wanted).samples
 
 
-def scan(shard: Path) -> Contents:
+def scan(shard: Path, wanted: str | None = None) -> Contents:
     """Read every header of a tar, and of further tars that were joined to it.
+
+    The members of a sample need not lie side by side, but in one archive: joined tars may use the same keys. A member
+    whose like its sample has already begins another sample of that key. Samples are in the order of their images.
+
+    Args:
+        wanted: see `Sample`.
 
     Raises:
         UserError: the file cannot be read, is no tar, is damaged or ends early.
     """
-    found = Contents([], [])
+    passed_over: list[tuple[str, str]] = []
+    samples: list[list[Member]] = []
     try:
         with open(shard, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             start: int | None = 0
             while start is not None:
-                end = _walk_archive(file, shard, start, size, found)
-                start = _next_archive(file, end, size, found)
+                end = _walk_archive(file, shard, start, size, _Archive(samples, passed_over, {}))
+                start = _next_archive(file, end, size, passed_over)
     except OSError as error:
         why = error.strerror or error
         raise UserError(f"cannot read the shard: {why}", str(shard), "check its path and rights") from error
-    return found
+    found = [Sample(tuple(members), wanted) for members in samples]
+    found.sort(key=lambda sample: (sample.image or sample.members[0]).offset)
+    return Contents(found, passed_over)
 
 
-def _walk_archive(file: IO[bytes], shard: Path, start: int, size: int, found: Contents) -> int:
+class _Archive(NamedTuple):
+    """What was found so far, and where the samples of the archive that is being walked stand, by key."""
+
+    samples: list[list[Member]]
+    passed_over: list[tuple[str, str]]
+    places: dict[str, int]
+
+
+def _walk_archive(file: IO[bytes], shard: Path, start: int, size: int, found: _Archive) -> int:
     """Take up one archive's members; returns where its last one ends."""
     file.seek(start)
     end = start
@@ -168,7 +199,7 @@ def _no_tar(file: IO[bytes], shard: Path, error: tarfile.TarError) -> UserError:
     return UserError(f"not a tar archive: {error}", str(shard), "build or copy the shard again")
 
 
-def _next_archive(file: IO[bytes], end: int, size: int, found: Contents) -> int | None:
+def _next_archive(file: IO[bytes], end: int, size: int, passed_over: list[tuple[str, str]]) -> int | None:
     """Where another archive begins behind the end of one, None if nothing does; other bytes are passed over."""
     data = first_byte(file.fileno(), end, size)
     if data is None:
@@ -177,7 +208,7 @@ def _next_archive(file: IO[bytes], end: int, size: int, found: Contents) -> int 
     try:
         tarfile.TarInfo.frombuf(os.pread(file.fileno(), BLOCK, start), "utf-8", "surrogateescape")
     except tarfile.HeaderError:
-        found.passed_over.append((f"{size - start} bytes", f"behind the end of the archive, from byte {start} on"))
+        passed_over.append((f"{size - start} bytes", f"behind the end of the archive, from byte {start} on"))
         return None
     return start
 
@@ -191,22 +222,23 @@ def first_byte(descriptor: int, start: int, size: int) -> int | None:
     return None
 
 
-def _take(info: tarfile.TarInfo, found: Contents) -> None:
+def _take(info: tarfile.TarInfo, found: _Archive) -> None:
     """Add a member to the samples, or to what is passed over."""
-    folder, _, base = info.name.rpartition("/")
-    stem, dot, extension = base.partition(".")
+    key, extension = _key(info.name)
+    stem = key.rpartition("/")[2]
     if info.isreg() and not info.issparse() and stem and len(extension.split()) == 1:
-        key = f"{folder}/{stem}" if folder else stem
         member = Member(extension.lower(), info.offset_data, info.size, info.name)
-        if found.samples and found.samples[-1].key == key:
-            found.samples[-1] = Sample((*found.samples[-1].members, member))
+        place = found.places.get(key)
+        if place is None or any(member.extension == other.extension for other in found.samples[place]):
+            found.places[key] = len(found.samples)
+            found.samples.append([member])
         else:
-            found.samples.append(Sample((member,)))
+            found.samples[place].append(member)
     elif not info.isdir():
-        found.passed_over.append((escape(info.name), _why(info, stem, dot, extension)))
+        found.passed_over.append((escape(info.name), _why(info, stem, extension)))
 
 
-def _why(info: tarfile.TarInfo, stem: str, dot: str, extension: str) -> str:
+def _why(info: tarfile.TarInfo, stem: str, extension: str) -> str:
     """Why a member is in no sample."""
     if info.issym() or info.islnk():
         return f"a link to {escape(info.linkname)}, which holds no bytes"
@@ -214,7 +246,7 @@ def _why(info: tarfile.TarInfo, stem: str, dot: str, extension: str) -> str:
         return "stored with holes (sparse)"
     if not info.isreg():
         return "neither file nor folder"
-    if not dot:
+    if "." not in info.name.rpartition("/")[2]:
         return "no extension"
     if not stem:
         return "nothing before the first dot"
@@ -240,7 +272,9 @@ def key_at(read: Callable[[int, int], bytes | bytearray], offset: int) -> str:
 
 
 def _key(name: str) -> tuple[str, str]:
-    """A member's key, and its extension: all behind the first dot of the last part."""
+    """A member's key without `./` in front, and its extension: all behind the first dot of the last part."""
+    while name.startswith("./"):
+        name = name[2:].lstrip("/")
     folder, _, base = name.rpartition("/")
     stem, _, extension = base.partition(".")
     return (f"{folder}/{stem}" if folder else stem), extension

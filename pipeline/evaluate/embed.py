@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.data.eval_images import MAX_PIXELS, EvalImages
+from pipeline.data.eval_images import EvalImages
 from pipeline.data.images import BadImage
+from pipeline.data.intake import MAX_PIXELS
 from pipeline.data.keys import keys_of
 from pipeline.data.patterns import Shards, list_shards
 from pipeline.engine.distributed import Ranks
@@ -83,6 +84,7 @@ def embed(wanted: Wanted, ranks: Ranks | None = None) -> dict[str, Any]:
     """
     target, max_pixels = everywhere(ranks, lambda: _target(wanted))
     (candidate,) = target.candidates
+    intake = target.intake._replace(max_pixels=max_pixels)
     names = everywhere(ranks, lambda: list_shards(wanted.shards))
     model = everywhere(ranks, candidate.load)
     identity = {
@@ -103,7 +105,7 @@ def embed(wanted: Wanted, ranks: Ranks | None = None) -> dict[str, Any]:
 
     def make(number: int) -> None:
         if number < len(names) and not _is_whole(wanted.out, number, names[number]):
-            images = EvalImages(names[number], target.preprocessing, max_pixels)
+            images = EvalImages(names[number], target.preprocessing, intake)
             _write(wanted, number, names[number], _features(model, images, wanted, device, threads))
 
     for first in range(0, len(names), world_size):

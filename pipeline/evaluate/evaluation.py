@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from pipeline.data.eval_images import MAX_PIXELS, EvalImages
+from pipeline.data.eval_images import EvalImages
 from pipeline.data.homes import known_classes
+from pipeline.data.intake import MAX_PIXELS
 from pipeline.data.labels import Numbering, common_numbering
 from pipeline.data.patterns import Shards, name_shards, patterns_of
 from pipeline.data.reader import Dataset
@@ -83,11 +84,8 @@ class Evaluation:
         """
 
         def open_images() -> list[EvalImages]:
-            numbering = self.numbering()
-            return [
-                EvalImages(shards, target.preprocessing, self.max_pixels, numbering)
-                for shards in (self.train, self.val)
-            ]
+            numbering, intake = self.numbering(), target.intake._replace(max_pixels=self.max_pixels)
+            return [EvalImages(shards, target.preprocessing, intake, numbering) for shards in (self.train, self.val)]
 
         images = everywhere(self.ranks, open_images)
         threads = decoding_threads(self.ranks)
@@ -196,7 +194,7 @@ def evaluate(request: Request, ranks: Ranks | None = None, progress: bool = Fals
         known = ranks.agree(lambda: read_results(path)) if ranks else read_results(path)
         results = _same(known, identity)
         results = {c.name: results[c.name] for c in target.candidates if c.name in results}
-        target = Target([c for c in target.candidates if c.name not in results], target.preprocessing)
+        target = Target([c for c in target.candidates if c.name not in results], target.preprocessing, target.intake)
     for found in evaluation.groups(target) if target.candidates else ():
         trained = {name: entry | data for name, entry in found.items() if not name.startswith(UNTRAINED)}
         results |= trained
@@ -207,7 +205,7 @@ def evaluate(request: Request, ranks: Ranks | None = None, progress: bool = Fals
         if keeps and trained:
             _record(path, trained)
     if request.pixels and isinstance(evaluation, Evaluation):
-        yardstick = evaluation.run(pixels_target())[PIXELS]["accuracy"]
+        yardstick = evaluation.run(pixels_target(target.intake))[PIXELS]["accuracy"]
         for entry in results.values():
             entry["pixels_accuracy"] = yardstick
     if keeps and (request.untrained or request.pixels):
@@ -238,7 +236,7 @@ def _prepare(request: Request, ranks: Ranks | None, progress: bool) -> tuple[Eva
     if request.untrained:
         same = [candidate.name for candidate in target.candidates]
         fresh = run_target(RunModels.untrained(config, path), same, request.branch)
-        target = Target([*target.candidates, *fresh.candidates], target.preprocessing)
+        target = Target([*target.candidates, *fresh.candidates], target.preprocessing, target.intake)
     return _judge(request.method, *shards, ranks, progress, config.data.max_pixels), target
 
 

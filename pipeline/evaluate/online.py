@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from pipeline.config import ExperimentConfig
+from pipeline.data.intake import Intake
 from pipeline.elastic import Backbone, Grid, Subnet, cost
 from pipeline.engine.distributed import Ranks
 from pipeline.errors import UserError
@@ -79,10 +80,11 @@ class OnlineEvaluation:
             )
             for subnet in chosen
         ]
-        return Target(candidates, resolve_data_config({}, pretrained_cfg=preprocessing(model)))
+        found = resolve_data_config({}, pretrained_cfg=preprocessing(self.config))
+        return Target(candidates, found, Intake.of_experiment(self.config))
 
     def _module(self, backbone: Backbone, subnet: Subnet) -> nn.Module:
-        return timm_module(self.config.model, backbone.export(subnet))
+        return timm_module(self.config, backbone.export(subnet))
 
 
 def representative_subnets(grid: Grid) -> list[Subnet]:

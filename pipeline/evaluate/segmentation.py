@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.data.eval_images import MAX_PIXELS
+from pipeline.data.intake import MAX_PIXELS
 from pipeline.data.masked_images import CLASSES, MaskedImages, require_same_classes
 from pipeline.data.patterns import Shards
 from pipeline.engine.distributed import Ranks
@@ -70,7 +70,8 @@ class Segmentation:
 
         def open_images() -> tuple[MaskedImages, MaskedImages]:
             train, val = (
-                MaskedImages(shards, target.preprocessing, self.max_pixels) for shards in (self.train, self.val)
+                MaskedImages(shards, target.preprocessing, target.intake._replace(max_pixels=self.max_pixels))
+                for shards in (self.train, self.val)
             )
             if train.classes and val.classes:
                 require_same_classes(train.classes, val.classes, Path(val.dataset.paths[0]).parent / CLASSES)

@@ -1,7 +1,8 @@
 """What can be evaluated: sub-networks of a run, trained or not, a timm directory, raw pixels."""
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,12 @@ import torch
 from timm.data import resolve_data_config
 from torch import Tensor, nn
 
+from pipeline.data.intake import Intake
 from pipeline.elastic import Grid, Subnet
 from pipeline.errors import UserError
 from pipeline.evaluate.features import pooled
 from pipeline.models.loading import RunModels, choose, load_directory, run_config
-from pipeline.models.timm_format import preprocessing
+from pipeline.models.timm_format import VALUE_RANGE, preprocessing
 
 PIXELS = "pixels"
 UNTRAINED = "untrained "
@@ -53,10 +55,12 @@ class Target:
     Attributes:
         candidates: the models.
         preprocessing: timm's data config of all of them.
+        intake: how images become values for them; by default 8-bit RGB.
     """
 
     candidates: list[Candidate]
     preprocessing: dict[str, Any]
+    intake: Intake = field(default_factory=Intake)
 
     def groups(self, samples: int, budget: int) -> Iterator[list[Candidate]]:
         """Consecutive candidates that together fit into `budget` bytes; one that does not fit is alone."""
@@ -83,6 +87,7 @@ def run_target(models: RunModels, subnets: Iterable[str | Subnet] | str | None, 
     """
     chosen = choose(models.grid, default_subnets(models.grid) if subnets is None else subnets)
     origin = {"step": models.step, "branch": branch}
+    intake = Intake.of_experiment(models.config)
     prefix = "" if models.fingerprint else UNTRAINED
     candidates = [
         Candidate(
@@ -95,7 +100,7 @@ def run_target(models: RunModels, subnets: Iterable[str | Subnet] | str | None, 
         )
         for subnet in chosen
     ]
-    return Target(candidates, resolve_data_config({}, pretrained_cfg=preprocessing(models.config.model)))
+    return Target(candidates, resolve_data_config({}, pretrained_cfg=preprocessing(models.config)), intake)
 
 
 def directory_target(path: Path) -> Target:
@@ -108,20 +113,24 @@ def directory_target(path: Path) -> Target:
     data = resolve_data_config({}, model=model)
     params = sum(p.numel() for p in model.parameters())
     gflops, feature_dim = _measure(model, data["input_size"])
-    return Target([Candidate(path.resolve().name, lambda: model, feature_dim, params, gflops, {})], data)
+    values = json.loads((path / "config.json").read_text(encoding="utf-8")).get(VALUE_RANGE)
+    intake = Intake(channels=data["input_size"][0], value_range=tuple(values) if values else None)
+    return Target([Candidate(path.resolve().name, lambda: model, feature_dim, params, gflops, {})], data, intake)
 
 
-def pixels_target() -> Target:
+def pixels_target(intake: Intake | None = None) -> Target:
     """Raw pixels as features: the whole image squeezed to 32 x 32."""
+    intake = intake or Intake()
+    channels = intake.channels
     squeezed = {
-        "input_size": (3, PIXEL_SIDE, PIXEL_SIDE),
+        "input_size": (channels, PIXEL_SIDE, PIXEL_SIDE),
         "interpolation": "bicubic",
         "crop_pct": 1.0,
         "crop_mode": "squash",
-        "mean": (0.0, 0.0, 0.0),
-        "std": (1.0, 1.0, 1.0),
+        "mean": (0.0,) * channels,
+        "std": (1.0,) * channels,
     }
-    return Target([Candidate(PIXELS, nn.Flatten, 3 * PIXEL_SIDE**2, 0, 0.0, {})], squeezed)
+    return Target([Candidate(PIXELS, nn.Flatten, channels * PIXEL_SIDE**2, 0, 0.0, {})], squeezed, intake)
 
 
 def _measure(model: nn.Module, input_size: Sequence[int]) -> tuple[float, int]:

@@ -9,7 +9,7 @@ from pathlib import Path
 # Variables that decide how a run behaves; names that hold secrets (SLURM_JWT) are left out.
 _ENVIRONMENT = ("SLURM_", "POA_", "NCCL_", "CUDA_", "TORCH_", "TRITON_", "OMP_", "MASTER_", "GLOO_", "DS_")
 _SECRETS = ("JWT", "TOKEN", "KEY", "SECRET", "PASS")
-_PACKAGES = ("poa-pretrain", "torch", "deepspeed", "timm", "triton", "numpy", "webdataset", "pydantic", "safetensors")
+_PACKAGES = ("poa-pretrain", "torch", "deepspeed", "timm", "triton", "numpy", "pydantic", "safetensors")
 
 
 def code_revision() -> str:

@@ -194,7 +194,7 @@ def _extract_one(
     aside.mkdir(exist_ok=True)
     try:
         export = models.backbone.export(subnet)
-        hub = hub_config(models.config.model, export)
+        hub = hub_config(models.config, export)
         write_atomically(aside / CONFIG, json.dumps(hub, indent=2) + "\n")
         save_tensors(export.state_dict, aside / WEIGHTS, {"format": "pt"})
         difference = largest_difference(models, subnet, aside, images)

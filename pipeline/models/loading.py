@@ -81,7 +81,7 @@ class RunModels:
 
     def module(self, subnet: Subnet) -> nn.Module:
         """A sub-network alone, in eval mode."""
-        return timm_module(self.config.model, self.backbone.export(subnet))
+        return timm_module(self.config, self.backbone.export(subnet))
 
     def params(self, subnet: Subnet) -> int:
         return cost.params(self.config.model, subnet)

@@ -109,7 +109,7 @@ def _by_magnitude(backbone: Backbone) -> Order:
 
 def _by_taylor(backbone: Backbone, config: ExperimentConfig, device: torch.device, dataset: Dataset | None) -> Order:
     backbone.to(device)
-    loader = Loader(config.data, device=device, dataset=dataset)
+    loader = Loader(config.data, device=device, dataset=dataset, channels=config.model.in_chans)
     images = min(IMAGES, len(loader.dataset))
     try:
         sums = {axis.name: torch.zeros(axis.units, device=device) for axis in axes(backbone)}

@@ -11,6 +11,7 @@ from torch import Tensor
 from pipeline.config import ExperimentConfig
 from pipeline.data.eval_images import EvalImages
 from pipeline.data.images import BadImage
+from pipeline.data.intake import Intake
 from pipeline.data.patterns import Shards
 from pipeline.elastic import Subnet
 from pipeline.errors import UserError
@@ -27,7 +28,7 @@ class ProofFailed(Exception):  # noqa: N818 - named for what happened
 
 @dataclass(frozen=True)
 class ProofImages:
-    """Real images on which a proof rests: fp32 `[N, 3, S, S]`, where they come from, and how many were unusable."""
+    """Real images on which a proof rests: fp32 `[N, C, S, S]`, where they come from, and how many were unusable."""
 
     images: Tensor
     shards: list[str]
@@ -40,7 +41,7 @@ def load_proof_images(config: ExperimentConfig, shards: Shards, count: int) -> P
     Raises:
         UserError: a shard is missing, or holds no usable image.
     """
-    source = EvalImages(shards, preprocessing(config.model), config.data.max_pixels)
+    source = EvalImages(shards, preprocessing(config), Intake.of_experiment(config))
     loaded: list[Tensor] = []
     skipped = 0
     step = max(len(source) // max(count, 1), 1)

@@ -5,14 +5,16 @@ from typing import Any
 import timm
 from torch import nn
 
-from pipeline.config import ModelConfig
-from pipeline.data.augment import MEAN, STD
+from pipeline.config import ExperimentConfig
+from pipeline.data.intake import Intake
 from pipeline.elastic import Export
 
+VALUE_RANGE = "value_range"
+"""Key of `config.json`: the values that become 0 and 1, where images are not 8-bit RGB."""
 CROP_FRACTION = 0.875  # centre crop of the resized image in evaluation, as DINO's k-NN protocol has it
 
 
-def timm_module(config: ModelConfig, export: Export) -> nn.Module:
+def timm_module(config: ExperimentConfig, export: Export) -> nn.Module:
     """An exported sub-network as timm builds it, fp32 on the CPU, in eval mode."""
     entry = hub_config(config, export)
     model = timm.create_model(export.architecture, pretrained_cfg=dict(entry["pretrained_cfg"]), **entry["model_args"])
@@ -20,12 +22,12 @@ def timm_module(config: ModelConfig, export: Export) -> nn.Module:
     return model.eval()
 
 
-def hub_config(config: ModelConfig, export: Export) -> dict[str, Any]:
+def hub_config(config: ExperimentConfig, export: Export) -> dict[str, Any]:
     """The `config.json` with which timm rebuilds an extracted model and prepares images for it."""
     template = timm.get_pretrained_cfg(export.architecture, allow_unregistered=False)
     assert template is not None
-    args = dict(export.model_args)
-    if config.family == "swin":
+    args, model, values = dict(export.model_args), config.model, config.data.value_range
+    if model.family == "swin":
         args["strict_img_size"] = False  # timm then takes any size that the patches divide
     return {
         "architecture": export.architecture,
@@ -39,20 +41,22 @@ def hub_config(config: ModelConfig, export: Export) -> dict[str, Any]:
             **preprocessing(config),
             "fixed_input_size": False,
             "num_classes": 0,
-            "pool_size": None if config.one_stage else [config.image_size // config.stride] * 2,
+            "pool_size": None if model.one_stage else [model.image_size // model.stride] * 2,
             "first_conv": template.first_conv,
             "classifier": template.classifier,
         },
+        **({} if values is None else {VALUE_RANGE: list(values)}),
     }
 
 
-def preprocessing(config: ModelConfig) -> dict[str, Any]:
+def preprocessing(config: ExperimentConfig) -> dict[str, Any]:
     """How images are prepared for evaluation, in timm's terms."""
+    intake = Intake.of_experiment(config)
     return {
-        "input_size": [config.in_chans, config.image_size, config.image_size],
+        "input_size": [config.model.in_chans, config.model.image_size, config.model.image_size],
         "interpolation": "bicubic",
         "crop_pct": CROP_FRACTION,
         "crop_mode": "center",
-        "mean": list(MEAN),
-        "std": list(STD),
+        "mean": list(intake.mean),
+        "std": list(intake.std),
     }

@@ -7,6 +7,7 @@ from pipeline.data.decoders import check
 from pipeline.data.homes import known_classes
 from pipeline.data.images import BadImage
 from pipeline.data.indexes import indexing
+from pipeline.data.intake import Intake, settle_values
 from pipeline.data.labels import common_numbering
 from pipeline.data.mixing import ROWS
 from pipeline.data.patterns import name_shards
@@ -20,7 +21,7 @@ _SAMPLES = 64  # images that are decoded, spread over the shards
 def check_shards(config: ExperimentConfig, world_size: int) -> Check:
     """Are the shards there, indexed, and enough for the ranks?"""
 
-    dataset = Dataset(config.data.train)
+    dataset = Dataset(config.data.train, image=config.data.image)
     bare = dataset.without_index
     _require_evaluation(config)
     batch = config.data.batch_size * world_size
@@ -52,18 +53,23 @@ def _require_evaluation(config: ExperimentConfig) -> None:
         raise UserError("there is nothing to evaluate on", "eval.val", "name labelled shards, or unset every_steps")
     common_numbering(name_shards(train), name_shards(val), known_classes)
     for shards in (train, val):
-        Dataset(shards)
+        Dataset(shards, image=config.data.image)
 
 
 def check_images(config: ExperimentConfig) -> Check:
     """Can images from all over the shards be decoded?"""
 
-    dataset = Dataset(config.data.train)
+    intake = Intake.of_experiment(settle_values(config))
+    dataset = Dataset(config.data.train, image=intake.image)
     count = min(_SAMPLES, len(dataset))
     bad: dict[int, str] = {}
     for record in (i * len(dataset) // count for i in range(count)):
         try:
-            check(bytes(dataset.image(record)), config.data.max_pixels)
+            data = dataset.image(record)
+            if intake.is_rgb:
+                check(bytes(data), intake.max_pixels)
+            else:
+                intake.open(data)
         except BadImage as error:
             bad[record] = error.reason
     finding = f"{count - len(bad)} of {count} images are sound"

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 from pipeline.config import ExperimentConfig, load_config
+from pipeline.data.intake import settle_values
 from pipeline.data.order import Order
 from pipeline.data.reader import Dataset
 from pipeline.engine.saved import find_problem, list_checkpoints, read_manifest
@@ -26,6 +27,7 @@ _PROBE_BYTES = 32 << 20
 def check_directory(config: ExperimentConfig, world_size: int) -> Check:
     """Can the run directory be used, and is what it holds of this experiment, its data and its global batch?"""
 
+    config = settle_values(config)
     path = Path(config.run.dir)
     parent = existing(path)
     require_writable(parent, "set run.dir to another")
@@ -54,7 +56,8 @@ def _require_same_stream(config: ExperimentConfig, path: Path, world_size: int, 
     if not (path / "manifest.json").exists():
         return
     manifest = read_json(path / "manifest.json", "restore it, or choose another run.dir")
-    data, sources = config.data, sources_of(Dataset(config.data.train))
+    data = config.data
+    sources = sources_of(Dataset(data.train, data.piece_mb, data.image))
     settle_segments(manifest, sources, data.segment, samples, data.seed, str(path), order=Order.of(data))
     require_same_batch(manifest, config.data.batch_size * world_size, world_size, str(path))
 

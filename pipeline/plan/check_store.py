@@ -22,7 +22,7 @@ _UNEVEN = 1.3  # times its share of the set that a node may fetch before it is w
 
 def check_store(config: ExperimentConfig, world_size: int) -> Check | None:
     """Do the nodes share the work of fetching, and is there room for what they keep? None if all is on disks."""
-    dataset = Dataset(config.data.train, config.data.piece_mb)
+    dataset = Dataset(config.data.train, config.data.piece_mb, config.data.image)
     if not dataset.is_remote:
         return None
     cache, lanes = config.data.cache, config.data.lanes

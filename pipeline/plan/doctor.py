@@ -15,6 +15,7 @@ from pipeline.plan.check_directory import check_directory, check_disk, check_lea
 from pipeline.plan.check_machine import check_device, check_driver, check_memory, check_software
 from pipeline.plan.check_names import check_evaluation, check_metrics, check_pretrained
 from pipeline.plan.check_ranks import check_clocks, check_collectives, check_kernels, check_network
+from pipeline.plan.check_sources import check_sources
 from pipeline.plan.check_store import check_store
 
 
@@ -44,6 +45,7 @@ def examine(config: ExperimentConfig, ranks: Ranks, world_size: int) -> list[Che
         "memory": lambda: check_memory(config, world_size),
         "caches": lambda: check_caches(config),
         "shards": lambda: check_shards(config, world_size),
+        "sources": lambda: check_sources(config),
         "images": lambda: check_images(config),
         "store": lambda: check_store(config, world_size),
         "evaluation": lambda: check_evaluation(config),

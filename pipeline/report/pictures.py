@@ -12,9 +12,9 @@ from timm.data import resolve_data_config
 from torch import Tensor
 
 from pipeline.config import CacheConfig, ExperimentConfig
-from pipeline.data.augment import MEAN, STD
 from pipeline.data.eval_images import EvalImages
 from pipeline.data.images import BadImage
+from pipeline.data.intake import Intake
 from pipeline.data.loader import Loader
 from pipeline.data.masks import block_masks
 from pipeline.data.segments import segment_at
@@ -39,7 +39,13 @@ def crops_as_seen(config: ExperimentConfig, step: int, world_size: int, run: Pat
     read = count if config.data.lanes == 1 else batch  # which of a batch are first, only the whole batch tells
     data = config.data.model_copy(update={"batch_size": read, "threads": 1, "cache": CacheConfig()})
     sample = step * batch * world_size
-    loader = Loader(data, world_size=world_size, start_sample=sample, segment=segment_at(run, sample))
+    loader = Loader(
+        data,
+        world_size=world_size,
+        start_sample=sample,
+        segment=segment_at(run, sample),
+        channels=config.model.in_chans,
+    )
     try:
         crops = next(loader)
         globals_, locals_ = crops.global_crops.clone(), crops.local_crops.clone()
@@ -53,11 +59,11 @@ def crops_as_seen(config: ExperimentConfig, step: int, world_size: int, run: Pat
             config.data.seed, step, 0, 2 * batch, (rows, columns), loss.mask_probability, loss.mask_ratio
         )
         masks = drawn[: 2 * count].reshape(2 * count, rows, columns)
-    per_image = len(locals_) // read
+    per_image, shown = len(locals_) // read, loader.intake.shown
     strips = []
     for i in range(count):
-        strip = [_picture(_darkened(globals_[2 * i + g], masks[2 * i + g])) for g in range(2)]
-        strip += [_picture(locals_[i * per_image + j], SIDE // 2) for j in range(per_image)]
+        strip = [picture(darkened(shown(globals_[2 * i + g]), masks[2 * i + g])) for g in range(2)]
+        strip += [picture(shown(locals_[i * per_image + j]), SIDE // 2) for j in range(per_image)]
         strips.append(f'<div class="strip">{"".join(strip)}</div>')
     return "".join(strips)
 
@@ -70,13 +76,14 @@ def patch_components(config: ExperimentConfig, models: RunModels) -> str:
         UserError: the shards are not there any more.
     """
     shards = config.eval.val or config.data.val or config.data.train
-    images = _some_images(EvalImages(shards, resolve_data_config({}, pretrained_cfg=preprocessing(config.model))))
+    prepared = resolve_data_config({}, pretrained_cfg=preprocessing(config))
+    images = _some_images(EvalImages(shards, prepared, Intake.of_experiment(config)))
     if not len(images[0]):
         return ""
     shown, inputs = images
-    strips = [_strip("image", [_picture(x, normalized=False) for x in shown])]
+    strips = [_strip("image", [picture(x) for x in shown])]
     for subnet in representative_subnets(models.grid):
-        strips.append(_strip(subnet.name, [_picture(x, normalized=False) for x in _components(models, inputs, subnet)]))
+        strips.append(_strip(subnet.name, [picture(x) for x in _components(models, inputs, subnet)]))
     return "".join(strips)
 
 
@@ -90,8 +97,9 @@ def _some_images(source: EvalImages) -> tuple[Tensor, Tensor]:
             continue
         if len(held) == IMAGES:
             break
-    images = torch.stack(held) if held else torch.empty(0, 3, 1, 1, dtype=torch.uint8)
-    return images.float() / 255, source.normalize(images)
+    channels = source.intake.channels
+    normalized = source.normalize(torch.stack(held) if held else torch.empty(0, channels, 1, 1))
+    return source.intake.shown(normalized), normalized
 
 
 def _components(models: RunModels, images: Tensor, subnet: Subnet) -> Tensor:
@@ -107,18 +115,14 @@ def _components(models: RunModels, images: Tensor, subnet: Subnet) -> Tensor:
     return colours.reshape(len(images), rows, columns, -1).permute(0, 3, 1, 2).float()
 
 
-def _darkened(crop: Tensor, mask: np.ndarray) -> Tensor:
+def darkened(crop: Tensor, mask: np.ndarray) -> Tensor:
     size = crop.shape[-1]
     grown = np.kron(mask, np.ones((size // mask.shape[0], size // mask.shape[1]), dtype=bool))
-    black = (torch.zeros(3) - torch.tensor(MEAN)) / torch.tensor(STD)
-    dark = _MASKED * crop + (1 - _MASKED) * black[:, None, None]
-    return torch.where(torch.from_numpy(grown), dark, crop)
+    return torch.where(torch.from_numpy(grown), _MASKED * crop, crop)
 
 
-def _picture(image: Tensor, side: int = SIDE, normalized: bool = True) -> str:
-    """An `<img>` with the picture in it, `[3, H, W]`."""
-    if normalized:
-        image = image.float() * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None]
+def picture(image: Tensor, side: int = SIDE) -> str:
+    """An `<img>` with the picture in it, `[3, H, W]` in 0..1."""
     pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
     small = Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST)
     buffer = io.BytesIO()

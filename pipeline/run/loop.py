@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from pipeline.config import ExperimentConfig
+from pipeline.data.intake import settle_values
 from pipeline.data.reader import Skip
 from pipeline.data.remote.patience import WEATHER
 from pipeline.data.segments import segment_of
@@ -84,6 +85,7 @@ def _train(
     trainer, checkpoints, policy = None, None, Policy.of(config)
     try:
         with distributed.crash_together(ranks), _giving_up(job, ranks):
+            config = ranks.agree(lambda: settle_values(config))
             ranks.agree(lambda: run.claim(config, job))
             watchdog.share(run.heartbeats)
             watchdog.beat("the start: checkpoints")

@@ -177,6 +177,7 @@ class Trainer:
             on_skip=self.skips.append,
             dataset=self.dataset,
             segment=self.segment,
+            channels=self.config.model.in_chans,
         )
 
     def step(self, step: int, stop_requested: bool = False, parts_saved: int = 0) -> "Underway":
@@ -283,7 +284,7 @@ def _require_kernels(config: ExperimentConfig, device: torch.device) -> None:
 
 
 def _open_dataset(config: ExperimentConfig, global_batch: int) -> Dataset:
-    dataset = Dataset(config.data.train, config.data.piece_mb)
+    dataset = Dataset(config.data.train, config.data.piece_mb, config.data.image)
     if config.data.lanes > global_batch:
         what = f"{config.data.lanes} lanes are more than the {global_batch} images of a global batch"
         raise UserError(what, "data.lanes", "set it to the number of nodes, or of ranks")

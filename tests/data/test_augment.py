@@ -17,8 +17,9 @@ from PIL import Image, ImageOps
 
 from kernels.colours import Column, Normalisation, colour
 from pipeline.config import DataConfig
-from pipeline.data.augment import MEAN, STD, P, colour_table, make_pipeline, parameters, undecodable
+from pipeline.data.augment import P, colour_table, make_pipeline, parameters, undecodable
 from pipeline.data.images import BadImage, Header, decode, hide_exif, inspect
+from pipeline.data.intake import MEAN, STD
 from pipeline.data.reader import Dataset
 
 SIZE = 128
@@ -376,7 +377,7 @@ def test_contrast_by_arithmetic_is_the_operators(squares: list[Image.Image]) -> 
             layout=["HWC", ""],
         )
         centre = factor * 100
-        return fn.contrast(x, contrast=factor, contrast_center=centre), _blend(x, centre, factor)
+        return fn.contrast(x, contrast=factor, contrast_center=centre), _blend(x, centre, factor, types.UINT8)
 
     ours, theirs = both().run()
     for i in range(len(images)):

@@ -149,3 +149,28 @@ def test_failed_write_leaves_the_old_catalog(shards: list[Path], monkeypatch: py
     with pytest.raises(OSError, match="No space"):
         write_catalog(shards[0].parent, shards)
     assert {path.name: path.read_bytes() for path in shards[0].parent.iterdir()} == before
+
+
+def test_image_that_is_wanted_stands_in_the_catalog_until_another_is(
+    make_shard: Callable[..., Path], pictures: list[bytes]
+) -> None:
+    ends = ("input.jpg", "target.jpg")
+    files = {f"s{i}.{end}": pictures[2 * i + j] for i in range(2) for j, end in enumerate(ends)}
+    one, two = (str(make_shard(files, f"{name}.tar")) for name in "ab")
+
+    def images(image: str | None = None) -> list[bytes]:
+        dataset = Dataset([one, two], image=image)
+        return [bytes(dataset.image(record)) for record in range(4)]
+
+    index([one, two])
+    assert images() == images("input") == [pictures[0], pictures[2]] * 2
+    index(one, "target")
+    assert images() == images("target.jpg") == images("target") == [pictures[1], pictures[3]] * 2
+    assert images("input.jpg") == [pictures[0], pictures[2]] * 2, "by the indexes, which list all images"
+    index(two)
+    assert images() == images("target")
+    assert [verdict.problems[0][1] for verdict in verify([one, two], progress=False)[1:]] == [
+        "the key appears in a.tar as well"
+    ]
+    with pytest.raises(UserError, match=r"none of depth.*a\.tar"):
+        Dataset([one], image="depth")

@@ -170,15 +170,15 @@ def test_orientation_unknown_to_the_header_check_cannot_slip_in(
     shards: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An image that decodes to another size than its header was understood to say counts as damaged."""
-    from pipeline.data import reader
+    from pipeline.data import intake
 
-    true_inspect = reader.inspect
+    true_inspect = intake.inspect
 
     def misread(data: bytes, max_pixels: int):
         header = true_inspect(data, max_pixels)
         return header._replace(cols=header.cols - 1) if data[-9] % 4 == 0 else header
 
-    monkeypatch.setattr(reader, "inspect", misread)
+    monkeypatch.setattr(intake, "inspect", misread)
     skips: list[Skip] = []
     loader = Loader(data_config(shards, batch_size=10), on_skip=skips.append)
     for _ in range(3):

@@ -244,11 +244,78 @@ def test_compressed_tar_is_said_to_be_one(shard: Path, tmp_path: Path) -> None:
             tars.walk(path)
 
 
-def test_dots_in_a_name_are_explained(make_shard: Callable[..., Path], pictures: list[bytes]) -> None:
-    shard = make_shard({"img.1.v2.jpg": pictures[0]})
-    contents = tars.scan(shard)
-    assert r"behind the first dot, here .1.v2.jpg" in str(tars.no_image(shard, contents))
+def test_shard_without_an_image_says_what_it_holds(make_shard: Callable[..., Path], pictures: list[bytes]) -> None:
     only = make_shard({"a": pictures[0]})
     assert "(a: no extension)" in str(tars.no_image(only, tars.scan(only)))
-    other = make_shard({"a.tif": pictures[0], "a.txt": b"x"})
-    assert "a: .tif, .txt, none of jpg, jpeg, png, webp" in str(tars.no_image(other, tars.scan(other)))
+    other = make_shard({"a.gif": pictures[0], "a.txt": b"x"})
+    assert "a: .gif, .txt, none of jpg, jpeg, png, webp, tif, tiff, npy" in str(tars.no_image(other, tars.scan(other)))
+    dotted = make_shard({"a.input.jpg": pictures[0]})
+    assert "a: .input.jpg, none of target" in str(tars.no_image(dotted, tars.scan(dotted, "target")))
+
+
+def picture_of(shard: Path, wanted: str | None = None) -> dict[str, str | None]:
+    """Name of the image by key."""
+    return {sample.key: sample.image and sample.image.name for sample in tars.walk(shard, wanted)}
+
+
+def test_key_ends_at_the_first_dot_and_one_of_several_images_is_meant(make_shard: Callable[..., Path]) -> None:
+    names = ["img.v1.jpg", "s0.input.jpg", "s0.target.png", "s1.a.b.png", "s1.jpg", "s2.seg.png", "s2.x.webp"]
+    shard = make_shard({f"v1.2/{name}": b"x" for name in names})
+    found = {"img": "img.v1.jpg", "s0": "s0.input.jpg", "s1": "s1.jpg", "s2": "s2.x.webp"}
+    assert picture_of(shard) == {f"v1.2/{key}": f"v1.2/{name}" for key, name in found.items()}
+    assert [name for name in picture_of(shard, "target").values() if name] == ["v1.2/s0.target.png"]
+    assert [name for name in picture_of(shard, "a.b.png").values() if name] == ["v1.2/s1.a.b.png"]
+    sample = next(sample for sample in tars.walk(shard) if sample.key == "v1.2/s2")
+    assert sample.mask
+    assert (sample.mask.name, sample.others) == ("v1.2/s2.seg.png", [])
+
+
+def test_members_need_not_lie_side_by_side(make_shard: Callable[..., Path]) -> None:
+    ends = ("cls", "jpg", "seg.png")
+    shard = make_shard({f"{name}.{end}": b"x" for end in ends for name in "abc"})
+    samples = tars.walk(shard)
+    assert [(s.key, [m.extension for m in s.members]) for s in samples] == [(name, list(ends)) for name in "abc"]
+    indexes.write_index(shard, samples)
+    assert indexes.read_index(shard) == samples
+
+
+def test_samples_stand_in_the_order_of_their_images(make_shard: Callable[..., Path]) -> None:
+    assert list(picture_of(make_shard(dict.fromkeys(["a.cls", "b.cls", "b.jpg", "a.jpg"], b"x")))) == ["b", "a"]
+
+
+def write_tar(path: Path, names: list[str], format_: int = tarfile.PAX_FORMAT) -> Path:
+    """Members whose content is their number."""
+    with tarfile.open(path, "w", format=format_, encoding="utf-8", errors="surrogateescape") as tar:
+        for i, name in enumerate(names):
+            info = tarfile.TarInfo(name)
+            info.size = 1
+            tar.addfile(info, io.BytesIO(b"%d" % i))
+    return path
+
+
+def numbers(shard: Path) -> list[tuple[str, bytes, bytes | None]]:
+    """Key, and the content of image and label, of every sample."""
+    data = shard.read_bytes()
+    return [(s.key, *(m and data[m.offset : m.offset + m.size] for m in (s.image, s.label))) for s in tars.walk(shard)]
+
+
+def test_a_second_file_of_its_kind_begins_another_sample_of_the_key(tmp_path: Path) -> None:
+    twice = write_tar(tmp_path / "twice.tar", ["a.jpg", "a.cls", "b.jpg", "a.jpg", "a.cls"])
+    assert numbers(twice) == [("a", b"0", b"1"), ("b", b"2", None), ("a", b"3", b"4")]
+    joined = tmp_path / "joined.tar"
+    bare = write_tar(tmp_path / "bare.tar", ["a.jpg", "b.jpg"])
+    joined.write_bytes(bare.read_bytes() + twice.read_bytes())
+    assert numbers(joined) == [("a", b"0", None), ("b", b"1", None), *numbers(twice)], "a label from the next archive"
+
+
+@pytest.mark.parametrize("format_", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+def test_names_are_what_they_are_in_either_format(format_: int, tmp_path: Path) -> None:
+    long = "/".join(["folder" * 20] * 4) + "/" + "k" * 120
+    names = ["./a.jpg", "./a.cls", "x/./b.JPG", "x/./b.Cls", f"{long}.jpg", f"{long}.cls", "caf\udce9.jpg", "ä.JPEG"]
+    shard = write_tar(tmp_path / "names.tar", names, format_)
+    expected = [
+        ("a", b"0", b"1"), ("x/./b", b"2", b"3"), (long, b"4", b"5"), ("caf\udce9", b"6", None), ("ä", b"7", None),
+    ]  # fmt: skip
+    assert numbers(shard) == expected
+    indexes.write_index(shard, tars.walk(shard))
+    assert indexes.read_index(shard) == tars.walk(shard)

@@ -79,7 +79,7 @@ def found(experiment, tmp_path_factory) -> dict[str, dict]:
         export = models.backbone.export(models.grid.smallest)
         directory = home / family
         directory.mkdir()
-        (directory / "config.json").write_text(json.dumps(hub_config(models.config.model, export)))
+        (directory / "config.json").write_text(json.dumps(hub_config(models.config, export)))
         save_file(export.state_dict, directory / "model.safetensors", {"format": "pt"})
         size = models.config.model.image_size
         images = torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(0))

@@ -110,19 +110,19 @@ class Begun:
 
 
 @pytest.fixture(scope="module", params=["magnitude", "taylor"])
-def begun(request, launch, experiment, labelled, tmp_path_factory):
+def begun(request, launch, experiment, tmp_path_factory):
     directory = tmp_path_factory.mktemp(request.param)
     source = directory / "source"
     tree = experiment(
         model={"init_from": str(source), "init_order": request.param},
         loss={"anchor_weight": 0.5, "ibot_start_epoch": 9},
-        data={**labelled, "batch_size": 32},
+        data={"batch_size": 32},
         run={"dir": str(directory / "run"), "max_steps": 2},
     )
     backbone = scrambled(build(parse_config(tree).model))
     export = backbone.export(backbone.grid.largest)
     source.mkdir()
-    (source / "config.json").write_text(json.dumps(hub_config(backbone.config, export)))
+    (source / "config.json").write_text(json.dumps(hub_config(parse_config(tree), export)))
     save_file(export.state_dict, source / "model.safetensors")
     begun = Begun(directory / "run", backbone)
     # goes on with other multipliers of parameters, which are grouped by them, and without a learning rate to speak of

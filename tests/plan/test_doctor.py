@@ -54,7 +54,7 @@ def test_sound_experiment_passes(write, capsys):
     assert main(["doctor", str(write()), "--json"]) == 0
     checks = json.loads(capsys.readouterr().out)
     names = ["software", "driver", "device", "memory", "caches"]
-    names += ["shards", "images", "evaluation", "pretrained", "metrics"]
+    names += ["shards", "sources", "images", "evaluation", "pretrained", "metrics"]
     names += ["run directory", "disk", "signal lead", "kernels", "clocks", "network", "all-reduce"]
     assert [check["name"] for check in checks] == names
     assert {check["status"] for check in checks} <= {"pass", "warn"}

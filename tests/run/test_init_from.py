@@ -28,7 +28,7 @@ def timm_directory(config, path: Path) -> torch.nn.Module:
     backbone = build(config.model)
     export = backbone.export(backbone.grid.largest)
     path.mkdir()
-    (path / "config.json").write_text(json.dumps(hub_config(config.model, export)))
+    (path / "config.json").write_text(json.dumps(hub_config(config, export)))
     model = timm.create_model(export.architecture, **export.model_args).eval()
     with torch.no_grad():
         for parameter in model.parameters():  # timm starts some at zero, behind which nothing learns or shows
