@@ -157,7 +157,7 @@ def test_two_ranks_with_different_subnets_equal_one_plain_process(results, case)
 def test_a_network_alone_has_the_terms_of_one_student(results):
     alone = [found for case, (found, *_) in results.items() if case.assignment == "none"]
     for losses in (losses for found in alone for losses in found["losses"]):
-        assert set(losses) == {"dino/intact", "ibot/intact", "koleo/intact", "total"}
+        assert set(losses) == {"dino/intact", "ibot/intact", "koleo/intact", "anchor/intact", "total"}
     *_, last = alone[0]["losses"]  # all of the three weigh what the configuration says, as in DINOv2
     assert last["total"] == pytest.approx(last["dino/intact"] + last["ibot/intact"] + 0.1 * last["koleo/intact"])
 
