@@ -8,6 +8,7 @@ import torch
 from pipeline import load_subnet
 from pipeline.data.eval_images import EvalImages
 from pipeline.engine import distributed
+from pipeline.evaluate import segmentation
 from pipeline.evaluate.embed import Wanted, embed
 from pipeline.evaluate.evaluation import Request, evaluate
 from pipeline.evaluate.features import extract_features
@@ -24,6 +25,7 @@ def uneven() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 out, run, masked, *shards = sys.argv[1:]
+segmentation.LEARNING_RATES = (0.03, 0.1)  # at large ones steps overshoot, and a rounding grows from each to the next
 ranks = distributed.initialize()
 preprocessing = run_target(RunModels.open(run), None, "teacher").preprocessing
 found = extract_features({"64x4": load_subnet(run, "64x4")}, EvalImages(shards, preprocessing), ranks=ranks)
