@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from pipeline.errors import UserError
 
-PATIENCE = 600.0  # seconds
+PATIENCE = 60.0  # seconds, of a command that somebody waits for; a run has its own
 _FIRST_WAIT, _LONGEST_WAIT = 0.2, 20.0
 _LOOK = 0.5  # seconds between two looks for a wish to stop
 _NOTABLE = 5.0  # seconds from which on a read is worth a word

@@ -17,6 +17,8 @@ from pipeline.errors import UserError
 
 PART = 32 << 20  # bytes of a request: bounds what a stall costs, and what a retry repeats
 _NO_RETRIES: Any = {"max_retries": 0, "retry_timeout": timedelta(seconds=1)}
+# where the clients ask for credentials if the environment has none; machines within the cloud answer there
+_CREDENTIAL_HOSTS = ("169.254.169.254", "169.254.170.2", "metadata.google.internal")
 _CLIENT = {
     "timeout": timedelta(seconds=300),
     "read_timeout": timedelta(seconds=20),
@@ -71,7 +73,7 @@ class Store:
             try:
                 return attempt()
             except Exception as error:
-                raise _judge(error, exceptions, where) from error
+                raise _judge(error, exceptions, where, bool(self._seen)) from error
 
         where = f"{self.url}/{name}"
         return patiently(checked, where, self.patience, given_up)
@@ -107,9 +109,13 @@ def _open(url: str) -> Any:
         raise UserError(f"cannot open the store: {_brief(error)}", url, "correct the address") from error
 
 
-def _judge(error: Exception, exceptions: Any, where: str) -> Exception:
+def _judge(error: Exception, exceptions: Any, where: str, was_reached: bool) -> Exception:
+    """What follows from an error; `was_reached` says whether this process has read from the store before."""
     if isinstance(error, (UserError, Passing)):
         return error
+    if not was_reached and any(host in str(error) for host in _CREDENTIAL_HOSTS):
+        fix = "set them there (for a public bucket AWS_SKIP_SIGNATURE=true), or name shards on a local disk"
+        return SourceError("the environment holds no credentials for the store", where, fix)
     if isinstance(error, FileNotFoundError):
         return SourceError("there is no such object", where, "bring it back, or name another")
     if isinstance(error, (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError, PermissionError)):

@@ -7,8 +7,8 @@ import pytest
 
 from pipeline.data.remote import patience
 from pipeline.data.remote import store as stores
-from pipeline.data.remote.patience import WEATHER, SourceError, Weather
-from pipeline.data.remote.store import Store, _brief
+from pipeline.data.remote.patience import WEATHER, Passing, SourceError, Weather
+from pipeline.data.remote.store import Store, _brief, _judge
 
 CONTENT = np.random.default_rng(0).bytes(400_000)
 
@@ -104,3 +104,12 @@ def test_patience_of_the_run_goes_before_the_usual(server, monkeypatch: pytest.M
     with pytest.raises(SourceError, match="cannot be read after 0 s"):
         Store(server.url).size("a.tar")
     assert server.met["e503"] == 1
+
+
+def test_credentials_that_are_nowhere_are_told_at_once_and_waited_for_where_they_were() -> None:
+    from obstore import exceptions
+
+    error = exceptions.GenericError("Error performing PUT http://169.254.169.254/latest/api/token: 403 Forbidden")
+    never = _judge(error, exceptions, "s3://b/a.tar", was_reached=False)
+    assert str(never).startswith("the environment holds no credentials for the store (s3://b/a.tar)")
+    assert isinstance(_judge(error, exceptions, "s3://b/a.tar", was_reached=True), Passing)
