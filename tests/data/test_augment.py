@@ -283,7 +283,8 @@ def test_the_kernels_twin_makes_of_resized_crops_what_the_graph_does(hue: str, p
     levels = Normalisation((0, 0, 0), (1 / 255, 1 / 255, 1 / 255))
     found = colour(crops, looked_up, levels, dtype=torch.float32, impl="eager").permute(0, 2, 3, 1)
     difference = np.abs(found.numpy().round().reshape(expected.shape) - expected)
-    assert within((difference.max(), difference.mean()), 1, 1e-3)  # what is within an fp32 rounding of a half
+    # where fp32 decides what a half is rounded to, a level of hue becomes two by contrast and three by brightness (1.4)
+    assert within((difference.max(), difference.mean()), 3, 1e-3)
 
 
 @pytest.mark.parametrize("hue", ["yiq", "hsv"])
