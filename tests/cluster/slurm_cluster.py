@@ -255,11 +255,11 @@ class Job:
     def log(self) -> str:
         return self.output.read_text(errors="replace") if self.output.exists() else ""
 
-    def until(self, condition, seconds: float = 900) -> None:
+    def until(self, condition, seconds: float = 900, every: float = 0.3) -> None:
         deadline = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < deadline, f"after {seconds} s: {self.field('JobState')}\n{self.log[-6000:]}"
-            time.sleep(0.3)
+            time.sleep(every)
 
     def ends(self, state: str, restarts: int, seconds: float = 900) -> None:
         """Wait for the end, which must be in this state after so many requeues."""

@@ -5,6 +5,7 @@ hangs. A run that waits for Slurm is paused, so that it does not take the proces
 """
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -105,7 +106,8 @@ class Run:
     def reaches(self, step: int) -> None:
         """So many steps are made, and the checkpoint that was due on the way is complete."""
         there = lambda: self.steps >= step and self.saved >= step // SAVE_EVERY * SAVE_EVERY  # noqa: E731
-        self.job.until(lambda: there() or self.job.field("JobState") in FINAL)
+        looks = itertools.count(1)  # the files are looked at often: while the controller is asked, the run goes on
+        self.job.until(lambda: there() or (next(looks) % 100 == 0 and self.job.field("JobState") in FINAL), every=0.05)
         assert there(), self.job.log[-6000:]
 
     def pause(self) -> list[int]:
