@@ -21,7 +21,7 @@ from pipeline.data.patterns import Shards, list_shards
 from pipeline.engine.distributed import Ranks
 from pipeline.errors import UserError
 from pipeline.evaluate.features import BATCH_SIZE, batches
-from pipeline.evaluate.spread import decoding_threads, everywhere, on_one
+from pipeline.evaluate.spread import decoding_threads, device_of, everywhere, on_one
 from pipeline.evaluate.targets import Target, directory_target, is_run, run_target
 from pipeline.files import read_json, require_writable, save_tensors, sha256, sync, write_atomically
 from pipeline.models.loading import RunModels, run_config
@@ -98,7 +98,7 @@ def embed(wanted: Wanted, ranks: Ranks | None = None) -> dict[str, Any]:
         "shards": names,
     }
     on_one(ranks, lambda: _claim(wanted.out, identity))
-    device = ranks.device if ranks else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_of(ranks)
     threads = decoding_threads(ranks)
     model.to(device).eval()
     rank, world_size = (ranks.rank, ranks.world_size) if ranks else (0, 1)

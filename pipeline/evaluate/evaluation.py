@@ -22,7 +22,7 @@ from pipeline.evaluate.features import LabelledFeatures, extract_features
 from pipeline.evaluate.knn import knn_accuracy
 from pipeline.evaluate.linear import linear_accuracy
 from pipeline.evaluate.segmentation import Segmentation
-from pipeline.evaluate.spread import decoding_threads, everywhere, number, sum_counts, total
+from pipeline.evaluate.spread import decoding_threads, device_of, everywhere, number, sum_counts, total
 from pipeline.evaluate.targets import PIXELS, UNTRAINED, Target, directory_target, is_run, pixels_target, run_target
 from pipeline.files import require_writable, write_atomically
 from pipeline.models.loading import RunModels, run_config
@@ -56,9 +56,7 @@ class Evaluation:
 
     @property
     def device(self) -> torch.device:
-        if self.ranks:
-            return self.ranks.device
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return device_of(self.ranks)
 
     def numbering(self) -> Numbering:
         """The classes of both sets of shards, by name if they have names.

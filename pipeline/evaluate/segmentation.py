@@ -22,7 +22,7 @@ from pipeline.errors import UserError
 from pipeline.evaluate.dense import DenseFeatures, Quality, cell_counts, confusion, dense_features, quality
 from pipeline.evaluate.linear import held_out
 from pipeline.evaluate.neighbours import Bank
-from pipeline.evaluate.spread import decoding_threads, everywhere, number, sum_counts, total
+from pipeline.evaluate.spread import decoding_threads, device_of, everywhere, number, sum_counts, total
 from pipeline.evaluate.targets import Candidate, Target
 from pipeline.models.results import Results
 
@@ -57,9 +57,7 @@ class Segmentation:
 
     @property
     def device(self) -> torch.device:
-        if self.ranks:
-            return self.ranks.device
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return device_of(self.ranks)
 
     def groups(self, target: Target) -> Iterator[Results]:
         """Results by name of candidate, one candidate at a time. Collective.

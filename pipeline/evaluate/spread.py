@@ -23,6 +23,11 @@ def everywhere(ranks: Ranks | None, make: Callable[[], T]) -> T:
     return made[0]
 
 
+def device_of(ranks: Ranks | None) -> torch.device:
+    """Where to compute: on the device of the ranks, or of a process alone."""
+    return ranks.device if ranks else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def on_one(ranks: Ranks | None, make: Callable[[], T]) -> T:
     """What `make` makes on rank 0, for every rank; an error there is raised on all. Collective."""
     return ranks.agree(make) if ranks else make()

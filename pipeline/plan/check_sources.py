@@ -10,7 +10,6 @@ from pipeline.data.remote.patience import WEATHER
 from pipeline.plan.check import Check
 
 _SECONDS = 10.0  # for all sources together
-_PATIENCE = 5.0  # seconds, for what passes
 _REQUESTS = 32  # in flight at once
 _MOST = 2000  # images of a source
 
@@ -21,13 +20,10 @@ def check_sources(config: ExperimentConfig) -> Check:
     Raises:
         UserError: one cannot be read; the first range of a source says so at once.
     """
-    before, WEATHER.patience = WEATHER.patience, _PATIENCE
-    try:
+    with WEATHER.for_a_look():
         dataset = Dataset(config.data.train, image=config.data.image)
         seconds = _SECONDS / len(dataset.sources)
         found = [_try(dataset, number, seconds) for number in range(len(dataset.sources))]
-    finally:
-        WEATHER.patience = before
     slow = [text for text, images in found if not images]
     finding = "; ".join(text for text, _ in found)
     if slow:

@@ -13,7 +13,7 @@ from pipeline.files import require_writable
 from pipeline.plan.check import Check
 from pipeline.plan.check_caches import file_system, is_shared
 from pipeline.plan.check_directory import existing
-from pipeline.plan.forecast import RANKS_PER_NODE
+from pipeline.plan.memory import RANKS_PER_NODE
 from pipeline.run.ownership import locks_work
 
 _GB = 1e9

@@ -11,11 +11,7 @@ from pipeline.elastic import cost
 from pipeline.elastic.sampling import ASSIGNMENTS, SubnetSampler
 from pipeline.elastic.subnet import Grid
 from pipeline.errors import UserError
-from pipeline.plan.memory import shard_ranks, under
-
-_PATIENCE = 5.0  # seconds for a store that may not be in reach
-RANKS_PER_NODE = 8
-"""Where nobody says how many GPUs a node has."""
+from pipeline.plan.memory import RANKS_PER_NODE, shard_ranks, under
 
 
 class Gpu(NamedTuple):
@@ -161,13 +157,11 @@ def store(config: ExperimentConfig, ranks: int) -> dict[str, Any] | None:
         return None
     nodes, cache = ceil(ranks / RANKS_PER_NODE), config.data.cache
     whole, single = share_of_node(nodes, config.data.lanes, keeps=cache.folder is not None)
-    patience, WEATHER.patience = WEATHER.patience, _PATIENCE
     try:
-        total = Dataset(config.data.train).remote_bytes
+        with WEATHER.for_a_look():
+            total = Dataset(config.data.train).remote_bytes
     except UserError:
         total = None
-    finally:
-        WEATHER.patience = patience
     return {
         "nodes": nodes,
         "lanes": config.data.lanes,

@@ -11,8 +11,8 @@ OUTSIDE = 3 << 30
 """Bytes of a GPU left to what torch does not know of: CUDA's context and kernels, NCCL's and DALI's buffers. It is an
 allowance, not measured: `poa_device_memory_bytes{kind="outside"}` of a run says what it is there."""
 
-PER_NODE = 8
-"""Ranks of a node, as the job scripts start them, where `engine.shard_size` is a node."""
+RANKS_PER_NODE = 8
+"""Of a node, as the job scripts start them, where nobody says how many GPUs it has."""
 
 # Activations that the backward pass of one block keeps per token, in multiples of its width: input of both norms, qkv,
 # attention output, and the two residual sums; both sides of the MLP, whose width is a multiple, are added. Counted from
@@ -42,7 +42,7 @@ def under(config: ExperimentConfig, **engine: Any) -> ExperimentConfig:
 
 def shard_ranks(config: ExperimentConfig, world_size: int) -> int:
     """Ranks that share a copy of the state under FSDP2."""
-    return {"all": world_size, "one": 1, "node": min(world_size, PER_NODE)}[str(config.engine.shard_size)]
+    return {"all": world_size, "one": 1, "node": min(world_size, RANKS_PER_NODE)}[str(config.engine.shard_size)]
 
 
 def memory_estimate(config: ExperimentConfig, world_size: int = 1, stage: int | None = None) -> dict[str, float]:

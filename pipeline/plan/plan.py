@@ -6,7 +6,15 @@ from pipeline.config import ExperimentConfig, dump_config
 from pipeline.elastic import cost
 from pipeline.elastic.subnet import Grid
 from pipeline.plan import forecast
-from pipeline.plan.memory import OUTSIDE, checkpoint_bytes, host_bytes, memory_estimate, shard_ranks, under
+from pipeline.plan.memory import (
+    OUTSIDE,
+    RANKS_PER_NODE,
+    checkpoint_bytes,
+    host_bytes,
+    memory_estimate,
+    shard_ranks,
+    under,
+)
 from pipeline.plan.subnets import subnet_table
 
 _GIB = 1 << 30
@@ -152,7 +160,7 @@ def _store(store: dict[str, Any] | None) -> list[str]:
     whole, single = store["share_in_pieces"], store["share_by_sample"]
     size = "" if store["bytes"] is None else f" ({store['bytes_per_node_and_epoch'] / 1e9:.3g} GB)"
     text = (
-        f"store        {store['nodes']} nodes of {forecast.RANKS_PER_NODE} GPUs, {store['lanes']} lanes: in the first "
+        f"store        {store['nodes']} nodes of {RANKS_PER_NODE} GPUs, {store['lanes']} lanes: in the first "
         f"epoch a node fetches {whole + single:.1%} of the set{size}; {single:.1%} one by one and in every epoch anew"
     )
     kept = f"; it keeps up to {store['cache_bytes'] / 1e9:.3g} GB in {store['cache_folder']}"

@@ -12,6 +12,7 @@ from typing import TypeVar
 from pipeline.errors import UserError
 
 PATIENCE = 60.0  # seconds, of a command that somebody waits for; a run has its own
+_LOOKING = 5.0  # seconds, where nothing depends on what is read
 _FIRST_WAIT, _LONGEST_WAIT = 0.2, 20.0
 _LOOK = 0.5  # seconds between two looks for a wish to stop
 _NOTABLE = 5.0  # seconds from which on a read is worth a word
@@ -87,6 +88,15 @@ class Weather:
             yield lambda fault: self._underway.update({mark: (began, f"{where}: {fault}")})
         finally:
             del self._underway[mark]
+
+    @contextmanager
+    def for_a_look(self) -> Iterator[None]:
+        """Less patience meanwhile, with a store that may not be in reach."""
+        before, self.patience = self.patience, _LOOKING
+        try:
+            yield
+        finally:
+            self.patience = before
 
     def longest(self) -> str:
         """What has been waited for the longest, for whoever may take it for a hang; empty for nothing much."""
