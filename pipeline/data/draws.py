@@ -55,9 +55,11 @@ class P(IntEnum):
 
 
 def colour_table(drawn: np.ndarray, hue: str) -> Tensor:
-    """What `kernels.colours` wants to know of crops, by parameters `[..., len(P)]`: fp32 `[..., width]`."""
-    columns = torch.from_numpy(drawn[..., P.HUE : len(P)])
-    return table(columns.flatten(0, -2), hue).unflatten(0, columns.shape[:-1])
+    """What `kernels.colours` wants to know of crops, by their parameters: fp32 `[..., WIDTH]`, and behind that, as in
+    `drawn`, which channels are kept."""
+    columns = torch.from_numpy(drawn[..., P.HUE :])
+    colours, kept = columns.tensor_split([len(P) - P.HUE], -1)
+    return torch.cat([table(colours.flatten(0, -2), hue).unflatten(0, colours.shape[:-1]), kept], -1)
 
 
 def parameters(

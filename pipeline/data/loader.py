@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from kernels.colours import Normalisation, colour
+from kernels.colours import WIDTH, Normalisation, colour
 from pipeline.config import DataConfig
 from pipeline.data.augment import make_pipeline, undecodable
-from pipeline.data.draws import GLOBAL_CROPS, P, colour_table, parameters
+from pipeline.data.draws import GLOBAL_CROPS, colour_table, parameters
 from pipeline.data.images import Header
 from pipeline.data.intake import CHANNELS, Intake
 from pipeline.data.mixing import WHOLE, Segment
@@ -134,18 +134,13 @@ class Loader:
         assert self._colours is not None
         assert prepared.colours is not None
         rows = prepared.colours.to(crops[0].device, non_blocking=True)
-        parts, look = (
-            [GLOBAL_CROPS, rows.shape[1] - GLOBAL_CROPS],
-            Normalisation(_three(self.intake.mean), _three(self.intake.std)),
-        )
-        coloured = [
-            colour(group, row.flatten(0, 1), look, dtype=self._dtype, impl=self._colours)
-            for group, row in zip(crops, rows.split(parts, 1), strict=False)
-        ]
-        if not self.data.channel_drop:
-            return coloured
-        kept = torch.from_numpy(prepared.parameters[..., len(P) :]).to(rows.device).split(parts, 1)
-        return [x * keep.flatten(0, 1)[..., None, None].to(x.dtype) for x, keep in zip(coloured, kept, strict=False)]
+        look = Normalisation(_three(self.intake.mean), _three(self.intake.std))
+        coloured = []
+        for group, row in zip(crops, (rows[:, :GLOBAL_CROPS], rows[:, GLOBAL_CROPS:]), strict=False):
+            looked_up, kept = row.flatten(0, 1).tensor_split([WIDTH], 1)
+            x = colour(group, looked_up, look, dtype=self._dtype, impl=self._colours)
+            coloured.append(x * kept[..., None, None].to(x.dtype) if self.data.channel_drop else x)
+        return coloured
 
     def close(self) -> None:
         """Stop the reading threads and free the pipeline; tensors handed out stay valid."""
