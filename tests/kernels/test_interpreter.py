@@ -33,6 +33,7 @@ def cases(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.skipif(interpreted(), reason="this process is interpreted already")
 @pytest.mark.parametrize(

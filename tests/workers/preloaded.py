@@ -3,6 +3,7 @@
 It starts no thread, for none would live on in the forks.
 """
 
+import gc
 import importlib
 
 import pipeline.run.loop  # noqa: F401
@@ -22,3 +23,5 @@ for name in (  # early or late, or at ZeRO-3 and under FSDP2 only
     importlib.import_module(name)
 # DALI rewrites the code of the graph, once per process; nothing is built or run
 make_pipeline(DataConfig(train="-", batch_size=1), lambda number: ((), (), ()), device_id=None, half=False)
+gc.collect()
+gc.freeze()  # or each fork looks for garbage among a million objects, and copies the memory that they lie in
