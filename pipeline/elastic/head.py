@@ -14,27 +14,38 @@ if TYPE_CHECKING:
     from pipeline.config import HeadsConfig
 
 
-class _Products(torch.autograd.Function):
-    """Parts `[R_p, D]` times the same matrix `[K, D]`, transposed.
+class _Logits(torch.autograd.Function):
+    """Parts `[R_p, D]` times prototypes `[K, D]` of length 1, or of that of their gain `[K, 1]`.
 
-    The matrix's gradient is added up within the products; autograd would write one `[K, D]` per part and add them.
+    The prototypes' gradient is added up within the products, and takes its way through the division by their lengths
+    where it lies; autograd would write a `[K, D]` per part and add them, and then a dozen more.
     """
 
     @staticmethod
-    def forward(ctx: Any, matrix: Tensor, *parts: Tensor) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(matrix, *parts)
+    def forward(ctx: Any, prototypes: Tensor, gain: Tensor | None, eps: float, *parts: Tensor) -> tuple[Tensor, ...]:
+        lengths = torch.linalg.vector_norm(prototypes, dim=-1, keepdim=True).clamp_min_(eps)
+        units = prototypes / lengths
+        matrix = units if gain is None else units * gain
+        ctx.save_for_backward(units, lengths, gain, matrix, *parts)
         ctx.set_materialize_grads(False)
         return tuple(F.linear(part, matrix) for part in parts)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        matrix, *parts = ctx.saved_tensors
+        units, lengths, gain, matrix, *parts = ctx.saved_tensors
         total: Tensor | None = None
         for gradient, part in zip(gradients, parts, strict=True):
             if gradient is not None and len(part):
                 product = gradient.mT, part
                 total = torch.mm(*product) if total is None else torch.addmm(total, *product, out=total)
-        return total, *(None if gradient is None else gradient @ matrix for gradient in gradients)
+        to_gain: Tensor | None = None
+        if total is not None:
+            along = (total * units).sum(1, keepdim=True)
+            total.addcmul_(units, along, value=-1).div_(lengths)
+            if gain is not None:
+                total, to_gain = total.mul_(gain), along
+        return total, to_gain, None, *(None if gradient is None else gradient @ matrix for gradient in gradients)
 
 
 class ProjectionHead(nn.Module):
@@ -69,15 +80,14 @@ class ProjectionHead(nn.Module):
         eps = 1e-6 if x.dtype == torch.float16 else 1e-12
         # normalised here and not by a parametrisation, which would rename the parameter and escape ZeRO-3
         projections = F.normalize(self.mlp(x), dim=-1, eps=eps)
+        if torch.is_grad_enabled():
+            return _Logits.apply(self.prototypes, self.prototypes_gain, eps, *projections.split(list(sizes)))
         prototypes = F.normalize(self.prototypes, dim=-1, eps=eps)
-        if x.dtype == torch.bfloat16 and not torch.is_grad_enabled():
+        if x.dtype == torch.bfloat16:
             projections, prototypes = projections.half(), prototypes.half()
         if self.prototypes_gain is not None:
             prototypes = prototypes * self.prototypes_gain.to(prototypes.dtype)
-        parts = projections.split(list(sizes))
-        if not torch.is_grad_enabled():
-            return tuple(F.linear(part, prototypes) for part in parts)
-        return _Products.apply(prototypes, *parts)
+        return tuple(F.linear(part, prototypes) for part in projections.split(list(sizes)))
 
 
 class ProjectionHeads(nn.Module):
