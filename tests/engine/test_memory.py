@@ -14,16 +14,20 @@ RANKS = 2
 
 
 STAGES = [(0, "fp32"), (1, "fp32"), (2, "fp32"), (1, "bf16"), (3, "fp32"), (3, "bf16")]
-FSDP2 = [(size, "bf16") for size in ("all", "one")]
+FSDP2 = {
+    "keep": {"reshard_after_forward": False},
+    "reshard": {"reshard_after_forward": True},
+    "one": {"shard_size": "one"},
+}
 
 
-CASES = [*STAGES, *FSDP2]
+CASES = [*STAGES, *((kind, "bf16") for kind in FSDP2)]
 
 
 def tree_of(experiment, stage, precision):
-    fsdp2 = {"backend": "fsdp2", "zero_stage": None, "shard_size": stage}
+    own = {"backend": "fsdp2", "zero_stage": None, **FSDP2[stage]} if stage in FSDP2 else {"zero_stage": stage}
     return experiment(
-        engine={**(fsdp2 if stage in ("all", "one") else {"zero_stage": stage}), "precision": precision},
+        engine={**own, "precision": precision},
         heads={"prototypes": [4096], "hidden_dim": 512, "bottleneck_dim": 256},  # so that crops count for little
     )
 
