@@ -22,6 +22,9 @@ from pipeline.run.segments import identity, settle_segments
 from pipeline.run.slurm_job import Job
 from pipeline.run.watchdog import clear
 
+_ENTRIES = {"starts": (("step", int),), "settings": (("from_step", int), ("values", dict))}
+"""What is read of the entries of a manifest's lists."""
+
 
 class RunDirectory:
     """The files of one run, written by rank 0 alone.
@@ -123,11 +126,16 @@ class RunDirectory:
 
     def _read_manifest(self) -> dict[str, Any]:
         try:
-            return {"starts": [], **json.loads(self._manifest.read_text(encoding="utf-8"))}
+            manifest = {"starts": [], **json.loads(self._manifest.read_text(encoding="utf-8"))}
+            for name, keys in _ENTRIES.items():
+                if not all(isinstance(entry[key], kind) for entry in manifest.get(name, ()) for key, kind in keys):
+                    raise ValueError(f"`{name}` holds something else")
+            return manifest
         except FileNotFoundError:
             return {"starts": []}
-        except (ValueError, TypeError) as error:
-            raise UserError(f"not a manifest: {error}", str(self._manifest), "restore it") from error
+        except (ValueError, TypeError, LookupError) as error:
+            what = f"not a manifest: {type(error).__name__}: {error}"
+            raise UserError(what, str(self._manifest), "restore it") from error
 
     def segments(
         self, config: ExperimentConfig, sources: list[dict[str, Any]], samples: int, forked: bool = False
