@@ -5,7 +5,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from kernels.optimizer import Shard
 from pipeline.config import EngineConfig
+from pipeline.elastic.optional import left_out
 from pipeline.engine import private
 from pipeline.engine.flight import Flight
 from pipeline.engine.gradients import Reduction
@@ -258,7 +259,9 @@ def initialize(
     """
     chosen = settings(config, stage)
     chosen["zero_optimization"] |= zero
-    engine, *_ = deepspeed().initialize(model=model, optimizer=optimizer, config=chosen)
+    module = deepspeed()
+    with _without_services():
+        engine, *_ = module.initialize(model=model, optimizer=optimizer, config=chosen)
     engine.train(optimizer is not None)
     return engine
 
@@ -267,7 +270,8 @@ def deepspeed() -> Any:
     """DeepSpeed, imported late (it takes a second) and kept quiet."""
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CUDA runtime is found"
-    import deepspeed
+    with _without_services():
+        import deepspeed
     from deepspeed.utils import logger
 
     private.keep_from_compiling(deepspeed)
@@ -275,6 +279,11 @@ def deepspeed() -> Any:
     for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):  # DeepSpeed's own calls
         warnings.filterwarnings("ignore", message=f".*{name}", category=FutureWarning)
     return deepspeed
+
+
+def _without_services() -> AbstractContextManager[None]:
+    """What DeepSpeed imports for its autotuner, and for kernels that it has for GPUs only."""
+    return left_out("mlflow", *([] if torch.cuda.is_available() else ["triton"]))
 
 
 def _flattened(branch: Branch, specs: list[GroupSpec]) -> Tensor:

@@ -165,15 +165,20 @@ def four_ranks(lab: Lab) -> None:
 
 
 def requeue_then_usr1_then_a_killed_rank(lab: Lab) -> None:
-    disturbed_thrice(lab, "thrice", lab.long)
+    run = disturbed_thrice(lab, "thrice", lab.long)
+    run.job.ends("COMPLETED", 3)
+    run.is_complete()
+    assert len(run.resumed_at()) == 3
 
 
-def the_same_under_fsdp2(lab: Lab) -> None:
+def the_same_under_fsdp2_then_scancel(lab: Lab) -> None:
     keys = ("engine.backend=fsdp2", "engine.zero_stage=null", "engine.reshard_after_forward=true")
     expected = lab.run_plainly("plain_fsdp2", 2, f"run.max_steps={LONG}", *keys)
     run = disturbed_thrice(lab, "fsdp2", expected, *keys)
+    run.reaches(run.resumed_at()[-1] + 5)
+    cancelled(lab, run, f"run.max_steps={LONG}", *keys)
     manifest = json.loads((run.directory / "manifest.json").read_text())
-    assert len(manifest["starts"]) == 4
+    assert len(manifest["starts"]) == 5
 
 
 def disturbed_thrice(lab: Lab, name: str, expected: list[dict], *overrides: str) -> Run:
@@ -198,9 +203,7 @@ def disturbed_thrice(lab: Lab, name: str, expected: list[dict], *overrides: str)
     (pid,) = run.job.tasks(1)
     os.kill(pid, signal.SIGKILL)
     run.job.until(lambda: run.job.log.count("requeueing") == 2, 120)
-    run.job.ends("COMPLETED", 3)
-    run.is_complete()
-    assert len(run.resumed_at()) == 3
+    run.job.until(lambda: len(run.resumed_at()) == 3)
     assert run.resumed_at()[-1] % SAVE_EVERY == 0  # since the last checkpoint, no more
     return run
 
@@ -292,14 +295,21 @@ def preemption(lab: Lab) -> None:
 def scancel(lab: Lab) -> None:
     run = lab.submit("cancelled")
     run.reaches(12)
+    cancelled(lab, run)
+
+
+def cancelled(lab: Lab, run: Run, *overrides: str) -> None:
+    """Cancel a run, which nobody brings back to life, and let another job end it."""
+    requeued = run.job.log.count("requeueing")
     lab.cluster.run("scancel", run.job.id)
-    run.job.ends("CANCELLED", 0, 120)
+    run.job.ends("CANCELLED", len(run.resumed_at()), 120)
     run.job.until(lambda: not run.job.tasks(0) + run.job.tasks(1), 60)
-    assert "requeueing" not in run.job.log
-    again = lab.submit("cancelled")
+    assert run.job.log.count("requeueing") == requeued
+    again = lab.submit(run.directory.parent.name, *overrides)
+    again.expected = run.expected
     again.job.ends("COMPLETED", 0)
     again.is_complete()
-    (stopped,) = re.findall(r"stopped on a signal after saving step (\d+)", run.job.log)
+    *_, stopped = re.findall(r"stopped on a signal after saving step (\d+)", run.job.log)
     assert again.resumed_at() == [int(stopped)]
 
 
@@ -424,7 +434,7 @@ SCENARIOS: dict[str, Callable[[Lab], None]] = {
         limit_with_time_to_save,
         stopped_rank,
         requeue_then_usr1_then_a_killed_rank,
-        the_same_under_fsdp2,
+        the_same_under_fsdp2_then_scancel,
         crashed_node,
         killed_daemon,
         preemption,

@@ -24,8 +24,13 @@ class Case(NamedTuple):
     checkpointing: bool = False
     precision: str = "fp32"
     shard_size: str | None = None
-    compiled: bool = False
+    compiled: str | None = None  # "traced": its graph runs as it is; or "inductor"
     ranks: int = RANKS
+
+    @property
+    def mode(self) -> str:
+        """Of the worker."""
+        return "inductor" if self.compiled == "inductor" else "engine"
 
     def __str__(self) -> str:
         return "-".join(str(value) for value in self if value)
@@ -54,7 +59,7 @@ class Case(NamedTuple):
                 **self.engine,
                 "precision": self.precision,
                 "activation_checkpointing": self.checkpointing,
-                "compile": self.compiled,
+                "compile": bool(self.compiled),
             },
         )
 
@@ -75,16 +80,23 @@ CASES = [
     Case("resnet", 2, offload="cpu", checkpointing=True),
     Case("resnet", 3),
     Case("vit", "keep"),
-    Case("vit", "reshard", checkpointing=True, compiled=True),
+    Case("vit", "reshard", checkpointing=True, compiled="traced"),
     Case("swin", "keep", checkpointing=True),
     Case("swin", "reshard"),
     Case("resnet", "keep"),
     Case("resnet", "reshard", shard_size="one"),
     Case("vit", "reshard", ranks=3),  # most parameters have another number of rows than a multiple of 3
     Case("resnet", "keep", ranks=3),
+    Case("swin", "keep", ranks=3),
     Case("vit", "keep", "softmax", shard_size="node", ranks=4),
+    Case("eva", "reshard", checkpointing=True, ranks=4),
 ]
-BF16 = [Case("vit", stage, precision="bf16") for stage in (2, 3, "keep", "reshard")]
+INDUCTOR = Case("vit", "reshard", compiled="inductor")
+BF16 = [
+    *(Case("vit", stage, precision="bf16") for stage in (2, 3, "keep", "reshard")),
+    Case("swin", "reshard", checkpointing=True, precision="bf16", ranks=3),
+    Case("eva", "keep", precision="bf16", ranks=4),
+]
 
 
 def run(launch, directory, mode, ranks, trees, virtual=RANKS, fresh=False):
@@ -110,7 +122,7 @@ def results(launch, experiment, tmp_path_factory, request) -> dict[Case, Result]
     """Of the cases that the selected tests ask for."""
     own = [item for item in request.session.items if item.path == request.path and "results" in item.fixturenames]
     asked = {item.callspec.params["case"] if hasattr(item, "callspec") else "all" for item in own}
-    chosen = [case for case in [*CASES, *BF16] if asked & {case, "all"}]
+    chosen = [case for case in [*CASES, *BF16] if asked & {case, "all"}] + [INDUCTOR] * (INDUCTOR in asked)
     directory, trees = tmp_path_factory.mktemp("three_steps"), {case: case.tree(experiment) for case in chosen}
     kinds = {case.kind: case for case in reversed(chosen)}
     of_family = {kind[0]: kind for kind in sorted(kinds, key=lambda kind: -kind[-1])}
@@ -120,9 +132,9 @@ def results(launch, experiment, tmp_path_factory, request) -> dict[Case, Result]
         plain |= run(launch, directory, "plain64", 1, here, ranks)
         if few := {kind: tree for kind, tree in here.items() if kind in of_family.values()}:
             rounded |= run(launch, directory, "plain32", 1, few, ranks)
-        found |= run(
-            launch, directory, "engine", ranks, {c: tree for c, tree in trees.items() if c.ranks == ranks}, ranks
-        )
+        for mode in sorted({case.mode for case in chosen if case.ranks == ranks}):
+            own = {c: tree for c, tree in trees.items() if (c.ranks, c.mode) == (ranks, mode)}
+            found |= run(launch, directory, mode, ranks, own, ranks)
     lost = {family: fp32_loss(rounded[kind], plain[kind]) for family, kind in of_family.items()}
     return {case: Result(found[case], plain[case.kind], lost[case.family]) for case in chosen}
 
@@ -137,7 +149,8 @@ def relative_error(found, expected):
     return float((difference / sum(w.square().sum() for w in expected.values())).sqrt())
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+# slow: a C++ compiler runs for every width, forward and backward
+@pytest.mark.parametrize("case", [*CASES, pytest.param(INDUCTOR, marks=pytest.mark.slow)], ids=str)
 def test_two_ranks_with_different_subnets_equal_one_plain_process(results, case):
     """The engine loses at most twice what plain PyTorch in fp32 loses on this machine, whose sums run in an order
     of their own on every processor and number of threads."""

@@ -1,11 +1,12 @@
 """Three steps (or run.max_steps) of the method, by the engine or by plain PyTorch; saves losses and weights.
 
-Usage: three_steps.py engine|plain64|plain32 VIRTUAL_RANKS CONFIG OUT [CONFIG OUT ...]
+Usage: three_steps.py engine|inductor|plain64|plain32 VIRTUAL_RANKS CONFIG OUT [CONFIG OUT ...]
 
 Plain PyTorch (`pipeline.bench.plain`) knows nothing of DeepSpeed, of factored targets or of ranks: one process
 computes what `VIRTUAL_RANKS` ranks should, from materialised targets, as the formulas of the paper read. In fp64 it is
 the truth. `plain32` shows what fp32 costs on the processor and with the libraries at hand: `ROUNDINGS` times the same,
-each time with the images moved by a unit in the last place, since it is chance whether a sum is rounded up.
+each time with the images moved by a unit in the last place, since it is chance whether a sum is rounded up. `inductor`
+is the engine with what is compiled compiled to the end; else a compiled block is traced, and its graph runs as it is.
 """
 
 import sys
@@ -149,11 +150,12 @@ def main() -> None:
     # smooth, since it is chance on which side of ReLU's kink a rounding falls, and one that falls on the other changes
     # the gradients of a whole block; the real one is held against timm's networks
     nn.ReLU.forward = lambda self, x: F.silu(x)
-    Backbone.compile_blocks = partialmethod(Backbone.compile_blocks, backend="eager")
+    if mode != "inductor":
+        Backbone.compile_blocks = partialmethod(Backbone.compile_blocks, backend="eager")
     # the interpreter takes a program's time whatever its width; the kernel's own width is tested where the kernel is
     optimizer.BLOCK = 1 << 16
     zero.BUCKET = 30_000  # several of them
-    ranks = distributed.initialize() if mode == "engine" else None
+    ranks = distributed.initialize() if mode in ("engine", "inductor") else None
     if ranks:  # as if nodes had two of them
         fully_shard.platform = SimpleNamespace(node=lambda: f"node{ranks.rank // 2}")
     for path, out in zip(files[::2], files[1::2], strict=True):

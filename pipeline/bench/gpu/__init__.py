@@ -8,7 +8,7 @@ STAGES = {
     "a": "the machine: versions, copy and matrix ceilings",
     "b": "correctness: the tests marked gpu, kernels at the presets' shapes against fp64",
     "c": "kernels against their rivals",
-    "d": "the ViT-L step: several sub-networks, GPU-busy share, against the plain step",
+    "d": "the ViT-L step: several sub-networks, GPU-busy share, against the plain step; both engines",
     "e": "a short run on JPEG shards, then its first steps by eager code",
 }
 """The stages in their order."""

@@ -21,6 +21,7 @@ MODULES = {
     "exact": "exact.run",
     "kernels": "contest.run",
     "step": "step.run",
+    "engines": "step.run_engines",
     "shards": "training.make_shards",
     "training": "training.run",
     "training_eager": "training.run_eager",

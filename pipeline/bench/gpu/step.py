@@ -1,4 +1,4 @@
-"""Stage d: what a step of ViT-L with 50 images costs, and what the plain step costs beside it."""
+"""Stage d: what a step of ViT-L with 50 images costs, beside the plain step, and under FSDP2 beside DeepSpeed."""
 
 from dataclasses import dataclass
 
@@ -6,12 +6,13 @@ import torch
 
 from pipeline.bench.gpu.presets import LARGE, experiment
 from pipeline.bench.gpu.stage import Stage
-from pipeline.bench.step import StepBench
+from pipeline.bench.step import Contender, StepBench
 from pipeline.elastic import Subnet
 from pipeline.engine import distributed
 from pipeline.plan.forecast import GPUS
 
 STEPS = 8
+ENGINES = ("fsdp2-keep", "fsdp2-reshard")
 _ROOM = 20.0  # seconds below which nothing new is begun
 
 
@@ -84,6 +85,40 @@ def _beside_plain(stage: Stage, bench: StepBench, subnet: Subnet, compiled: bool
         f"{1e3 * ours['seconds']:.0f} ms, {ratio['seconds']:.2f} of it; engine part "
         f"{1e3 * ours['engine_seconds']:.0f} ms, {ratio['engine_seconds']:.2f} of it"
     )
+
+
+def run_engines(stage: Stage) -> None:
+    """The largest network under DeepSpeed and under FSDP2 by turns, from the same weights."""
+    bench = StepBench(experiment(LARGE, stage), distributed.initialize(), synthetic=True)
+    subnet, steps = bench.trainer.grid.largest, 2 if stage.tiny else STEPS
+    try:
+        for name in ENGINES:
+            bench.add_engine(name)
+        bench.warm([subnet] * 2)
+        found = bench.measure([subnet] * steps)
+    except torch.OutOfMemoryError as error:
+        stage.found["out_of_memory"] = str(error)
+        stage.say("three engines side by side are out of memory")
+        return
+    stage.found |= {name: found[name] for name in ENGINES}
+    ratios = {name: found[name][f"ours_over_{name}"]["seconds"] for name in ENGINES}
+    rows = ["| engine | ms | ms of the host | ms of the engine's part | peak GiB | ZeRO-1's ms as a multiple |"]
+    rows += ["|---|---:|---:|---:|---:|---:|", _row("zero1", bench.ours, steps, "")]
+    rows += [_row(name, bench.contenders[name], steps, f"{ratios[name]:.2f}") for name in ENGINES]
+    (stage.out / "engines.md").write_text("\n".join(rows) + "\n")
+    for name in ENGINES:
+        ms, beside = (1e3 * one["seconds"] for one in (found[name], found[name]["ours"]))
+        losses = f"{bench.contenders[name].losses[-1]:.4f} and {bench.ours.losses[-1]:.4f}"
+        stage.say(f"{name}: {ms:.0f} ms, zero1 beside it {beside:.0f} ms, {ratios[name]:.2f} of it; loss {losses}")
+    bench.close()
+    distributed.shut_down()
+
+
+def _row(name: str, contender: Contender, steps: int, ratio: str) -> str:
+    kinds = ("seconds", "cpu_seconds", "engine_seconds")
+    cells = [f"{1e3 * contender.median(kind, steps):.0f}" for kind in kinds]
+    peak = max(cost.peak_bytes for cost in contender.costs[-steps:]) / 2**30
+    return f"| {' | '.join([name, *cells, f'{peak:.1f}', ratio])} |"
 
 
 def _on_paper(stage: Stage) -> float | None:

@@ -116,11 +116,14 @@ def test_the_battery_runs_on_small_shapes(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((tmp_path / "report" / "report.json").read_text())
-    assert [entry["outcome"] for entry in report["parts"]] == ["done"] * 9
+    assert [entry["outcome"] for entry in report["parts"]] == ["done"] * 10
     said = {entry["name"]: " ".join(entry["lines"]) for entry in report["parts"]}
     assert "comparisons, 0 wrong" in said["exact"]
     assert "64x4: " in said["step"]
     assert "plain eager: " in said["step"]
+    assert "fsdp2-keep: " in said["engines"]
+    table = (tmp_path / "report" / "engines.md").read_text().splitlines()[2:]
+    assert [row.split(" | ")[0] for row in table] == ["| zero1", "| fsdp2-keep", "| fsdp2-reshard"]
     assert "10 steps, loss " in said["training"]
     assert "losses differ by 0.00% at first" in said["training_eager"]
     summary = (tmp_path / "report" / "summary.md").read_text()
