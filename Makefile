@@ -29,8 +29,8 @@ lint: $(VENV)/.installed-dev
 test-oldest: export PYTHONPATH = $(CURDIR)
 test-oldest: export OMP_NUM_THREADS = 1
 test-oldest: $(OLDEST)/.installed
-	$(OLDEST)/bin/python -m pytest -n 2 --dist load -p no:cacheprovider tests/kernels/test_interpreter.py
-	$(OLDEST)/bin/python -m pytest -p no:cacheprovider tests/engine/test_three_steps.py
+	$(OLDEST)/bin/python -m pytest -n 2 --dist loadfile -p no:cacheprovider \
+		tests/kernels/test_interpreter.py tests/engine/test_three_steps.py
 	directory=$$(mktemp -d) && $(OLDEST)/bin/python -c "import sys; from pathlib import Path; \
 	from pipeline.demo import run_demo; sys.exit(run_demo(Path('$$directory'), ('run.max_steps=4',)))" && rm -r $$directory
 

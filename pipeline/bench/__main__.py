@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
         "data": "the data pipeline, by stage",
         "layout": "NCHW against channels_last, for networks with convolutions",
         "metrics": "what metrics cost a training",
-        "start": "from the command to the end of the first step",
+        "start": "a run of one step, from the command to its end",
     }
     for kind, text in texts.items():
         sub = kinds.add_parser(kind, help=text)

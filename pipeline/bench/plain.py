@@ -1,14 +1,15 @@
 """A step of the method as a textbook writes it: one process, whole targets, torch's own optimizer.
 
 It is the rival of `pipeline.bench step --against plain` and, in fp64, the oracle of the step tests; so it shares the
-networks and the random draws with training, but no loss, no target, no layout and no kernel.
+backbones, the layers of heads and the random draws with training, but no product with prototypes, no loss, no target,
+no layout and no kernel.
 
 Letters: B images of a rank, L local crops, H heads with K prototypes, M masked patches, N patches of a global crop.
 """
 
 import copy
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from pipeline.config import ExperimentConfig
 from pipeline.elastic import Subnet
+from pipeline.elastic.head import ProjectionHead
 from pipeline.elastic.stochastic_depth import keep_indices
 from pipeline.engine.groups import MODULES, parameter_groups
 from pipeline.method.schedules import StepValues
@@ -166,10 +168,7 @@ class Plain:
         """Teacher distributions of cls tokens `[2B R, K]` and masked patches `[M, K]`."""
         full = self.teacher.backbone.grid.largest
         cls, patches = _features(self.teacher, inputs.global_crops, full)
-        logits = {
-            "cls": self.teacher.heads([cls])[0],
-            "patch": self.teacher.heads([patches[inputs.masks.flatten()]])[0],
-        }
+        logits = dict(zip(("cls", "patch"), _logits(self.teacher, [cls, patches[inputs.masks.flatten()]]), strict=True))
         if self.config.loss.centering == "sinkhorn":
             return {kind: [_sinkhorn(x, temperature) for x in heads] for kind, heads in logits.items()}
         out = {
@@ -206,7 +205,7 @@ class Plain:
             )
             small, _ = _features(self.student, inputs.local_crops[theirs], subnet, None, keep[1] if keep else None)
             cls.append(tokens)
-            parts.append(self.student.heads([tokens, small, patches[masks.flatten()]]))
+            parts.append(_logits(self.student, [tokens, small, patches[masks.flatten()]]))
         return Seen(cls, *([torch.cat(head) for head in zip(*kind, strict=True)] for kind in zip(*parts, strict=True)))
 
     def _dino(self, seen: Seen, targets: PerHead) -> Tensor:
@@ -260,6 +259,18 @@ def _features(
     """cls tokens `[R, D]` and patches `[R N, D]` of one kind of crops."""
     features = branch.backbone.forward_crops([images], subnet, [masks], None if keep is None else [keep])[0]
     return features.cls, features.patches.flatten(0, 1)
+
+
+def _logits(branch: Branch, parts: Sequence[Tensor]) -> list[PerHead]:
+    """Per part `[R_p, D]` and head, cosines to the prototypes, times their gains."""
+    x, per_head = torch.cat(list(parts)), []
+    for head in cast(Iterable[ProjectionHead], branch.heads.heads):
+        prototypes = F.normalize(head.prototypes, dim=-1)
+        if head.prototypes_gain is not None:
+            prototypes = prototypes * head.prototypes_gain
+        logits = F.normalize(head.mlp(x), dim=-1) @ prototypes.T
+        per_head.append(logits.split([len(part) for part in parts]))
+    return [list(part) for part in zip(*per_head, strict=True)]
 
 
 def _sinkhorn(logits: Tensor, temperature: float) -> Tensor:

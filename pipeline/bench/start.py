@@ -1,4 +1,4 @@
-"""What a start costs: from `poa train` to the end of the first step, in processes of their own."""
+"""What a start costs: a run of one step from `poa train` to its end, in processes of their own."""
 
 import os
 import re

@@ -41,7 +41,7 @@ class SyntheticLoader(Loader):
     ) -> None:
         self.data, self.rank, self.world_size = data, rank, world_size
         self.samples, self.next_sample, self.skipped = _EPOCH, start_sample, Counter()
-        self.used = Counter()
+        self.used, self.apart = Counter(), Counter()
         random = torch.Generator(device).manual_seed(data.seed + rank)
         self._batches = []
         for _ in range(_BATCHES):

@@ -98,7 +98,7 @@ def _build(args: argparse.Namespace) -> int:
     if report.no_labels:
         print(f"no labels: {report.no_labels}", file=sys.stderr)
     _print_list("left out", (f"{name} ({reason})" for name, reason in report.left_out))
-    _print_list("ignored, no images", report.ignored)
+    _print_list("passed over", report.ignored)
     print(f"written to {escape(args.destination)}")
     return 0
 

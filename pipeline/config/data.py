@@ -58,9 +58,18 @@ class DataConfig(Section):
     batch_size: Free[int] = Field(50, gt=0)
     global_crops: CropConfig = CropConfig()
     local_crops: LocalCropConfig = LocalCropConfig()
-    threads: Free[int] = Field(4, gt=0)
+    threads: Free[int] = Field(4, gt=0, description="that decode and augment, per rank")
+    read_ahead: Free[int] = Field(
+        4, gt=0, le=64, description="batches that are read at once, before they are asked for"
+    )
+    reads: Free[int | None] = Field(
+        None, gt=0, le=256, description="samples of a batch that are read at once; null: 1 from a disk, 32 from a store"
+    )
     seed: int = Field(0, ge=0)
-    max_pixels: Changeable[int] = Field(178956970, gt=0)
+    max_pixels: Changeable[int] = Field(178956970, gt=0, description="of an image; a larger one counts as bad")
+    batch_pixels: Changeable[int] = Field(
+        2_000_000_000, gt=0, description="of the images of a rank's batch; one with more is made on the CPU, in parts"
+    )
     window: int = Field(16, gt=0, description="shards, or pieces of them, whose samples are permuted together")
     lanes: Free[int] = Field(1, gt=0, le=65536, description="into which the set is divided, e.g. the number of nodes")
     piece_mb: Free[int] = Field(0, ge=0, le=65536, description="of what is permuted and fetched as one; 0: shards")

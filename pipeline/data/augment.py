@@ -36,6 +36,7 @@ def make_pipeline(
     half: bool,
     coloured: bool = True,
     intake: Intake | None = None,
+    prefetch: int = 2,
 ) -> Any:
     """A DALI pipeline that executes the parameters; it is built by its first `run`.
 
@@ -46,6 +47,7 @@ def make_pipeline(
         coloured: False ends with crops of 8-bit RGB that are cut out and resized, which `kernels.colours` then does the
             rest to.
         intake: of the images; by default as `data` says of 8-bit RGB.
+        prefetch: batches that it makes ahead, that which is asked for among them.
 
     Outputs per batch, the first two on the CPU: positions int64 `[B, 1]`, shapes int64 `[B, 3]` of the decoded images,
     global crops `[B, 2, C, S, S]` and, if there are any, local crops `[B, L, C, s, s]`; not coloured, they are uint8
@@ -97,7 +99,11 @@ def make_pipeline(
         return outputs(where)
 
     pipeline = graph(
-        batch_size=data.batch_size, num_threads=data.threads, device_id=device_id, seed=0, prefetch_queue_depth=2
+        batch_size=data.batch_size,
+        num_threads=data.threads,
+        device_id=device_id,
+        seed=0,
+        prefetch_queue_depth=prefetch,
     )
     remove_generated_files()
     return pipeline

@@ -7,6 +7,7 @@ if it fits: the bytes of the shard and a checksum of its rows are compared when 
 
 import io
 import json
+import logging
 import os
 import shlex
 import zlib
@@ -22,6 +23,8 @@ from pipeline.data.labels import BEYOND, LONGEST, NO_NUMBER, class_names, parse_
 from pipeline.data.tars import BLOCK, Sample
 from pipeline.errors import UserError
 from pipeline.files import write_atomically
+
+_log = logging.getLogger(__name__)
 
 CATALOG = "shards.json"
 ROWS = "rows.npy"
@@ -93,7 +96,7 @@ class Catalog:
         versions: of the objects in a store, by which a change is noticed; None on a disk.
         classes: names by label; None without.
         image: which of a sample's images the rows list (see `tars.Sample`).
-        pixels: statistics of the images' values, if `poa shards stats` has run since.
+        pixels: statistics of the images' values, if `poa shards stats` has seen these very shards.
         rows: uint32 `[samples, 3]`: block of the image, its bytes, its label.
     """
 
@@ -138,6 +141,12 @@ class Catalog:
     def is_sound(self, number: int) -> bool:
         """Whether the rows of a shard are those that were written."""
         return zlib.crc32(self.of(number).data) == self._checksums[number]
+
+    def lists(self, columns: dict[str, list[Any]], image: str | None) -> bool:
+        """Whether another catalog's columns are of the same shards, in which the same images lie at the same places."""
+        numbers = zip(_COLUMNS[1:], (self.sizes, self.samples, self._checksums), strict=True)
+        same = self.names == columns[_COLUMNS[0]] and all(own.tolist() == columns[column] for column, own in numbers)
+        return same and self.image == image
 
     def require(self, number: int, size: int, shard: str) -> None:
         """Refuse a shard of other bytes than the catalog says, and rows that are not those it was written with.
@@ -226,6 +235,8 @@ def _label(descriptor: int, sample: Sample) -> int | None:
 def write_catalog(folder: Path, shards: Sequence[Path], image: str | None = None) -> None:
     """Write the catalog of a folder, atomically; shards that an older one lists stay in it as long as they are there.
 
+    Statistics that an older one holds stay in it if all shards are as they were, else they are dropped aloud.
+
     Args:
         folder: of all the shards.
         shards: with their indexes beside them. One with a label too large for a row is left to its index.
@@ -270,12 +281,21 @@ def write_catalog(folder: Path, shards: Sequence[Path], image: str | None = None
     finally:
         aside.unlink(missing_ok=True)
     classes = class_names(folder / "any")
-    tree = {"format": _FORMAT, **columns, "classes": classes} | ({"image": image} if image else {})
+    tree: dict[str, Any] = {"format": _FORMAT, **columns, "classes": classes} | ({"image": image} if image else {})
+    if old and old.pixels and old.lists(columns, image):
+        tree["pixels"] = old.pixels._asdict()
+    elif old and old.pixels and not old.pixels.is_rgb:  # of 8-bit RGB nobody asks for them
+        _log.warning("%s: the statistics were of other shards and are dropped (%s)", folder, measuring(folder))
     write_atomically(folder / CATALOG, json.dumps(tree, separators=(",", ":")) + "\n")
 
 
+def measuring(folder: str | Path) -> str:
+    """The command that writes the statistics of a folder's shards."""
+    return f"poa shards stats {shlex.quote(str(folder))}/*.tar"
+
+
 def write_pixels(folder: Path, pixels: Pixels) -> None:
-    """Add statistics to the catalog of a folder, until its shards are indexed anew.
+    """Add statistics to the catalog of a folder, until other shards are in it.
 
     Raises:
         OSError: it cannot be written.

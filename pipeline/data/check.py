@@ -22,6 +22,7 @@ from pipeline.data.packing import in_order
 from pipeline.data.patterns import expand_shards
 from pipeline.data.progress import progress_bar
 from pipeline.data.reader import Dataset
+from pipeline.data.reading import REQUESTS
 from pipeline.data.remote.address import is_remote
 from pipeline.data.shards import MANIFEST
 from pipeline.data.values import decode_values, has_values, measure_values, name_of
@@ -82,8 +83,9 @@ def verify(shards: str | Sequence[str], *, progress: bool = True) -> list[ShardV
     verdicts = []
     keys: dict[str, str] = {}
     catalogs: dict[Path, Catalog | None] = {}
+    paths = expand_shards(shards)
     with ThreadPoolExecutor(os.cpu_count()) as pool, progress_bar(progress, unit=" images") as bar:
-        for shard in expand_shards(shards):
+        for shard in paths:
             verdict = ShardVerdict(str(shard))
             verdicts.append(verdict)
             bar.set_description(shard.name, refresh=False)
@@ -205,7 +207,7 @@ def _label_problems(descriptor: int, member: tars.Member, classes: list[str] | N
         yield f"label cannot be read: {error.strerror}"
 
 
-def stats(shards: str | Sequence[str]) -> Statistics:
+def stats(shards: str | Sequence[str], *, progress: bool = True) -> Statistics:
     """Counts, sizes and classes from headers, and what values a part of the images hold.
 
     The latter are written to the catalog of each folder, for images that are not 8-bit RGB (see `intake`).
@@ -218,9 +220,9 @@ def stats(shards: str | Sequence[str]) -> Statistics:
     classes: Counter[int] = Counter()
     bad_labels: Counter[str] = Counter()
     rows = []
-    for record in range(len(dataset)):
+    images = _images(dataset, range(len(dataset)))
+    for record, data in enumerate(progress_bar(progress, iterable=images, total=len(dataset), unit=" images")):
         try:
-            data = dataset.image(record)
             header = decode_values(data, NO_LIMIT)[1] if has_values(data) else inspect(data, NO_LIMIT)
             formats[name_of(data) if has_values(data) else header.format] += 1
             rows.append((*header.size, len(data) / 1e3))
@@ -249,6 +251,16 @@ def stats(shards: str | Sequence[str]) -> Statistics:
     )
 
 
+def _images(dataset: Dataset, records: Sequence[int]) -> Iterator[bytearray]:
+    """Images of a data set, many read at once if it is in a store."""
+    if not dataset.is_remote:
+        yield from map(dataset.image, records)
+        return
+    with ThreadPoolExecutor(REQUESTS) as pool:
+        for some in (records[i : i + REQUESTS] for i in range(0, len(records), REQUESTS)):
+            yield from pool.map(dataset.image, some)
+
+
 def _keep_values(dataset: Dataset) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     """Statistics of values by folder, and why they are not in its catalog, where they are not."""
     records: dict[str, list[int]] = {}
@@ -258,12 +270,12 @@ def _keep_values(dataset: Dataset) -> tuple[dict[str, dict[str, Any]], dict[str,
     values, not_kept = {}, {}
     for folder, own in records.items():
         step = -(-len(own) // _LOOKED_AT)
-        found = measure_values(dataset.image(record) for record in own[::step])
+        found = measure_values(_images(dataset, own[::step]))
         if found is None:
             continue
         values[folder] = found._asdict()
         if is_remote(folder):
-            not_kept[folder] = "it is in a store"
+            not_kept[folder] = "it is in a store: run this on a disk, and copy the catalog"
         elif open_catalog(Path(folder)) is None:
             not_kept[folder] = f"there is none: poa shards index {shlex.quote(folder)}/*.tar"
         else:

@@ -53,8 +53,8 @@ def plain_format(data: bytes) -> str | None:
     if header.exif_at:
         hidden = bytearray(data)
         hide_exif(hidden, header)
-    pixels = _decode(bytes(hidden))
-    return header.format if pixels is not None and pixels.shape[:2] == (header.rows, header.cols) else None
+    image = _decoded(bytes(hidden))
+    return header.format if image is not None and (image.height, image.width) == (header.rows, header.cols) else None
 
 
 def check(data: bytes, max_pixels: int = NO_LIMIT) -> None:
@@ -80,11 +80,15 @@ def decode_deep(data: bytes) -> np.ndarray | None:
 
 def _decode(data: bytes) -> np.ndarray | None:
     """RGB `[H, W, 3]` by nvImageCodec, which DALI's decoder is made of."""
+    image = _decoded(data)
+    return None if image is None else np.asarray(image)
+
+
+def _decoded(data: bytes) -> Any:
     from nvidia import nvimgcodec
 
     parameters = nvimgcodec.DecodeParams(apply_exif_orientation=False, color_spec=nvimgcodec.ColorSpec.SRGB)
-    image: Any = _decoder().decode(data, params=parameters)
-    return None if image is None else np.asarray(image)
+    return _decoder().decode(data, params=parameters)
 
 
 def _decoder() -> Any:

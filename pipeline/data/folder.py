@@ -176,11 +176,13 @@ def _require_masks(root: Path, masks: Path) -> None:
 
 
 def _file_item(root: Path, path: Path, label: int | None, masks: Path | None, caption: Path | None) -> Item:
-    return Item(escape(str(path)), partial(_load, root / path, label), partial(_others, path, masks, caption))
+    name = str(path)
+    return Item(escape(name), partial(_load, os.path.join(root, name), label), partial(_others, path, masks, caption))
 
 
-def _load(path: Path, label: int | None) -> tuple[bytes, int | None]:
-    return path.read_bytes(), label
+def _load(path: str, label: int | None) -> tuple[bytes, int | None]:
+    with open(path, "rb", buffering=0) as file:
+        return file.read(), label
 
 
 def _others(path: Path, masks: Path | None, caption: Path | None) -> dict[str, bytes]:

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from pipeline.config import DataConfig, ExperimentConfig
-from pipeline.data.catalog import Catalog, Pixels
+from pipeline.data.catalog import Catalog, Pixels, measuring
 from pipeline.data.homes import catalog_of
 from pipeline.data.images import Header, hide_exif, inspect
 from pipeline.data.patterns import list_shards
+from pipeline.data.remote.address import is_remote
 from pipeline.data.values import decode_values, scaled
 from pipeline.errors import UserError
 
@@ -54,6 +55,11 @@ class Intake(NamedTuple):
     def is_rgb(self) -> bool:
         """8-bit RGB, which DALI decodes; all else is decoded by `values`."""
         return self.value_range is None
+
+    @property
+    def bytes_per_pixel(self) -> int:
+        """When decoded."""
+        return CHANNELS if self.is_rgb else 4 * self.channels
 
     def open(self, data: bytearray) -> tuple[Any, Header]:
         """An image for the augmentation: the file with its EXIF hidden, or values in 0..1, fp32 `[H, W, C]`.
@@ -99,7 +105,8 @@ def _statistics(data: DataConfig, channels: int) -> Pixels:
     for folder in dict.fromkeys(map(os.path.dirname, list_shards(data.train))):
         listing: Catalog | None = catalog_of(folder)
         if listing is None or listing.pixels is None:
-            fix = "poa shards stats SHARDS, or set data.value_range, data.mean and data.std"
+            how = "poa shards stats on a disk, and copy the catalog" if is_remote(folder) else measuring(folder or ".")
+            fix = f"{how}, or set data.value_range, data.mean and data.std"
             raise UserError("the shards have no statistics of their values", folder or ".", fix)
         if len(listing.pixels.mean) != channels:
             what = f"images of {len(listing.pixels.mean)} channels, and model.in_chans is {channels}"

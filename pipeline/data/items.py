@@ -28,7 +28,7 @@ class Source:
 
     Attributes:
         classes: names by label, None without labels.
-        ignored: files that are no images, hidden ones, folders that were not entered.
+        ignored: files that are no images, hidden ones, folders that were not entered, labels that are no numbers.
         no_labels: why folders are no classes, if they are not.
         divisible: whether its images may be loaded by other processes.
         waits: whether loading one is mostly waiting, so that many may be loaded at once.

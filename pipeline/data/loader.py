@@ -1,7 +1,8 @@
 """Batches of augmented crops as torch tensors; the whole state is one integer."""
 
+import logging
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -17,9 +18,14 @@ from pipeline.data.intake import CHANNELS, Intake
 from pipeline.data.mixing import WHOLE, Segment
 from pipeline.data.reader import Dataset
 from pipeline.data.reading import Reading
-from pipeline.data.stream import Skip
+from pipeline.data.repair import Repair, as_announced, pixels, stand_in
+from pipeline.data.stream import DECODE, Skip
 
-_READ_AHEAD = 4  # batches whose bytes and parameters are prepared before the pipeline asks for them
+_log = logging.getLogger(__name__)
+
+_PIXELS = "pixels"
+APART = (DECODE, _PIXELS)
+"""Why batches are made beside the pipeline: a substitute for what does not decode is in them, or too many pixels."""
 _DTYPES = (torch.float32, torch.float16)
 
 
@@ -31,7 +37,11 @@ class Batch(NamedTuple):
 
 
 class _Prepared(NamedTuple):
-    """What the pipeline needs for a batch (files, or values), and what had to be left out of it."""
+    """What the pipeline needs for a batch (files, or values), and what had to be left out of it.
+
+    Attributes:
+        apart: why it is not for the pipeline, one of `APART`; None if it is.
+    """
 
     positions: np.ndarray
     encoded: list[np.ndarray]
@@ -40,6 +50,7 @@ class _Prepared(NamedTuple):
     headers: list[Header]
     rejected: list[tuple[int, int, str]]
     colours: torch.Tensor | None
+    apart: str | None
 
 
 class Loader:
@@ -65,6 +76,7 @@ class Loader:
         next_sample: samples consumed by all ranks together, the `start_sample` that resumes.
         used: samples handed out by this rank so far, by name of their source.
         skipped: how often a sample was left out so far, by reason.
+        apart: batches that were made on the CPU beside the pipeline, by reason.
         samples: samples per epoch of the stream.
 
     Raises:
@@ -98,11 +110,13 @@ class Loader:
         self._stream, self.dataset = self._reading.stream, self._reading.dataset
         self.samples, self.next_sample = len(self.dataset), start_sample
         self.skipped: Counter[str] = Counter()
+        self.apart: Counter[str] = Counter()
         self.used: Counter[str] = Counter()
         self._reported: set[int] = set()
         self._handed_out: Any = None
+        self._repair = Repair(data, **self._look)
         self._in_use: deque[tuple[torch.cuda.Event, Any]] = deque()
-        self._pool = ThreadPoolExecutor(_READ_AHEAD, thread_name_prefix="poa-reader")
+        self._pool = ThreadPoolExecutor(data.read_ahead, thread_name_prefix="poa-reader")
         self._reading.want(start_sample)
         self._start_pipeline()
 
@@ -111,15 +125,13 @@ class Loader:
 
     def __next__(self) -> Batch:
         self._release_buffers()
-        outputs = self._handed_out = self._run()
-        prepared = self._prepared.pop(self.next_sample).result()
-        positions = np.asarray(outputs[0].as_tensor()).ravel()
-        assert (positions == prepared.positions).all(), "the pipeline lost a batch"
+        prepared, crops = self._made()
+        self._prepared.pop(self.next_sample)
         self._report(prepared)
         self.next_sample += self._stride
         self._reading.want(self.next_sample)  # not what is read ahead: this batch may still be on its way
         self.used.update(self.dataset.source(record).name for record in prepared.records)
-        crops = [torch.from_dlpack(output.as_tensor()).flatten(0, 1) for output in outputs[2:]]
+        crops = [group.flatten(0, 1) for group in crops]
         if prepared.colours is not None:
             crops = self._coloured(crops, prepared)
         elif self._dtype == torch.bfloat16:  # which DALI cannot write
@@ -128,6 +140,14 @@ class Loader:
             size = self.data.local_crops.size
             crops.append(crops[0].new_empty(0, self.intake.channels, size, size))
         return Batch(*crops)
+
+    def learn(self, skips: Iterable[Skip]) -> None:
+        """Take over what other ranks, or an earlier start, found of samples; none of these is reported again."""
+        for skip in skips:
+            record = self.dataset.record(skip.shard, skip.sample)
+            if record is not None:
+                self._stream.reject(record, skip.reason)
+                self._reported.add(record)
 
     def _coloured(self, crops: list[torch.Tensor], prepared: _Prepared) -> list[torch.Tensor]:
         """Crops as the network takes them."""
@@ -149,30 +169,31 @@ class Loader:
         del self._pipeline
 
     @property
+    def _look(self) -> dict[str, Any]:
+        half = self._dtype == torch.float16
+        return {"half": half, "coloured": not self._colours, "intake": self.intake}
+
+    @property
     def _stride(self) -> int:
         return self.data.batch_size * self.world_size
 
     def _start_pipeline(self) -> None:
         """(Re)start at `next_sample`."""
+        self._has_failed = False
         self._prepared: dict[int, Future[_Prepared]] = {}
         start = self.next_sample
 
         def source(number: int) -> tuple[list[np.ndarray], list[np.ndarray], np.ndarray]:
             wanted = start + number * self._stride
-            for ahead in range(wanted, wanted + _READ_AHEAD * self._stride, self._stride):
+            for ahead in range(wanted, wanted + self.data.read_ahead * self._stride, self._stride):
                 if ahead not in self._prepared:
                     self._prepared[ahead] = self._pool.submit(self._prepare, ahead)
             prepared = self._prepared[wanted].result()
+            if prepared.apart:
+                return stand_in(self.data, self.intake, int(prepared.positions[0]))
             return prepared.encoded, list(prepared.parameters), prepared.positions[:, None]
 
-        self._pipeline = make_pipeline(
-            self.data,
-            source,
-            device_id=self.device_id,
-            half=self._dtype == torch.float16,
-            coloured=not self._colours,
-            intake=self.intake,
-        )
+        self._pipeline = make_pipeline(self.data, source, device_id=self.device_id, **self._look)
 
     def _prepare(self, sample: int) -> _Prepared:
         positions = self._reading.positions(sample)
@@ -183,35 +204,80 @@ class Loader:
         colours = colour_table(drawn, self.data.hue) if self._colours else None
         if colours is not None and self.device_id is not None:
             colours = colours.pin_memory()
+        rejected = [(number, *verdict) for number, p in zip(numbers, picked, strict=True) for verdict in p.rejected]
         return _Prepared(
             positions,
             [np.frombuffer(p.data, np.uint8) if self.intake.is_rgb else p.data for p in picked],
             drawn,
             [p.record for p in picked],
             headers,
-            [(number, *verdict) for number, p in zip(numbers, picked, strict=True) for verdict in p.rejected],
+            rejected,
             colours,
+            self._why_apart(headers, rejected),
         )
 
-    def _run(self) -> Any:
-        """Run the pipeline; where an image turns out undecodable, repeat the same batch with a substitute."""
-        while True:
-            failure = None
+    def _why_apart(self, headers: list[Header], rejected: list[tuple[int, int, str]]) -> str | None:
+        if pixels(headers) > self._repair.most:
+            return _PIXELS
+        # where the CPU makes it to the bit as the pipeline does, known damage costs nothing
+        on_gpu = self.device_id is not None
+        return DECODE if on_gpu and any(reason == DECODE for *_, reason in rejected) else None
+
+    def _made(self) -> tuple[_Prepared, list[torch.Tensor]]:
+        """The next batch and its crops `[B, crops, ...]`; a substitute takes the place of what does not decode."""
+        self._handed_out = None
+        outputs, failure = None, RuntimeError("an image has another size than its header")
+        try:
+            outputs = self._pipeline.run()
+        except RuntimeError as error:
+            failure = error
+        prepared = self._prepared[self.next_sample].result()
+        if outputs is not None:
+            positions = np.asarray(outputs[0].as_tensor()).ravel()
+            assert (positions == prepared.positions[: len(positions)]).all(), "the pipeline lost a batch"
+            if not prepared.apart and as_announced(outputs[1], prepared.headers):
+                self._handed_out = outputs
+                return prepared, [torch.from_dlpack(output.as_tensor()) for output in outputs[2:]]
+        if not prepared.apart:
             try:
-                outputs = self._pipeline.run()
+                prepared = self._without_undecodable(prepared, self.device_id, failure)
+            except RuntimeError:
+                if not self._has_failed:
+                    raise
+                self._start_pipeline()  # which has not survived that
+                return self._made()
+        self._has_failed = outputs is None
+        return self._repaired(prepared)
+
+    def _repaired(self, prepared: _Prepared) -> tuple[_Prepared, list[torch.Tensor]]:
+        """A batch that is made beside the pipeline, and what it was made of in the end."""
+        if prepared.apart == _PIXELS and not self.apart[_PIXELS]:
+            largest = max(range(len(prepared.headers)), key=lambda i: pixels(prepared.headers[i : i + 1]))
+            record = prepared.records[largest]
+            text = (
+                "a batch of %d pixels, more than data.batch_pixels, is made on the CPU; its largest image is %s of %s"
+            )
+            _log.warning(text, pixels(prepared.headers), self.dataset.key(record), self.dataset.shard(record))
+        self.apart[prepared.apart or DECODE] += 1
+        while True:
+            failure = RuntimeError("an image decodes to another size than on its own")
+            try:
+                crops = self._repair.crops(prepared.encoded, prepared.parameters, prepared.headers)
+                if crops is not None:
+                    device = "cpu" if self.device_id is None else f"cuda:{self.device_id}"
+                    return prepared, [group.to(device) for group in crops]
             except RuntimeError as error:
                 failure = error
-            prepared = self._prepared[self.next_sample].result()
-            if not failure and _shapes_as_announced(outputs[1], prepared.headers):
-                return outputs
-            if not self.intake.is_rgb:
-                raise failure or RuntimeError("an image has another size than its header")
-            culprits = undecodable(prepared.encoded, prepared.headers, self.device_id)
-            if not culprits:
-                raise failure or RuntimeError("an image decodes to another size than on its own")
-            for i in culprits:
-                self._stream.reject(prepared.records[i], "decode")
-            self._start_pipeline()
+            prepared = self._without_undecodable(prepared, None, failure)
+
+    def _without_undecodable(self, prepared: _Prepared, device_id: int | None, failure: RuntimeError) -> _Prepared:
+        """The same batch with substitutes; raises what was the failure if there is nothing in it to replace."""
+        culprits = undecodable(prepared.encoded, prepared.headers, device_id) if self.intake.is_rgb else []
+        if not culprits:
+            raise failure
+        for i in culprits:
+            self._stream.reject(prepared.records[i], DECODE)
+        return self._prepare(self.next_sample)
 
     def _release_buffers(self) -> None:
         """Give GPU buffers back to DALI only when the kernels enqueued on them are done: torch does not tell it."""
@@ -228,13 +294,9 @@ class Loader:
             self.skipped[reason] += 1
             if record not in self._reported and self.on_skip:
                 dataset = self._stream.dataset
-                self.on_skip(Skip(dataset.key(record), str(dataset.shard(record)), reason, position))
+                shard, sample = str(dataset.shard(record)), dataset.sample(record)
+                self.on_skip(Skip(dataset.key(record), shard, reason, position, sample))
             self._reported.add(record)
-
-
-def _shapes_as_announced(shapes: Any, headers: list[Header]) -> bool:
-    announced = [(header.rows, header.cols) for header in headers]
-    return bool((np.asarray(shapes.as_tensor())[:, :2] == announced).all())
 
 
 def _three(values: tuple[float, ...]) -> tuple[float, float, float]:

@@ -212,6 +212,34 @@ def in_order(pool: ThreadPoolExecutor, work: Callable[[T], R], items: Iterable[T
         yield first, result.result()
 
 
+def header(name: str, size: int) -> bytes:
+    """A member's header as tarfile makes it, the same in every build.
+
+    Args:
+        name: ASCII, at most 100 characters, as keys and their extensions are.
+        size: of the member, below 8 GiB.
+    """
+    assert len(name) <= tarfile.LENGTH_NAME
+    assert size < 8**11
+    filled = bytearray(_BARE_HEADER)
+    filled[: len(name)] = name.encode("ascii")
+    filled[_SIZE : _SIZE + 11] = b"%011o" % size
+    filled[_CHECKSUM : _CHECKSUM + 7] = b"%06o\0" % sum(filled)
+    return bytes(filled)
+
+
+def _bare_header() -> bytes:
+    """Without name and size, and blanks for the sum, which they count as in it."""
+    info = tarfile.TarInfo()
+    info.mode, info.uname, info.gname = 0o444, "root", "root"
+    made = info.tobuf(tarfile.USTAR_FORMAT)
+    return made[:_CHECKSUM] + b" " * 8 + made[_CHECKSUM + 8 :]
+
+
+_SIZE, _CHECKSUM = 124, 148  # where they stand in a header
+_BARE_HEADER = _bare_header()
+
+
 class _Hashed:
     """A file that is written from its beginning to its end, and the digest of what was written."""
 
@@ -227,7 +255,7 @@ class _Hashed:
 class _Writer:
     """Writes the samples of one shard; the file is opened by the first.
 
-    By tarfile's headers alone: its own writing, and webdataset's by it, take as long as all else but the decoding.
+    By headers alone: tarfile's writing, and webdataset's by it, take as long as all else but the decoding.
     """
 
     def __init__(self, path: Path) -> None:
@@ -247,15 +275,15 @@ class _Writer:
         if self._file is None:
             self._file = open(self.path, "wb")  # noqa: SIM115  it outlives the call
             self._hashed = _Hashed(self._file)
-        members = []
+        members: list[tars.Member] = []
+        parts: list[bytes] = []
+        at = self._hashed.bytes
         for extension in sorted(sample):
-            data = sample[extension]
-            info = tarfile.TarInfo(f"{key}.{extension}")
-            info.size, info.mode, info.uname, info.gname = len(data), 0o444, "root", "root"  # the same in every build
-            self._hashed.write(info.tobuf(tarfile.USTAR_FORMAT))
-            members.append(tars.Member(extension, self._hashed.bytes, len(data), info.name))
-            self._hashed.write(data)
-            self._hashed.write(bytes(-len(data) % tars.BLOCK))
+            data, name = sample[extension], f"{key}.{extension}"
+            members.append(tars.Member(extension, at + tars.BLOCK, len(data), name))
+            parts += header(name, len(data)), data, bytes(-len(data) % tars.BLOCK)
+            at += tars.BLOCK + len(data) + len(parts[-1])
+        self._hashed.write(b"".join(parts))
         self._samples.append(tars.Sample(tuple(members)))
 
     def close(self, samples: int) -> ShardEntry | None:

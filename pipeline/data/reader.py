@@ -109,7 +109,7 @@ class Dataset:
         self._listing = [self._catalogs[os.path.dirname(name)] for name in self._names]
         unlisted = [self._names[shard] for shard, number in enumerate(self._numbers) if number < 0]
         contents.warn_of_missing_indexes(self.without_index, len(self._names))
-        self._rows = {name: contents.images_and_labels(Path(name), self._wanted(name)) for name in unlisted}
+        self._rows = {name: contents.images_and_labels(Path(name), self.wanted(name)) for name in unlisted}
         self.shard_sizes = np.array([len(self._rows_of(shard)) for shard in range(len(self._names))])
         self._starts = np.concatenate([[0], np.cumsum(self.shard_sizes)])
         self.sources = self._divide(named, _shares(shards), piece_mb)
@@ -145,6 +145,21 @@ class Dataset:
     def shard(self, record: int) -> ShardName:
         return shard_name(self._names[self._shard_number(record)])
 
+    def sample(self, record: int) -> int:
+        """The number of a record in its shard."""
+        return record - int(self._starts[self._shard_number(record)])
+
+    def record(self, shard: str, sample: int) -> int | None:
+        """The record of a shard's sample, by the shard's name as `shard` gives it; None if there is none."""
+        number = self._by_name.get(shard)
+        if number is None or not 0 <= sample < self.shard_sizes[number]:
+            return None
+        return int(self._starts[number]) + sample
+
+    @functools.cached_property
+    def _by_name(self) -> dict[str, int]:
+        return {str(shard_name(name)): number for number, name in enumerate(self._names)}
+
     def described(self) -> list[list[tuple[str, int, int]]]:
         """By source, file name, bytes and samples of each shard; those that a catalog lists are not looked at."""
         rows = [
@@ -159,7 +174,7 @@ class Dataset:
         shard = self._shard_number(record)
         path = shard_name(self._names[shard])
         if isinstance(path, Path):
-            samples = [sample for sample in contents.of(path, self._wanted(str(path))).samples if sample.image]
+            samples = [sample for sample in contents.of(path, self.wanted(str(path))).samples if sample.image]
             return escape(samples[record - int(self._starts[shard])].key)
         _, row = self._place(record)
         return escape(tars.key_at(functools.partial(self._read, shard), catalog.place(row)[0]))
@@ -261,7 +276,7 @@ class Dataset:
             raise UserError(f"the catalog lists {listing.image or 'the first image'} of each sample", folder, fix)
         return -1  # the index has all images
 
-    def _wanted(self, name: str) -> str | None:
+    def wanted(self, name: str) -> str | None:
         """The image to take from a shard that is not read by its catalog."""
         listing = self._catalogs[os.path.dirname(name)]
         return self._image or (listing.image if listing else None)

@@ -14,7 +14,7 @@ from pipeline.data.reader import Dataset
 from pipeline.data.remote.cache import Cache
 from pipeline.data.stream import Picked, SampleStream
 
-_REQUESTS = 32  # in flight at once to a store
+REQUESTS = 32  # in flight at once to a store, if the experiment does not say
 
 
 class Reading:
@@ -54,7 +54,8 @@ class Reading:
         self.cache = self.dataset.cache = self._open_cache()
         self._lanes = lanes_of(rank, world_size, data.lanes)
         self._wanted: list[tuple[int, float]] = []
-        self._requests = ThreadPoolExecutor(_REQUESTS, "poa-fetch") if self.dataset.is_remote else None
+        at_once = data.reads or (REQUESTS if self.dataset.is_remote else 1)
+        self._requests = ThreadPoolExecutor(at_once, "poa-fetch") if at_once > 1 else None
 
     def positions(self, sample: int) -> np.ndarray:
         """This rank's positions of the global batch that begins at `sample`."""

@@ -16,7 +16,6 @@ from pipeline.data.items import Item, Source
 from pipeline.data.labels import CLASSES
 from pipeline.data.names import escape
 from pipeline.data.packing import Job, ShardEntry, pack_all
-from pipeline.data.patterns import expand_shards
 from pipeline.data.philox import Purpose, philox
 from pipeline.data.progress import progress_bar
 from pipeline.data.sources import open_source
@@ -203,6 +202,8 @@ def index(shards: str | Sequence[str], image: str | None = None) -> list[IndexRe
     Raises:
         UserError: a shard is missing or damaged, has members but no image, or its folder cannot be written.
     """
+    from pipeline.data.patterns import expand_shards  # and with it pydantic, which takes half the time of a small build
+
     paths = expand_shards(shards)
     reports = [_index(path, image) for path in paths]
     for folder in dict.fromkeys(path.parent for path in paths):

@@ -17,13 +17,18 @@ from pipeline.errors import UserError
 _MAX_SUBSTITUTES = 64
 
 
+DECODE = "decode"
+"""The reason of what only decoding finds."""
+
+
 class Skip(NamedTuple):
-    """A sample that was left out: `reason` as in `images.inspect`, or `decode`."""
+    """A sample that was left out: `reason` as in `images.inspect`, or `decode`; `sample` is its number in the shard."""
 
     key: str
     shard: str
     reason: str
     position: int
+    sample: int
 
 
 class Picked(NamedTuple):

@@ -14,27 +14,57 @@ if TYPE_CHECKING:
     from pipeline.config import HeadsConfig
 
 
-class _Products(torch.autograd.Function):
-    """Parts `[R_p, D]` times the same matrix `[K, D]`, transposed.
+def _together(rows: Tensor) -> bool:
+    """Whether parts of these rows `[R, D]` share one product with a matrix `[K, D]`.
 
-    The matrix's gradient is added up within the products; autograd would write one `[K, D]` per part and add them.
+    With few rows the matrix is what costs. With many, each part is a product of its own, or the backward pass would
+    have to join their gradients `[R, K]`, and a part's logits would keep those of the others in memory.
+    """
+    return len(rows) <= 2 * rows.shape[1]
+
+
+def _products(rows: Tensor, matrix: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
+    """Consecutive parts of rows `[R, D]` times a matrix `[K, D]`, transposed."""
+    if _together(rows):
+        return F.linear(rows, matrix).split(sizes)
+    return tuple(F.linear(part, matrix) for part in rows.split(sizes))
+
+
+class _Logits(torch.autograd.Function):
+    """`_products` of rows `[R, D]` and prototypes `[K, D]` of length 1, or of that of their gain `[K, 1]`.
+
+    The prototypes' gradient is added up within the products, and takes its way through the division by their lengths
+    where it lies; autograd would write a `[K, D]` per part and add them, and then a dozen more.
     """
 
     @staticmethod
-    def forward(ctx: Any, matrix: Tensor, *parts: Tensor) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(matrix, *parts)
-        ctx.set_materialize_grads(False)
-        return tuple(F.linear(part, matrix) for part in parts)
+    def forward(
+        ctx: Any, rows: Tensor, prototypes: Tensor, gain: Tensor | None, eps: float, sizes: list[int]
+    ) -> tuple[Tensor, ...]:
+        lengths = torch.linalg.vector_norm(prototypes, dim=-1, keepdim=True).clamp_min_(eps)
+        units = prototypes / lengths
+        matrix = units if gain is None else units * gain
+        ctx.save_for_backward(rows, units, lengths, gain, matrix)
+        ctx.sizes = sizes
+        return _products(rows, matrix, sizes)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        matrix, *parts = ctx.saved_tensors
-        total: Tensor | None = None
-        for gradient, part in zip(gradients, parts, strict=True):
-            if gradient is not None and len(part):
-                product = gradient.mT, part
-                total = torch.mm(*product) if total is None else torch.addmm(total, *product, out=total)
-        return total, *(None if gradient is None else gradient @ matrix for gradient in gradients)
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        rows, units, lengths, gain, matrix = ctx.saved_tensors
+        parts = rows.split(ctx.sizes)
+        if _together(rows):
+            parts, gradients = (rows,), (torch.cat(gradients),)
+        total = torch.mm(gradients[0].mT, parts[0])
+        for gradient, part in zip(gradients[1:], parts[1:], strict=True):
+            if len(part):
+                torch.addmm(total, gradient.mT, part, out=total)
+        to_rows = torch.cat([gradient @ matrix for gradient in gradients])
+        along = (total * units).sum(1, keepdim=True)
+        total.addcmul_(units, along, value=-1).div_(lengths)
+        if gain is None:
+            return to_rows, total, None, None, None
+        return to_rows, total.mul_(gain), along, None, None
 
 
 class ProjectionHead(nn.Module):
@@ -62,22 +92,20 @@ class ProjectionHead(nn.Module):
     def forward(self, x: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
         """Features `[R, D]`, D at most `in_dim` -> logits `[size, K]` for consecutive parts of the rows.
 
-        Each part is a product of its own: splitting the logits would cost a pass over their gradients. Logits that
-        need no gradient are fp16 where the weights are bf16, which is 8 times closer at the same size. The gain is
-        taken on the prototypes, which are fewer than the logits, and rounded with them.
+        Logits that need no gradient are fp16 where the weights are bf16, which is 8 times closer at the same size. The
+        gain is taken on the prototypes, which are fewer than the logits, and rounded with them.
         """
         eps = 1e-6 if x.dtype == torch.float16 else 1e-12
         # normalised here and not by a parametrisation, which would rename the parameter and escape ZeRO-3
         projections = F.normalize(self.mlp(x), dim=-1, eps=eps)
+        if torch.is_grad_enabled():
+            return _Logits.apply(projections, self.prototypes, self.prototypes_gain, eps, list(sizes))
         prototypes = F.normalize(self.prototypes, dim=-1, eps=eps)
-        if x.dtype == torch.bfloat16 and not torch.is_grad_enabled():
+        if x.dtype == torch.bfloat16:
             projections, prototypes = projections.half(), prototypes.half()
         if self.prototypes_gain is not None:
             prototypes = prototypes * self.prototypes_gain.to(prototypes.dtype)
-        parts = projections.split(list(sizes))
-        if not torch.is_grad_enabled():
-            return tuple(F.linear(part, prototypes) for part in parts)
-        return _Products.apply(prototypes, *parts)
+        return _products(projections, prototypes, list(sizes))
 
 
 class ProjectionHeads(nn.Module):

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.elastic.compiler import compiler_deferred
+from pipeline.elastic.optional import left_out
 
-with compiler_deferred():
+with compiler_deferred(), left_out("wandb"):
     from timm.layers import LayerNorm, LayerScale, Mlp, PatchEmbed
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,8 +33,6 @@ class Engine:
         device: where it trains.
 
     Attributes:
-        student, teacher: called like `Branch`.
-        branch: the student itself, whose parameters may be in shards.
         groups: the parameter groups, as this rank holds them.
     """
 
@@ -47,7 +46,21 @@ class Engine:
         segments = [group.segment for group in layout.groups]
         layout.optimizer.attach(AdamWEma(layout.shard, segments, impl=impl))
         self.optimizer, self.groups = layout.optimizer, layout.groups
-        self.student, self.branch, self.teacher = layout.student, layout.branch, layout.teacher
+
+    @property
+    def student(self) -> Callable[..., Any]:
+        """Called like `Branch`. As the others, not to be kept: its weights have arrived when this returns it."""
+        return self._layout.student
+
+    @property
+    def branch(self) -> Branch:
+        """The student itself, whose parameters may be in shards."""
+        return self._layout.branch
+
+    @property
+    def teacher(self) -> Callable[..., Any]:
+        """Called like `Branch`."""
+        return self._layout.teacher
 
     @contextmanager
     def backward_window(self, passes: int = 2) -> Iterator[None]:
@@ -77,7 +90,7 @@ class Engine:
     def apply(
         self, values: StepValues, norms: Tensor, good: Tensor, lap: Callable[[str], None] = lambda phase: None
     ) -> None:
-        """Clip, update the weights and the average, and rebuild student and teacher.
+        """Clip, update the weights and the average, and begin to rebuild teacher and student.
 
         Args:
             values: learning rate, weight decay and momentum of this step.
@@ -87,7 +100,7 @@ class Engine:
         """
         self._layout.update(Decision(clip_factors(norms, self._optim), good, update_of(values)))
         lap("optimizer")
-        self._layout.publish_teacher()
+        self._layout.publish()
         lap("ema")
 
     @property
@@ -124,8 +137,7 @@ class Engine:
     def refresh(self) -> None:
         """Rebuild student and teacher in the working precision from the fp32 shards."""
         self._layout.fill_copies()
-        self._layout.publish_student()
-        self._layout.publish_teacher()
+        self._layout.publish()
 
     def destroy(self) -> None:
         self._layout.destroy()

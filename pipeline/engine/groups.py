@@ -142,12 +142,66 @@ def offsets(specs: Sequence[GroupSpec]) -> list[int]:
     return [0, *accumulate(spec.numel for spec in specs)]
 
 
-def in_interval(specs: Sequence[GroupSpec], shard: Shard, start: int) -> list[FlatGroup]:
-    """The groups on a rank whose shard begins with element `start` of the flat vector of everything."""
-    groups = []
+@dataclass(frozen=True)
+class Buckets:
+    """Intervals of the flat vector of everything, which travel one by one. A rank's shard is its part of each.
+
+    Attributes:
+        bounds: where each begins, and where the last one ends; they are multiples of `ranks`.
+        ranks: that own an equal part of each.
+        rank: this one.
+    """
+
+    bounds: tuple[int, ...]
+    ranks: int = 1
+    rank: int = 0
+
+    @classmethod
+    def of(cls, length: int, limit: int, ranks: int = 1, rank: int = 0) -> "Buckets":
+        """Cut a vector into buckets, of which the first, the last that backward passes complete, may be smaller.
+
+        Args:
+            length: of the vector, a multiple of the number of ranks.
+            limit: elements of a bucket at most, but one per rank at least.
+            ranks: that own them.
+            rank: this one.
+        """
+        size = max(limit // ranks, 1) * ranks
+        return cls((0, *range(length % size or size, length, size), length), ranks, rank)
+
+    def __len__(self) -> int:
+        return len(self.bounds) - 1
+
+    @property
+    def share(self) -> int:
+        """Elements that this rank owns."""
+        return self.bounds[-1] // self.ranks
+
+    def whole(self, bucket: int) -> slice:
+        """A bucket's place in the flat vector."""
+        return slice(self.bounds[bucket], self.bounds[bucket + 1])
+
+    def local(self, bucket: int) -> slice:
+        """The place of this rank's part of it in the shard."""
+        return slice(self.bounds[bucket] // self.ranks, self.bounds[bucket + 1] // self.ranks)
+
+    def own(self, bucket: int) -> slice:
+        """The place of this rank's part of it in the flat vector."""
+        whole, local = self.whole(bucket), self.local(bucket)
+        start = whole.start + self.rank * (local.stop - local.start)
+        return slice(start, start + local.stop - local.start)
+
+
+def in_buckets(specs: Sequence[GroupSpec], shard: Shard, buckets: Buckets) -> list[FlatGroup]:
+    """The groups on a rank whose shard is its parts of the buckets."""
+    groups, local = [], 0
     for spec, begin in zip(specs, offsets(specs), strict=False):
-        low = min(max(begin, start), start + len(shard.master))
-        high = max(min(begin + spec.numel, start + len(shard.master)), low)
-        pieces = [Piece(0, low - begin, high - low)] if high > low else []
-        groups.append(FlatGroup(spec, shard, slice(low - start, high - start), pieces))
+        pieces, length = [], 0
+        for own in map(buckets.own, range(len(buckets))):
+            low, high = max(own.start, begin), min(own.stop, begin + spec.numel)
+            if low < high:
+                pieces.append(Piece(length, low - begin, high - low))
+                length += high - low
+        groups.append(FlatGroup(spec, shard, slice(local, local + length), pieces))
+        local += length
     return groups

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kernels.optimizer import Shard
 from pipeline.config import EngineConfig
@@ -32,7 +32,8 @@ class Layout(ABC):
 
     Attributes:
         branch: the student itself; what its parameters hold between steps is the engine's own affair.
-        student, teacher: called like the `Branch` that they are or wrap.
+        student, teacher: called like the `Branch` that they are or wrap. All three are to be had anew for each step:
+            weights may still be under way, and have arrived when this returns them.
         optimizer: what updates the shard.
         shard: what this rank holds of weights, average and moments.
         groups: in the order of the flat vector of everything.
@@ -63,19 +64,23 @@ class Layout(ABC):
         """Begin the next step as if this one's backward passes had not been."""
 
     def update(self, decision: Decision) -> None:
-        """Update the shard and rebuild every rank's student, or leave everything as it is."""
+        """Update the shard, or leave it as it is."""
         self.optimizer.decide(decision.to(self.shard.master.device), self.gradients())
         self.optimizer.step()
         self.forget_gradients()
+
+    def publish(self) -> None:
+        """Rebuild both branches on every rank from the shards, the one first that a step uses first."""
+        self.publish_teacher()
         self.publish_student()
 
     @abstractmethod
     def publish_student(self) -> None:
-        """Rebuild every rank's working weights of the student from the shards."""
+        """Begin to rebuild every rank's working weights of the student from the shards."""
 
     @abstractmethod
     def publish_teacher(self) -> None:
-        """Rebuild the teacher on every rank from the shards."""
+        """Begin to rebuild the teacher on every rank from the shards."""
 
     def fill_copies(self) -> None:
         """Round the shard anew, after its values were set."""
@@ -103,5 +108,10 @@ def reduction_dtype(config: EngineConfig) -> torch.dtype:
 
 def flat_adamw(student: Branch, specs: list[GroupSpec]) -> FlatAdamW:
     """The optimizer, over all parameters as one group."""
-    named = dict(student.named_parameters())
-    return FlatAdamW([named[name] for spec in specs for name in spec.names])
+    return FlatAdamW(parameters_of(student, specs))
+
+
+def parameters_of(branch: Branch, specs: list[GroupSpec]) -> list[nn.Parameter]:
+    """In the order of the flat vector of everything."""
+    named = dict(branch.named_parameters())
+    return [named[name] for spec in specs for name in spec.names]

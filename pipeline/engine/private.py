@@ -52,10 +52,15 @@ def leave_groups() -> bool:
     return True
 
 
+def reduce_nothing(engine: Any) -> None:
+    """Let an engine below stage 3 leave the gradients where they are."""
+    engine.enable_backward_allreduce = False
+
+
 def flat_shards(engine: Any) -> tuple[Tensor, Tensor]:
     """The vector of an engine at stage 1 or 2, and this rank's fp32 masters. DeepSpeed reduces nothing any more."""
     zero = engine.optimizer
-    engine.enable_backward_allreduce = False
+    reduce_nothing(engine)
     zero._coalesce_grad_reduction = True  # its hooks leave gradients where they are
     (flat,), (master,) = zero.bit16_groups_flat, zero.single_partition_of_fp32_groups
     master.grad = None  # a place for gradients that will not come
@@ -92,10 +97,13 @@ class CutUp:
         """Forget what is gathered of the weights, which are about to change."""
         self._zero._partition_all_parameters()
 
-    def end_step(self) -> None:
-        """Forget the gradients, and gather the small weights that stay gathered."""
+    def forget_gradients(self) -> None:
+        """End the step."""
         self._zero._pre_step()
         self._zero._overflow_clean_up(None)
+
+    def gather_small(self) -> None:
+        """Gather the small weights, which stay gathered."""
         self._zero._post_step(())
 
 

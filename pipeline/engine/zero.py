@@ -5,7 +5,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
 
 import torch
@@ -14,10 +14,12 @@ from torch import Tensor, nn
 
 from kernels.optimizer import Shard
 from pipeline.config import EngineConfig
+from pipeline.elastic.optional import left_out
 from pipeline.engine import private
+from pipeline.engine.flight import Flight
 from pipeline.engine.gradients import Reduction
-from pipeline.engine.groups import FlatGroup, GroupSpec, in_interval, offsets
-from pipeline.engine.layouts import Layout, Replica, flat_adamw, reduction_dtype, working_dtype
+from pipeline.engine.groups import Buckets, FlatGroup, GroupSpec, in_buckets, offsets
+from pipeline.engine.layouts import Layout, Replica, flat_adamw, parameters_of, reduction_dtype, working_dtype
 from pipeline.engine.optimizer import Decision
 from pipeline.engine.sizes import BUCKET
 from pipeline.method.tri_branch import Branch
@@ -40,16 +42,7 @@ class Zero(Layout):
         return cast(Branch, self.engine.module)
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        self.before_backward(last)
         self.engine.backward(loss)
-        self.after_backward(last)
-
-    def before_backward(self, last: bool) -> None:
-        """Tell DeepSpeed whether the step's last backward pass comes."""
-        self.engine.set_gradient_accumulation_boundary(last)
-
-    def after_backward(self, last: bool) -> None:
-        """What is left to do when a backward pass is over."""
 
     @contextmanager
     def whole_teacher(self) -> Iterator[Branch]:
@@ -59,7 +52,27 @@ class Zero(Layout):
         self.engine.destroy()
 
 
-class Replicated(Zero):
+class Flat(Zero):
+    """Stages at which we reduce the gradients ourselves: DeepSpeed would do so when all of them are there."""
+
+    _reduction: Reduction
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        self._reduction.before_pass(loss, last)
+        super().backward(loss, last)
+        self._reduction.after_pass()
+
+    def finish_backward(self) -> None:
+        self._reduction.finish()
+
+    def gradients(self) -> list[Tensor]:
+        return self._reduction.gradients()
+
+    def forget_gradients(self) -> None:
+        self._reduction.forget()
+
+
+class Replicated(Flat):
     """ZeRO-0: fp32 weights in one flat vector of ours, whole on every rank. The average is the teacher."""
 
     def __init__(self, student: Branch, specs: list[GroupSpec], config: EngineConfig, device: torch.device):
@@ -69,19 +82,13 @@ class Replicated(Zero):
         _make_views(student, specs, flat)
         self.optimizer = flat_adamw(student, specs)
         self.engine = initialize(student, self.optimizer, config, 0)
-        named = dict(self.engine.module.named_parameters())
-        self._parameters = [named[name] for spec in specs for name in spec.names]
-        self._zero = flat.new_zeros(1)
+        private.reduce_nothing(self.engine)
+        buckets = Buckets.of(len(flat), BUCKET)
+        self._reduction = Reduction(parameters_of(self.branch, specs), buckets, reduction_dtype(config), False)
         self.shard = Shard.of(flat, flat.clone())
-        self.groups = in_interval(specs, self.shard, 0)
+        self.groups = in_buckets(specs, self.shard, Buckets((0, len(flat))))
         _make_views(teacher, specs, self.shard.ema)
         self.teacher, self.replica = teacher, Replica(dist.get_rank(), dist.get_world_size())
-
-    def gradients(self) -> list[Tensor]:
-        return [self._zero.expand(p.numel()) if p.grad is None else p.grad.reshape(-1) for p in self._parameters]
-
-    def forget_gradients(self) -> None:
-        self.engine.zero_grad()
 
     def publish_student(self) -> None:
         """The masters are the weights."""
@@ -90,11 +97,11 @@ class Replicated(Zero):
         """The average is the teacher."""
 
 
-class FlatShards(Zero):
-    """ZeRO-1/2: one flat vector in the working precision, of which a rank owns an interval; DeepSpeed lays it out.
+class FlatShards(Flat):
+    """ZeRO-1/2: one flat vector in the working precision, which DeepSpeed lays out, and of which a rank owns its parts.
 
-    Gradients and updates go their own way: DeepSpeed's would reduce all gradients on all ranks, and read and write the
-    shard several times more.
+    The update goes its own way, too: DeepSpeed's would read and write the shard several times more. Both branches are
+    gathered while the next step begins, each until somebody asks for it.
     """
 
     def __init__(self, student: Branch, specs: list[GroupSpec], config: EngineConfig, device: torch.device):
@@ -106,72 +113,84 @@ class FlatShards(Zero):
         self.engine = initialize(student, self.optimizer, config, config.effective_stage())
         self._student, master = private.flat_shards(self.engine)
         self._offloaded = config.offload_optimizer is not None
-        length = len(master)
-        self._own = slice(dist.get_rank() * length, (dist.get_rank() + 1) * length)
-        parameters = self._in_order(specs)
-        self._reduction = Reduction(
-            parameters, len(self._student), reduction_dtype(config), config.effective_stage() == 2
-        )
         self._teacher = self._student.detach().clone()
-        if dtype == torch.float32 and dist.get_world_size() == 1 and not self._offloaded:
+        self._to_student, self._to_teacher = Flight(), Flight()
+        ranks, length = dist.get_world_size(), len(self._student)
+        self._buckets = Buckets.of(length, BUCKET if ranks > 1 else length, ranks, dist.get_rank())
+        every_pass = config.effective_stage() == 2
+        self._reduction = Reduction(self._in_order(specs), self._buckets, reduction_dtype(config), every_pass)
+        if dtype == torch.float32 and ranks == 1 and not self._offloaded:
             master.data = self._student  # the weights are the masters, as at stage 0
             self.shard = Shard.of(master, self._teacher)
         else:
+            master.data.copy_(self._own(self._student))
             self.shard = Shard.of(master, master.detach().clone(), *map(self._copy_of, (self._student, self._teacher)))
-        self.groups = in_interval(specs, self.shard, self._own.start)
+        self.groups = in_buckets(specs, self.shard, self._buckets)
         if exact:
             start_from(self.groups, exact, device)
         _make_views(teacher, specs, self._teacher)
-        self.teacher = teacher
+        self._teacher_branch = teacher
+
+    @property
+    def student(self) -> Any:  # type: ignore[override]
+        self._to_student.land()
+        return super().student
+
+    @property
+    def branch(self) -> Branch:  # type: ignore[override]
+        self._to_student.land()
+        return super().branch
+
+    @property
+    def teacher(self) -> Branch:  # type: ignore[override]
+        self._to_teacher.land()
+        return self._teacher_branch
 
     def _in_order(self, specs: list[GroupSpec]) -> list[nn.Parameter]:
-        named = dict(self.engine.module.named_parameters())
-        parameters = [named[name] for spec in specs for name in spec.names]
-        begin = 0
+        parameters, begin = parameters_of(self.branch, specs), 0
         for parameter in parameters:
             assert parameter.data_ptr() == self._student[begin].data_ptr(), "DeepSpeed lays parameters out in our order"
             begin += parameter.numel()
         return parameters
 
+    def _own(self, flat: Tensor) -> Tensor:
+        """The rank's parts of a vector, one after the other; the vector itself if the rank is alone."""
+        parts = [flat[self._buckets.own(bucket)].detach() for bucket in range(len(self._buckets))]
+        return parts[0] if self._buckets.ranks == 1 else torch.cat(parts)
+
     def _copy_of(self, flat: Tensor) -> Tensor | None:
-        """Where the pass rounds to: the rank's interval, or memory beside an offloaded shard; None: nowhere."""
+        """Where the pass rounds to: beside the shard, or in the vector itself if the rank is alone; None: nowhere."""
+        own = self._own(flat)
         if self._offloaded:
-            own = flat[self._own].detach()
             return torch.empty_like(own, device="cpu", pin_memory=flat.is_cuda).copy_(own)
-        return flat[self._own].detach() if flat.dtype != torch.float32 else None
-
-    def before_backward(self, last: bool) -> None:
-        """DeepSpeed reduces nothing."""
-
-    def after_backward(self, last: bool) -> None:
-        self._reduction.after_pass(last)
-
-    def finish_backward(self) -> None:
-        self._reduction.finish()
-
-    def gradients(self) -> list[Tensor]:
-        return self._reduction.gradients()
+        return own if flat.dtype != torch.float32 else None
 
     def update(self, decision: Decision) -> None:
         if self._offloaded:
             self._reduction.to(self.shard.master.device)
         super().update(decision)
 
-    def forget_gradients(self) -> None:
-        self._reduction.forget()
-
     def publish_student(self) -> None:
-        self._publish(self._student, self.shard.student, self.shard.master)
+        self._publish(self._student, self.shard.student, self.shard.master, self._to_student)
 
     def publish_teacher(self) -> None:
-        self._publish(self._teacher, self.shard.teacher, self.shard.ema)
+        self._publish(self._teacher, self.shard.teacher, self.shard.ema, self._to_teacher)
 
-    def _publish(self, flat: Tensor, rounded: Tensor | None, exact: Tensor) -> None:
+    def _publish(self, flat: Tensor, rounded: Tensor | None, exact: Tensor, flight: Flight) -> None:
+        flight.land()
         own = exact.detach() if rounded is None else rounded
-        if dist.get_world_size() > 1:
-            _all_gather(flat, own.to(flat.device, copy=own.data_ptr() == flat[self._own].data_ptr(), non_blocking=True))
+        if self._buckets.ranks > 1:
+            own = own.to(flat.device, non_blocking=True)
+            for bucket in range(len(self._buckets)):
+                part = own[self._buckets.local(bucket)]
+                flight.add(_all_gather(flat[self._buckets.whole(bucket)], part, async_op=True), part)
         elif own.data_ptr() != flat.data_ptr():
             flat.copy_(own, non_blocking=True)
+
+    def destroy(self) -> None:
+        self._to_student.land()
+        self._to_teacher.land()
+        super().destroy()
 
 
 @torch.no_grad()
@@ -209,10 +228,10 @@ def settings(config: EngineConfig, stage: int) -> dict[str, Any]:
     }
     if config.precision == "bf16":
         out["bf16"] = {"enabled": True}
-    if stage in (0, 3):  # at the others we reduce ourselves
+    if stage == 3:  # at the others we reduce ourselves
         out["communication_data_type"] = config.reduce_dtype
-    if stage == 3 and (config.precision, config.reduce_dtype) == ("bf16", "fp32"):
-        out["data_types"] = {"grad_accum_dtype": "fp32"}
+        if (config.precision, config.reduce_dtype) == ("bf16", "fp32"):
+            out["data_types"] = {"grad_accum_dtype": "fp32"}
     if config.offload_optimizer:
         zero["offload_optimizer"] = {
             "device": config.offload_optimizer,
@@ -240,7 +259,9 @@ def initialize(
     """
     chosen = settings(config, stage)
     chosen["zero_optimization"] |= zero
-    engine, *_ = deepspeed().initialize(model=model, optimizer=optimizer, config=chosen)
+    module = deepspeed()
+    with _without_services():
+        engine, *_ = module.initialize(model=model, optimizer=optimizer, config=chosen)
     engine.train(optimizer is not None)
     return engine
 
@@ -249,7 +270,8 @@ def deepspeed() -> Any:
     """DeepSpeed, imported late (it takes a second) and kept quiet."""
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CUDA runtime is found"
-    import deepspeed
+    with _without_services():
+        import deepspeed
     from deepspeed.utils import logger
 
     private.keep_from_compiling(deepspeed)
@@ -259,10 +281,14 @@ def deepspeed() -> Any:
     return deepspeed
 
 
+def _without_services() -> AbstractContextManager[None]:
+    """What DeepSpeed imports for its autotuner, and for kernels that it has for GPUs only."""
+    return left_out("mlflow", *([] if torch.cuda.is_available() else ["triton"]))
+
+
 def _flattened(branch: Branch, specs: list[GroupSpec]) -> Tensor:
     """A copy of a branch's parameters as one flat vector."""
-    named = dict(branch.named_parameters())
-    return torch.cat([named[name].detach().reshape(-1) for spec in specs for name in spec.names])
+    return torch.cat([parameter.detach().reshape(-1) for parameter in parameters_of(branch, specs)])
 
 
 def _make_views(branch: Branch, specs: list[GroupSpec], flat: Tensor) -> None:

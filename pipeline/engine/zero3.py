@@ -18,7 +18,6 @@ from pipeline.config import EngineConfig
 from pipeline.engine import private
 from pipeline.engine.groups import FlatGroup, GroupSpec, Piece
 from pipeline.engine.layouts import flat_adamw, working_dtype
-from pipeline.engine.optimizer import Decision
 from pipeline.engine.sizes import BUCKET, PERSISTENT
 from pipeline.engine.zero import Zero, deepspeed, fp32_weights, initialize, settings, start_from
 from pipeline.method.tri_branch import Branch
@@ -93,7 +92,12 @@ class ParameterShards(Zero):
             local += share
         return FlatGroup(spec, self.shard, slice(begin, begin + local), pieces)
 
-    def after_backward(self, last: bool) -> None:
+    def backward(self, loss: Tensor, last: bool) -> None:
+        self.engine.set_gradient_accumulation_boundary(last)
+        super().backward(loss, last)
+        self._reduce_late()
+
+    def _reduce_late(self) -> None:
         """Reduce the gradients outside of blocks, in one order on all ranks.
 
         DeepSpeed reduces a bucket when the next gradient does not fit. A block's gradients come in the order of its
@@ -108,18 +112,12 @@ class ParameterShards(Zero):
         return self._cut_up.gradients()
 
     def forget_gradients(self) -> None:
-        self._cut_up.end_step()
-
-    def update(self, decision: Decision) -> None:
-        self._cut_up.let_go()
-        self.optimizer.decide(decision.to(self.shard.master.device), self.gradients())
-        self.optimizer.step()
-        self._place(0, self.shard.student)
-        self.forget_gradients()
+        self._cut_up.forget_gradients()
 
     def publish_student(self) -> None:
-        self._place(0, self.shard.student)
         self._cut_up.let_go()
+        self._place(0, self.shard.student)
+        self._cut_up.gather_small()
 
     def publish_teacher(self) -> None:
         self._place(1, self.shard.teacher)

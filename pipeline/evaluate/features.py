@@ -14,6 +14,7 @@ from pipeline.data.eval_images import EvalImages
 from pipeline.data.images import BadImage
 from pipeline.data.progress import progress_bar
 from pipeline.data.reader import Dataset
+from pipeline.data.reading import REQUESTS
 from pipeline.engine.distributed import Ranks
 
 BATCH_SIZE = 64
@@ -118,6 +119,8 @@ def batches(
     """Usable samples in order, `size` at a time; the others are counted in `skipped` and the first is named."""
     bar = progress_bar(progress, total=len(records), unit="image")
     batch: list[Loaded[S]] = []
+    if images.dataset.is_remote:
+        threads = max(threads, REQUESTS)  # which wait more than they compute
     with bar, ThreadPoolExecutor(threads) as pool:
         for record, outcome in _in_order(pool, images, records, ahead=2 * size):
             bar.update()

@@ -91,6 +91,7 @@ _OPTIMISATION = (
 )
 _FAULTS = (
     _counter("poa_skipped_samples_total", "Samples left out and replaced", "reason"),
+    _counter("poa_batches_apart_total", "Batches made on the CPU, not by the rank's own data pipeline", "reason"),
     _counter("poa_source_samples_total", "Samples trained on, by source of the data", "source"),
     _gauge("poa_checkpoint_seconds", "Time the last checkpoint took, most of it beside training"),
     _gauge("poa_checkpoint_timestamp_seconds", "When the last checkpoint was complete, Unix time"),

@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from shlex import quote
 from typing import Any
 
-from pipeline.config import ModelConfig
+from pipeline.config import ExperimentConfig, ModelConfig
 from pipeline.config.model import MLP_RATIO
+from pipeline.data.intake import CHANNELS
 from pipeline.elastic import Subnet
 from pipeline.elastic.subnet import kept, mlp_ratio
 from pipeline.models.account import Account
@@ -39,22 +40,7 @@ pre-trained once, self-supervised, together with all of its sub-networks (POA, a
 
 ## Use
 
-```python
-import timm
-
-model = timm.create_model("local-dir:PATH_OF_THIS_DIRECTORY", pretrained=True).eval()
-transform = timm.data.create_transform(**timm.data.resolve_data_config(model.pretrained_cfg), is_training=False)
-features = model(transform(image).unsqueeze(0))  # [1, {feature_dim}]
-```
-
-Nothing but timm is needed. It opens the model in other ways too, by arguments beside `pretrained=True`:
-
-| argument | what comes of it |
-|---|---|
-| `num_classes=N` | an untrained classifier to fine-tune |
-| `features_only=True` | maps of features, {maps} |
-| `in_chans=1` | grey images: the weights of the three colours are added up |
-| `img_size=S` | {img_size} |
+{use}
 
 ## Proof
 
@@ -74,6 +60,29 @@ Nothing but timm is needed. It opens the model in other ways too, by arguments b
 The code that made this model is under Apache-2.0. The weights are under the terms of whoever trained them, who also
 answers for the rights in the training images.
 """
+
+_USE = """```python
+{imports}
+model = timm.create_model("local-dir:PATH_OF_THIS_DIRECTORY", pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_data_config(model.pretrained_cfg), is_training=False)
+{lines}  # [1, {feature_dim}]
+```
+
+Nothing but timm is needed{reading}. It opens the model in other ways too, by arguments beside `pretrained=True`:
+
+| argument | what comes of it |
+|---|---|
+| `num_classes=N` | an untrained classifier to fine-tune |
+| `features_only=True` | maps of features, {maps} |{in_chans}
+| `img_size=S` | {img_size} |"""
+
+_IN_CHANS = "\n| `in_chans=1` | grey images: the weights of the three colours are added up |"  # timm adapts only these
+_OF_RGB = "features = model(transform(image).unsqueeze(0))"
+_OF_VALUES = """low, high = {low!r}, {high!r}  # the `value_range` of config.json: the values that become 0 and 1
+values = np.nan_to_num(np.atleast_3d(image).astype(np.float32), nan=low, posinf=high, neginf=low)
+values = torch.from_numpy(((values - low) / (high - low)).clip(0, 1)).permute(2, 0, 1)
+features = model(transform(values).unsqueeze(0))"""
+_READING = ", and something that reads `image`, {shape} as stored, for instance `tifffile.imread` or `numpy.load`"
 
 _TIMMS_LAST = 3  # blocks of a ViT whose features timm gives if nobody says which
 _MAPS = {
@@ -128,12 +137,30 @@ def model_card(
         account=_account(models, subnet, account),
         measured=_measured(subnet, measured),
         other_sizes=_OTHER_SIZES[config.model.family].format(stride=config.model.stride, patch=config.model.patch_size),
-        maps=_maps(config.model.family, subnet),
-        img_size=_IMG_SIZE[config.model.family],
+        use=use(config, subnet, hub["num_features"]),
         difference=proof["max_abs_difference"],
         images=proof["images"],
         shards=_summary(proof["shards"]),
         formats=_formats(proof["formats"]),
+    )
+
+
+def use(config: ExperimentConfig, subnet: Subnet, feature_dim: int) -> str:
+    """How images are made ready for the model, which timm alone cannot tell of other than 8-bit RGB."""
+    values, channels = config.data.value_range, config.model.in_chans
+    lines, imports, reading = _OF_RGB, "import timm\n", ""
+    if values:
+        lines = _OF_VALUES.format(low=values[0], high=values[1])
+        imports = "import numpy as np\nimport timm\nimport torch\n"
+        reading = _READING.format(shape="`[H, W]`" if channels == 1 else f"`[H, W, {channels}]`")
+    return _USE.format(
+        imports=imports,
+        lines=lines,
+        reading=reading,
+        feature_dim=feature_dim,
+        maps=_maps(config.model.family, subnet),
+        in_chans=_IN_CHANS if channels == CHANNELS else "",
+        img_size=_IMG_SIZE[config.model.family],
     )
 
 

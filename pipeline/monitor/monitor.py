@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from pipeline.config import ExperimentConfig
+from pipeline.data.loader import APART
 from pipeline.data.remote.patience import WEATHER
 from pipeline.elastic import Grid, cost
 from pipeline.engine.agreement import BAD_VALUES
@@ -62,6 +63,7 @@ class Share(NamedTuple):
         per_step: seconds by phase and step.
         memory: bytes by kind; the last kind is the peak.
         used: samples by source since the process started.
+        apart: batches made beside the rank's pipeline by reason.
         fetched: bytes from stores by source.
         retries: reads tried again by reason.
         fetch_wait: seconds that samples waited for stores.
@@ -75,6 +77,7 @@ class Share(NamedTuple):
     per_step: dict[str, float]
     memory: dict[str, int]
     used: dict[str, int]
+    apart: dict[str, int]
     fetched: dict[str, int]
     retries: dict[str, int]
     fetch_wait: float
@@ -96,6 +99,7 @@ class Monitor:
         progress: where the run starts.
         last_step: where it ends.
         used: samples of this rank by source, counted on by its loader.
+        apart: its batches that the loader made beside its pipeline, by reason.
 
     Attributes:
         complete: the run got there, so that whoever reads the metrics should see the last values.
@@ -110,9 +114,10 @@ class Monitor:
         progress: Progress,
         last_step: int,
         used: Mapping[str, int] = MappingProxyType({}),
+        apart: Mapping[str, int] = MappingProxyType({}),
     ):
         self.config, self.ranks, self.phases = config, ranks, phases
-        self._used = used
+        self._used, self._apart = used, apart
         self.values = Values()
         self._interval = _Interval(phases=dict(phases.seconds))
         self._later: dict[str, Any] = {}
@@ -246,6 +251,8 @@ class Monitor:
             values.add("poa_bad_steps_total", 0, term)
         for reason in SKIP_REASONS:
             values.add("poa_skipped_samples_total", 0, reason)
+        for reason in APART:
+            values.add("poa_batches_apart_total", 0, reason)
         for band, gflops in zip(BANDS, bands.gflops, strict=True):
             values.add("poa_subnet_steps_total", 0, band)
             values.set("poa_band_gflops", gflops, band)
@@ -288,6 +295,7 @@ class Monitor:
             per_step={phase: spent[phase] / steps for phase in PHASES},
             memory=memory_bytes(self.ranks.device),
             used=dict(self._used),
+            apart=dict(self._apart),
             fetched=dict(WEATHER.fetched),
             retries=dict(WEATHER.retries),
             fetch_wait=WEATHER.waited,
@@ -321,6 +329,8 @@ class Monitor:
                 values.set(name, value, stat)
         for source, samples in _total(share.used for share in shares).items():
             values.set("poa_source_samples_total", samples, source or _UNNAMED)
+        for reason, batches in _total(share.apart for share in shares).items():
+            values.set("poa_batches_apart_total", batches, reason)
         slowest = max(range(len(shares)), key=lambda rank: shares[rank].busy)
         images = interval.steps * self.config.data.batch_size * self.ranks.world_size
         seconds = max(interval.seconds, 1e-9)

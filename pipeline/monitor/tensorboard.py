@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from pipeline.elastic.optional import left_out
 from pipeline.monitor.sinks import numbers
 
 
@@ -16,7 +17,9 @@ class EventFile:
 
     def __init__(self, directory: Path, first_step: int):
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        with left_out("boto3", "botocore", "fsspec"):  # its files could lie in buckets
+            from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
         self._event = Event
         self._writer = EventFileWriter(str(directory))

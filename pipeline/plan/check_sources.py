@@ -6,11 +6,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 from pipeline.config import ExperimentConfig
 from pipeline.data.reader import Dataset
+from pipeline.data.reading import REQUESTS
 from pipeline.data.remote.patience import WEATHER
 from pipeline.plan.check import Check
 
 _SECONDS = 10.0  # for all sources together
-_REQUESTS = 32  # in flight at once
 _MOST = 2000  # images of a source
 
 
@@ -39,8 +39,8 @@ def _try(dataset: Dataset, number: int, seconds: float) -> tuple[str, int]:
     dataset.image(next(records))
     images = size = 0
     began = time.monotonic()
-    with ThreadPoolExecutor(_REQUESTS if dataset.is_remote else 1) as pool:
-        while time.monotonic() - began < seconds and (batch := list(itertools.islice(records, _REQUESTS))):
+    with ThreadPoolExecutor(REQUESTS if dataset.is_remote else 1) as pool:
+        while time.monotonic() - began < seconds and (batch := list(itertools.islice(records, REQUESTS))):
             for data in pool.map(dataset.image, batch):
                 images += 1
                 size += len(data)

@@ -69,8 +69,9 @@ def _deepspeed(config: ExperimentConfig, world_size: int) -> dict[str, float]:
     stage, count = config.engine.effective_stage(), cost.trained_params(config).total
     shards = world_size if stage == 3 else 1
     block = cost.largest_block_params(config.model) if stage == 3 else 0
+    rounded = low == 2 and stage < 3 and world_size > 1 and not config.engine.offload_optimizer  # before it is gathered
     return {
-        "weights (student, teacher)": 2.0 * low * count / shards,
+        "weights (student, teacher)": 2.0 * low * count * (1 / shards + rounded / world_size),
         "gathered weights (estimate)": 1.0 * low * block,  # one at a time
         "gradients": _gradient_bytes(config, stage, count, world_size, min(block, BUCKET)),
         "fp32 master, AdamW, EMA": 0.0 if config.engine.offload_optimizer else state_bytes(config, world_size),

@@ -11,6 +11,7 @@ from typing import Any
 
 from pipeline.config import ExperimentConfig, dump_config, load_config
 from pipeline.data.order import Order
+from pipeline.data.stream import DECODE, Skip
 from pipeline.errors import UserError
 from pipeline.files import Journal, read_json_lines, write_atomically, write_json_lines
 from pipeline.measure.provenance import code_revision, environment, versions
@@ -196,6 +197,11 @@ class RunDirectory:
             write_json_lines(self.metrics, (r for r in read_json_lines(self.metrics, "step") if r["step"] <= step))
             skipped = read_json_lines(self.skipped, "position")
             write_json_lines(self.skipped, (r for r in skipped if r["position"] < samples))
+
+    def undecodable(self, since: int) -> list[Skip]:
+        """Samples that were found not to decode from a position on, which no rank has to find again."""
+        known = (r for r in read_json_lines(self.skipped, "position") if r["position"] >= since)
+        return [Skip(**r) for r in known if r.keys() == set(Skip._fields) and r["reason"] == DECODE]
 
     def log(self, record: dict[str, Any]) -> None:
         self._log.append(record)

@@ -114,10 +114,14 @@ def _train(
                 trainer.segment = segment_of(segments[-1])
                 trainer.start_data(progress.samples)
                 ranks.agree(lambda: _open_records(run, config, segments, settings, progress, trainer, console, origin))
+                if known := ranks.agree(lambda: run.undecodable(trainer.segment.begin)):
+                    trainer.loader.learn(known)
                 if is_compiled(config):
                     _compile(trainer, watchdog, console)
-                used = trainer.loader.used
-                with Monitor(config, ranks, trainer.phases, trainer.bands, progress, policy.last_step, used) as monitor:
+                counts = trainer.loader.used, trainer.loader.apart
+                with Monitor(
+                    config, ranks, trainer.phases, trainer.bands, progress, policy.last_step, *counts
+                ) as monitor:
 
                     def alive() -> None:
                         watchdog.alive()
@@ -297,9 +301,13 @@ class Run:
         """Bring the samples that ranks left out to rank 0; they communicate only if there are any."""
         if not report.agreed.skipped:
             return
-        skips = [skip for part in self.trainer.ranks.gather([s._asdict() for s in own]) for skip in part]
+        found = [skip for part in self.trainer.ranks.gather(own) for skip in part]
+        if not found:
+            return
+        self.trainer.loader.learn(found)  # so that no rank has to find it again
+        skips = [skip._asdict() for skip in found]
         count_skipped(self.progress, skips)
-        if self.is_main and skips:
+        if self.is_main:
             self.directory.log_skipped(skips)
             self.console.left_out(skips[0], sum(self.progress.skipped_samples.values()), self.directory.skipped)
 

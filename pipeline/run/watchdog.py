@@ -25,7 +25,10 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-_COLLECTIVE = os.path.join("torch", "distributed")  # in the file names of frames that wait for other ranks
+_WAITING = (
+    os.path.join("torch", "distributed"),
+    os.path.join("engine", "flight.py"),
+)  # files of frames that wait for ranks
 _DEADMAN = Path(__file__).with_name("deadman.py")
 _GRACE_SECONDS = 5.0  # for the words of the rank that hangs, before the others end the job
 
@@ -225,7 +228,7 @@ def find_stopped(heartbeats: list[Heartbeat], stale_seconds: float) -> list[Hear
         fewest = min(h.collectives for h in heartbeats)
         behind = [h for h in heartbeats if h.collectives == fewest]
     if len(behind) == len(heartbeats):
-        behind = [h for h in heartbeats if _COLLECTIVE not in h.stack]
+        behind = [h for h in heartbeats if not any(file in h.stack for file in _WAITING)]
     return behind if len(behind) < len(heartbeats) else []
 
 

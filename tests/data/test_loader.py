@@ -12,9 +12,15 @@ import pytest
 import torch
 
 from pipeline.config import DataConfig
+from pipeline.data import loader as loaders
+from pipeline.data import repair
+from pipeline.data.images import Header
+from pipeline.data.intake import Intake
 from pipeline.data.loader import Batch, Loader
+from pipeline.data.reader import Dataset
 from pipeline.data.stream import Skip
 from pipeline.errors import UserError
+from pipeline.run.directory import RunDirectory
 
 ROOT = Path(__file__).parents[2]
 
@@ -164,6 +170,122 @@ def test_replacement_does_not_depend_on_history(damaged: Path) -> None:
         Batch(*(torch.cat(crops) for crops in zip(*batches, strict=True))) for batches in zip(*ranks, strict=True)
     ]
     assert equal(joined, whole)
+
+
+def test_graph_is_not_built_again_for_damage(damaged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All batches in which something does not decode are made by one other graph, and the first one goes on."""
+    built: list[int] = []
+    for module in (loaders, repair):
+        true = module.make_pipeline
+        monkeypatch.setattr(module, "make_pipeline", lambda *a, true=true, **k: built.append(0) or true(*a, **k))
+    loader = Loader(data_config(damaged))
+    for _ in range(9):
+        next(loader)
+    loader.close()
+    assert len(built) == 2
+    assert loader.apart["decode"] >= 1
+
+
+def test_pipeline_that_does_not_survive_a_failure_is_started_again(damaged: Path) -> None:
+    class Mortal:
+        def __init__(self, pipeline: Any) -> None:
+            self.pipeline, self.dead = pipeline, False
+
+        def run(self) -> Any:
+            try:
+                if not self.dead:
+                    return self.pipeline.run()
+            except RuntimeError:
+                self.dead = True
+                raise
+            raise RuntimeError("dead")
+
+    loader = Loader(data_config(damaged))
+    loader._pipeline = mortal = Mortal(loader._pipeline)
+    batches = [next(loader) for _ in range(9)]
+    loader.close()
+    assert mortal.dead
+    assert equal(batches, take(9, data_config(damaged)))
+
+
+def test_batch_of_too_many_pixels_is_made_in_parts_and_is_the_same(
+    shards: list[Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    loader = Loader(data_config(shards, batch_pixels=1))
+    whole = take(5, data_config(shards))
+    sizes = [[p.header.rows * p.header.cols for p in loader._reading.pick(range(4 * i, 4 * i + 4))] for i in range(5)]
+    loader.close()
+    most = sorted(map(sum, sizes))[2]  # two batches have more
+    loader = Loader(data_config(shards, batch_pixels=most))
+    assert equal([next(loader) for _ in range(5)], whole)
+    loader.close()
+    assert loader.apart == {"pixels": 2}
+    said = [message for message in caplog.messages if "more than data.batch_pixels, is made on the CPU" in message]
+    assert len(said) == 1, "named once"
+    assert "its largest image is k" in said[0]
+    alone = data_config(shards, batch_pixels=1)
+    for colours in (None, "eager"):
+        assert equal(take(5, alone, colours=colours), take(5, data_config(shards), colours=colours))
+
+
+def test_parts_have_at_most_so_many_pixels_and_all_images_in_order() -> None:
+    headers = [Header("jpeg", rows, 10, 1, complete=True, exif_at=()) for rows in (3, 4, 50, 1, 2, 3)]
+    assert list(repair.parts(headers, 70)) == [[0, 1], [2], [3, 4, 5]]
+    assert list(repair.parts(headers, 1)) == [[i] for i in range(6)]
+    assert list(repair.parts(headers, 630)) == [list(range(6))]
+
+
+def test_pixels_of_values_count_by_the_memory_that_they_take() -> None:
+    data = data_config(Path("any.tar"), batch_pixels=600)
+    rgb, values = Intake(), Intake(5, (0, 1), (0.5,) * 5, (0.5,) * 5)
+    most = [repair.Repair(data, half=False, coloured=True, intake=intake).most for intake in (rgb, values)]
+    assert most == [600, 90]  # 1800 bytes
+
+
+def test_on_a_gpu_known_damage_is_repaired_as_new_damage_is(damaged: Path) -> None:
+    """Or a run that goes on would see other pixels than one that was not stopped."""
+    loader = Loader(data_config(damaged))
+    assert loader._why_apart([], [(0, 2, "decode")]) is None
+    loader.device_id = 0
+    assert loader._why_apart([], [(0, 2, "decode")]) == "decode"
+    assert loader._why_apart([], [(0, 2, "truncated")]) is None
+    loader.device_id = None
+    loader.close()
+
+
+def test_what_one_rank_or_start_found_no_other_has_to_find(
+    damaged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    skips: list[Skip] = []
+    expected = take(9, data_config(damaged), on_skip=skips.append)
+    run = RunDirectory(tmp_path)
+    run.log_skipped([{"key": "old", "shard": "of a version before", "reason": "decode", "position": 1}])
+    run.log_skipped(skip._asdict() for skip in (*skips, skips[0]._replace(reason="huge")))
+    known = run.undecodable(0)
+    assert known == skips
+    assert run.undecodable(since=10**6) == []
+    monkeypatch.setattr(loaders, "undecodable", None)
+    again: list[Skip] = []
+    loader = Loader(data_config(damaged), on_skip=again.append)
+    loader.learn([*known, skips[0]._replace(shard="another"), skips[0]._replace(sample=99)])
+    assert equal([next(loader) for _ in range(9)], expected)
+    loader.close()
+    assert (loader.apart, again) == ({}, [])
+    assert loader.skipped["decode"] >= 9, "counted at every use"
+
+
+def test_reading_ahead_and_at_once_changes_nothing(shards: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = take(5, data_config(shards, batch_size=3))
+    assert equal(take(5, data_config(shards, batch_size=3, read_ahead=1)), expected)
+    together = threading.Barrier(3)
+    true = Dataset.image
+
+    def image(self: Dataset, record: int) -> bytearray:
+        together.wait(60)
+        return true(self, record)
+
+    monkeypatch.setattr(Dataset, "image", image)
+    assert equal(take(5, data_config(shards, batch_size=3, read_ahead=1, reads=3)), expected)
 
 
 def test_orientation_unknown_to_the_header_check_cannot_slip_in(

@@ -12,7 +12,7 @@ import pytest
 from pipeline.data import indexes, tars
 from pipeline.data.folder import _load as load
 from pipeline.data.items import Item
-from pipeline.data.packing import Job, Packed, done_path, pack, pack_all
+from pipeline.data.packing import Job, Packed, done_path, header, pack, pack_all
 from pipeline.data.shards import build
 from pipeline.errors import UserError
 
@@ -22,7 +22,7 @@ def items(tmp_path: Path, pictures: list[bytes]) -> list[Item]:
     """Six images, of which the third is none."""
     for i in range(6):
         (tmp_path / f"{i}.jpg").write_bytes(pictures[i] if i != 2 else b"no")
-    return [Item(f"{i}.jpg", partial(load, tmp_path / f"{i}.jpg", i)) for i in range(6)]
+    return [Item(f"{i}.jpg", partial(load, f"{tmp_path}/{i}.jpg", i)) for i in range(6)]
 
 
 def jobs(folder: Path, items: list[Item]) -> list[Job]:
@@ -55,6 +55,13 @@ def test_index_that_is_written_on_the_way_is_that_of_the_tar(items: list[Item], 
     assert [sample.key for sample in tars.walk(job.path)] == [key for key, _ in packed.sources]
 
 
+def test_header_is_tarfiles() -> None:
+    for name, size in (("a.jpg", 0), ("k" * 96 + ".jpg", 8**11 - 1), ("train_00000001_0123456789.seg.png", 6510)):
+        info = tarfile.TarInfo(name)
+        info.size, info.mode, info.uname, info.gname = size, 0o444, "root", "root"
+        assert header(name, size) == info.tobuf(tarfile.USTAR_FORMAT)
+
+
 def test_process_that_is_killed_is_one_clear_error(items: list[Item], tmp_path: Path) -> None:
     first, *others = jobs(tmp_path / "out", items)
     first.items = [Item("x.jpg", partial(signal.raise_signal, signal.SIGKILL))]
@@ -66,7 +73,7 @@ def test_shard_that_is_done_is_not_packed_again(items: list[Item], tmp_path: Pat
     first, *_ = jobs(tmp_path / "out", items)
     packed = pack(first)
     gone = Job(
-        first.path, "train", 0, [Item(item.name, partial(load, Path("gone"), 0)) for item in items[:2]], None, False, 1
+        first.path, "train", 0, [Item(item.name, partial(load, "gone", 0)) for item in items[:2]], None, False, 1
     )
     assert list(pack_all([gone], 1, lambda _: None)) == [packed]
     done_path(first.path).unlink()
@@ -120,7 +127,7 @@ def test_other_images_are_not_mixed_with_those_of_a_stopped_build(photos_in_clas
 
     folder = tmp_path / "out"
     folder.mkdir()
-    items = [Item(name, partial(load, tmp_path, 0)) for name in "abc"]
+    items = [Item(name, partial(load, str(tmp_path), 0)) for name in "abc"]
     _forget_other_images(folder, {"train": items})
     (folder / ".train-000000.json").write_text("{}")
     _forget_other_images(folder, {"train": items})

@@ -152,6 +152,23 @@ def test_statistics_are_written_to_the_catalog_and_taken_from_it(satellite: str,
     assert [verdict.problems for verdict in verify(satellite, progress=False)] == [[]]
 
 
+def test_statistics_stay_while_the_shards_do(
+    satellite: str, make_shard: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = Path(satellite).parent
+    found = stats(satellite).values[str(folder)]
+    index(satellite)
+    assert open_catalog(folder).pixels._asdict() == found  # type: ignore[union-attr]
+    assert not caplog.messages
+    other = folder / "train-000001.tar"
+    make_shard({"a.npy": npy(FOUR)}).replace(other)
+    index(str(other))
+    assert open_catalog(folder).pixels is None  # type: ignore[union-attr]
+    assert caplog.messages == [
+        f"{folder}: the statistics were of other shards and are dropped (poa shards stats {folder}/*.tar)"
+    ]
+
+
 def test_damaged_arrays_cost_no_batch(satellite: str, make_shard: Callable[..., Path]) -> None:
     big, cut = npy(FOUR.astype(">u2")), npy(FOUR)[:-9]
     shard = make_shard({"a.npy": npy(FOUR), "b.npy": cut, "c.npy": big, "d.tif": tif(FOUR)})

@@ -264,6 +264,7 @@ def dynamo():
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_every_width_is_compiled_and_none_falls_back(dynamo, tiny_config, scramble):
     """A width is a shape, and there are more than torch's default limit of recompilations."""
     changes = {"width": {"min": 8, "max": 88, "step": 8}, "depth": {"min": 1, "max": 2}}
@@ -291,6 +292,7 @@ def test_reaching_the_limit_of_recompilations_is_an_error(dynamo, tiny_config):
         model(images, Subnet(32, (2,)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["eva", "swin", "resnet"])
 def test_blocks_of_other_families_compile_whole(name, dynamo, tiny_config, scramble):
     plain, compiled = (trainable(name, tiny_config, scramble) for _ in range(2))

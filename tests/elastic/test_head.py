@@ -9,13 +9,17 @@ CONFIG = HeadsConfig(prototypes=[12, 20], hidden_dim=24, bottleneck_dim=6)
 SIZES = {"prototypes": [12], "hidden_dim": 24, "bottleneck_dim": 6}
 
 
-@pytest.fixture
-def heads() -> ProjectionHeads:
+def some_heads(**changes: str) -> ProjectionHeads:
     torch.manual_seed(0)
-    heads = ProjectionHeads(16, CONFIG).double()
+    heads = ProjectionHeads(16, CONFIG.model_copy(update=changes)).double()
     for p in heads.parameters():
         torch.nn.init.normal_(p)
     return heads
+
+
+@pytest.fixture
+def heads() -> ProjectionHeads:
+    return some_heads()
 
 
 @pytest.mark.parametrize("width", [8, 16])
@@ -33,9 +37,12 @@ def test_logits_are_cosines_of_an_mlp_whose_input_is_cut_and_scaled(heads, width
             torch.testing.assert_close(got, cosines)
 
 
-def test_gradients_of_all_parts_reach_features_and_prototypes(heads):
+@pytest.mark.parametrize("gain", ["unit", "learned"])
+@pytest.mark.parametrize("rows", [(3, 0, 2, 4), (0, 7, 0, 12)])  # in one product, and in one per part
+def test_gradients_of_all_parts_reach_features_and_prototypes(gain, rows):
     """Against a loss over cosines by autograd alone; a part may be empty, and a part's cosines unused."""
-    parts = [torch.randn(rows, 16, dtype=torch.double, requires_grad=True) for rows in (3, 0, 2, 4)]
+    heads = some_heads(prototype_gain=gain)
+    parts = [torch.randn(count, 16, dtype=torch.double, requires_grad=True) for count in rows]
     weights = [[torch.randn(len(part), k, dtype=torch.double) for k in CONFIG.prototypes] for part in parts[:3]]
 
     def gradients(logits):
@@ -44,11 +51,19 @@ def test_gradients_of_all_parts_reach_features_and_prototypes(heads):
         return torch.autograd.grad(total, [*parts[:3], *heads.parameters()])
 
     def plain(part, head):
-        return F.linear(F.normalize(head.mlp(part), dim=-1), F.normalize(head.prototypes, dim=-1))
+        lengths = 1 if gain == "unit" else head.prototypes_gain
+        return F.linear(F.normalize(head.mlp(part), dim=-1), F.normalize(head.prototypes, dim=-1) * lengths)
 
     expected = gradients([[plain(part, head) for head in heads.heads] for part in parts])
     for found, wanted in zip(gradients(heads(parts)), expected, strict=True):
         torch.testing.assert_close(found, wanted)
+
+
+def test_logits_of_many_rows_hold_no_memory_of_other_parts(heads):
+    """Those of cls tokens outlive the others, of which masked patches have most."""
+    for rows, shared in (((5, 7), True), ((5, 8), False)):  # 12 are twice the channels of a projection
+        (first, *_), (second, *_) = heads([torch.zeros(count, 16, dtype=torch.double) for count in rows])
+        assert (first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()) == shared
 
 
 def test_shapes_are_one_list_per_part_with_one_entry_per_head(heads):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from step_counts import BUCKET
 
 WORKER = Path(__file__).parents[1] / "workers" / "step_counts.py"
 RANKS = 2
@@ -55,10 +56,10 @@ def test_collectives_of_a_step_and_what_they_carry(counts, case):
     for found in counts[case]:
         assert found == counts[case][0]  # ranks of different sub-networks
         weights, gradients = (found["weights"] * (2 if dtype == "bf16" else 4) for dtype in (precision, reduced))
-        calls, carried = found["collectives"], found["bytes"]
+        calls, carried, buckets = found["collectives"], found["bytes"], -(-found["weights"] // BUCKET)
         agreed = carried["allreduce"] - (gradients if stage == 0 else 0)  # what is not gradients
-        if stage == 0:  # gradients in one bucket; three iterations of Sinkhorn-Knopp, and `agree`
-            assert calls == {"allreduce": 5}
+        if stage == 0:  # gradients once; three iterations of Sinkhorn-Knopp, and `agree`
+            assert calls == {"allreduce": buckets + 4}
         elif stage in ("keep", "reshard"):  # 4 blocks, 2 heads, the rest
             passes, units = 2 if stage == "reshard" else 1, 7
             student = 4 * units if stage == "reshard" else units
@@ -69,9 +70,13 @@ def test_collectives_of_a_step_and_what_they_carry(counts, case):
             }
             assert carried["reduce_scatter_base"] == passes * gradients
             assert carried["allgather_base"] == (student + units) // units * weights
-        elif stage < 3:  # gradients once or after each of two passes; student and teacher
+        elif stage < 3:  # gradients once or in each of two passes; student and teacher
             passes = 1 if stage == 1 else 2
-            assert calls == {"allreduce": 4, "reduce_scatter_base": passes, "allgather_base": 2}
+            assert calls == {
+                "allreduce": 4,
+                "reduce_scatter_base": passes * buckets,
+                "allgather_base": 2 * buckets,
+            }
             assert carried["reduce_scatter_base"] == passes * gradients
             assert carried["allgather_base"] == 2 * weights
         else:
@@ -79,3 +84,26 @@ def test_collectives_of_a_step_and_what_they_carry(counts, case):
             assert carried["reduce_scatter_base"] == 2 * gradients
             assert carried["allgather_base"] == 2 * weights
         assert agreed == 5752  # of that 8 bytes per term of the loss, twice: its sum, and whether it was finite
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case[0] in (0, 1, 2)], ids=str)
+def test_gradients_and_weights_travel_while_the_rank_computes(counts, case):
+    """By the order in which things begin and are waited for, whose times nobody takes."""
+    stage = case[0]
+    for found in counts[case]:
+        n = -(-found["weights"] // BUCKET)
+        assert n > 3
+        arrive = [] if stage == 0 else [f"wait for {n}"]  # the last step's weights, where they are first used
+        sent = ["allreduce" if stage == 0 else "reduce_scatter_base"]
+        intact, elastic, rest = [], sent * n, n
+        if stage == 2:  # two under way, those of the intact student while the elastic one computes
+            held = [*sent, "wait for 1"]
+            intact, elastic, rest = sent * 2 + held * (n - 2), held * n, 2
+        targets, agreement, gathers = ["allreduce"] * 3, ["allreduce"], ["allgather_base"] * (2 * n if stage else 0)
+        assert found["events"] == [
+            *(*arrive, "teacher", *targets),
+            *(*arrive, "student", "backward", *intact, "end"),
+            *("student", "backward", *elastic, "end"),
+            *(f"wait for {rest}", *agreement, *gathers),
+        ]
+        assert found["sent early"] == (2 if stage == 2 else 1) * (n - 1)  # all but the last bucket of a pass

@@ -1,11 +1,16 @@
-"""Gradients of two passes on their way to a shard, on one rank; several are in test_three_steps and test_counts."""
+"""Gradients of two passes on their way to a shard, on one rank, or one that takes itself for the first of two.
+
+Real ones are in test_three_steps and test_counts.
+"""
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
+from pipeline.engine.flight import Flight
 from pipeline.engine.gradients import Reduction
+from pipeline.engine.groups import Buckets
 
 SMALL = 2.0**-9  # below what bf16 tells from 1 beside it
 
@@ -20,10 +25,12 @@ def one_rank():
 def after_two_passes(precision: torch.dtype, reduced: torch.dtype, every_pass: bool = False) -> list[torch.Tensor]:
     """Of parameters of 2, 3 (never used) and 1 elements; the first pass gives 1 everywhere, the second `SMALL`."""
     parameters = [nn.Parameter(torch.zeros(shape, dtype=precision)) for shape in ((1, 2), (3,), (1,))]
-    reduction = Reduction(parameters, 8, reduced, every_pass)
+    reduction = Reduction(parameters, Buckets((0, 8)), reduced, every_pass)
     for last, slope in ((False, 1.0), (True, SMALL)):
-        ((parameters[0].sum() + parameters[2].sum()) * slope).backward()
-        reduction.after_pass(last)
+        loss = (parameters[0].sum() + parameters[2].sum()) * slope
+        reduction.before_pass(loss, last)
+        loss.backward()
+        reduction.after_pass()
     reduction.finish()
     found = [gradient.clone() for gradient in reduction.gradients()]
     reduction.forget()
@@ -51,3 +58,67 @@ def test_passes_add_up_in_the_wider_precision(precision, reduced, total, every_p
 def test_one_rank_copies_no_gradient_that_autograd_has_added_up():
     assert [len(gradient) for gradient in after_two_passes(torch.float32, torch.float32)] == [2, 3, 1]
     assert [len(gradient) for gradient in after_two_passes(torch.bfloat16, torch.float32)] == [8]
+
+
+@pytest.fixture
+def sent(monkeypatch) -> list[int]:
+    """Where the buckets begin that a rank has sent, as if there were a second rank without gradients."""
+    places = []
+    all_reduce = dist.all_reduce
+
+    def noted(vector: Tensor, **kwargs) -> dist.Work | None:
+        places.append(vector.storage_offset())
+        return all_reduce(vector, **kwargs)
+
+    monkeypatch.setattr(dist, "all_reduce", noted)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    return places
+
+
+def three_layers() -> tuple[list[nn.Parameter], Reduction]:
+    """Of 3, 4 and 2 elements, in buckets of 1, 4 and 4: each but the last reaches into the next bucket."""
+    layers = [nn.Parameter(torch.ones(size)) for size in (3, 4, 2)]
+    return layers, Reduction(layers, Buckets.of(9, 4), torch.float32, every_pass=False)
+
+
+@pytest.mark.parametrize("used", [(0, 1, 2), (2, 1, 0), (0, 2), (1,), ()])
+def test_buckets_are_sent_once_from_the_last_to_the_first_whatever_a_pass_uses_and_in_which_order(used, sent):
+    layers, reduction = three_layers()
+    first = torch.stack([layer.sum() for layer in layers]).sum() * 2
+    reduction.before_pass(first, last=False)
+    first.backward()
+    reduction.after_pass()
+    assert not sent
+    second = sum((layers[n].square().sum() for n in used), start=torch.zeros((), requires_grad=True).clone())
+    reduction.before_pass(second, last=True)
+    assert sent == ([] if used else [5, 1, 0])  # what gets no gradient any more need not wait
+    second.backward()
+    assert sent == [5, 1, 0]  # by then, before anybody asks
+    reduction.after_pass()
+    reduction.finish()
+    (own,) = reduction.gradients()
+    gradients = [torch.full_like(layer, 4.0 if n in used else 2.0) for n, layer in enumerate(layers)]
+    assert torch.equal(own, torch.cat(gradients) / 2)
+    assert all(layer.grad is None for layer in layers)
+
+
+def test_a_gradient_that_comes_after_its_bucket_is_an_error_and_not_lost(sent):
+    layers, reduction = three_layers()
+    loss, within = layers[0].sum(), layers[2].sum()
+    loss.register_hook(lambda _: within.backward())  # as reentrant checkpointing does it
+    reduction.before_pass(loss, last=True)
+    with pytest.raises(RuntimeError, match="after its bucket"):
+        loss.backward()
+
+
+def test_a_collective_that_fails_says_so_where_it_is_waited_for():
+    class Failed:
+        def wait(self) -> None:
+            raise RuntimeError("connection closed by peer")
+
+    flight = Flight()
+    flight.add(dist.all_reduce(torch.ones(1), async_op=True), torch.ones(1))
+    flight.add(Failed(), torch.ones(1))
+    flight.land(leaving=1)
+    with pytest.raises(RuntimeError, match="closed by peer"):
+        flight.land()

@@ -19,20 +19,33 @@ FSDP2 = {
     "reshard": {"reshard_after_forward": True},
     "one": {"shard_size": "one"},
 }
+CASES = [*STAGES, *((kind, "bf16") for kind in FSDP2)]
 
 
-@pytest.mark.parametrize(("stage", "precision"), [*STAGES, *((kind, "bf16") for kind in FSDP2)])
-def test_state_of_a_rank_is_what_the_plan_says(launch, tmp_path, experiment, stage, precision):
+def tree_of(experiment, stage, precision):
     own = {"backend": "fsdp2", "zero_stage": None, **FSDP2[stage]} if stage in FSDP2 else {"zero_stage": stage}
-    tree = experiment(
+    return experiment(
         engine={**own, "precision": precision},
         heads={"prototypes": [4096], "hidden_dim": 512, "bottleneck_dim": 256},  # so that crops count for little
     )
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
-    launch(WORKER, RANKS, tmp_path / "config.yaml", tmp_path / "held.json")
-    found = json.loads((tmp_path / "held.json").read_text())
-    planned = memory_estimate(load_config(tmp_path / "config.yaml"), RANKS)
+
+
+@pytest.fixture(scope="module")
+def held(launch, experiment, tmp_path_factory):
+    """By case, the bytes that rank 0 held and the config."""
+    directory = tmp_path_factory.mktemp("memory")
+    paths = [directory / f"{stage}-{precision}.yaml" for stage, precision in CASES]
+    for path, case in zip(paths, CASES, strict=True):
+        path.write_text(yaml.safe_dump(tree_of(experiment, *case)))
+    launch(WORKER, RANKS, directory / "held.json", *paths)
+    return dict(zip(CASES, zip(json.loads((directory / "held.json").read_text()), paths, strict=True), strict=True))
+
+
+@pytest.mark.parametrize(("stage", "precision"), CASES)
+def test_state_of_a_rank_is_what_the_plan_says(held, stage, precision):
+    found, path = held[stage, precision]
+    planned = memory_estimate(load_config(path), RANKS)
     state = planned["weights (student, teacher)"] + planned["fp32 master, AdamW, EMA"]
     if stage == 3:  # its gradients have a place of their own, below that gradients are gone between steps
         state += planned["gradients"]
-    assert found["held"] == pytest.approx(state, rel=0.1)
+    assert found == pytest.approx(state, rel=0.1)

@@ -98,6 +98,7 @@ def found(experiment, tmp_path_factory) -> dict[str, dict]:
     return {family: seen[str(home / family)] | {"proof": proofs[family]} for family in proofs}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["vit", "eva", "swin", "resnet"])
 @pytest.mark.parametrize("name", sorted(FORMATS))
 def test_a_format_computes_what_timm_computes(found, family, name):
@@ -107,6 +108,7 @@ def test_a_format_computes_what_timm_computes(found, family, name):
     assert proof["file"] == FORMATS[name].file
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["vit", "eva", "swin", "resnet"])
 def test_timm_opens_it_as_feature_maps_with_classes_and_for_grey_images(found, family):
     seen = found[family]

@@ -179,10 +179,12 @@ def test_weather_of_the_store_is_counted_per_node_and_samples_per_source(ranks, 
     monkeypatch.setattr(monitor_module, "WEATHER", weather)
     config = parse_config(experiment(run={"dir": str(tmp_path)}, metrics={"port": 0}))
     (tmp_path / "manifest.json").write_text(json.dumps({"starts": [1], "code": "abc"}))
-    used = Counter({"": 3})
+    used, apart = Counter({"": 3}), Counter()
     bands = Bands(config.model, Grid(config.model))
-    monitor = Monitor(config, ranks, Phases(ranks.device), bands, Progress(0, 0, {}, 0, {}), 20, used)
+    monitor = Monitor(config, ranks, Phases(ranks.device), bands, Progress(0, 0, {}, 0, {}), 20, used, apart)
     get = monitor.values.get
+    assert get("poa_batches_apart_total", "pixels") == 0
+    apart["pixels"] += 2
     assert get("poa_fetch_retries_total", "server") == 0
     used["street"] += 5
     weather.retried("server")
@@ -194,6 +196,7 @@ def test_weather_of_the_store_is_counted_per_node_and_samples_per_source(ranks, 
     monitor.step(Progress(1, 4, {}, 0, {}), REPORT)
     monitor.log(REPORT)
     assert (get("poa_source_samples_total", "street"), get("poa_source_samples_total", "train")) == (5, 3)
+    assert (get("poa_batches_apart_total", "pixels"), get("poa_batches_apart_total", "decode")) == (2, 0)
     assert (get("poa_fetched_bytes_total", "street"), get("poa_fetched_bytes_total", "train")) == (1001, 7)
     assert (get("poa_cache_hits_total"), get("poa_cache_misses_total")) == (2, 1)
     assert (get("poa_fetch_retries_total", "server"), get("poa_fetch_wait_seconds_total")) == (1, 0.75)

@@ -98,6 +98,7 @@ def test_bf16_on_a_cpu_is_warned_of_as_long_as_pytorch_sums_in_bf16(write):
     assert bias.grad.max() < 4096, "PyTorch sums in fp32 now: drop the warning"
 
 
+@pytest.mark.slow
 def test_a_compiler_that_is_missing_fails_before_the_job_does(write, tmp_path):
     path = write(engine={"compile": True})
     environment = {

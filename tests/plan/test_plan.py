@@ -60,6 +60,7 @@ def test_vit_run_has_the_figures_of_the_design():
     assert found["speed"]["step_seconds"] == pytest.approx(alone * (1 + waiting["balanced"]["slowdown"]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["vit_large", "swin_base", "resnet152"])
 def test_flops_of_the_papers_runs_equal_a_counter_on_the_real_modules(preset):
     """Teacher, intact and an elastic student of a whole step on the meta device, which computes shapes alone."""

@@ -18,6 +18,13 @@ HEAVY = {  # and what would bring it in
     "pandas": "torch._dynamo",
     "distutils": "DeepSpeed, when it looks which of its operators could be built",
     "webdataset": "pipeline.data.shards",
+    "wandb": "timm (pipeline.elastic.layers)",
+    "mlflow": "DeepSpeed's autotuner (pipeline.engine.zero)",
+    "triton": "DeepSpeed's kernels",
+    "boto3": "tensorboard (pipeline.monitor.tensorboard)",
+    "fsspec": "tensorboard",
+    "requests": "mlflow, wandb",
+    "pyarrow": "mlflow, fsspec",
 }
 
 

@@ -1,8 +1,9 @@
-"""Bytes of the tensors that a rank holds between two steps, beside the parameters: `held_memory.py CONFIG OUT`."""
+"""Bytes of the tensors that a rank holds between two steps, beside those before: `held_memory.py OUT CONFIG...`."""
 
 import gc
 import json
 import sys
+from pathlib import Path
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -24,16 +25,21 @@ def held() -> int:
     return sum(storages.values())
 
 
-config, out = load_config(sys.argv[1]), sys.argv[2]
-ranks = distributed.initialize(300)
-before = held()
-trainer = Trainer(config, ranks)
-trainer.start_data(0)
-for step in range(2):
-    trainer.step(step)
-after = held() - before
-if ranks.is_main:
-    with open(out, "w") as file:
-        json.dump({"held": after}, file)
-trainer.close()
-distributed.shut_down()
+def held_by(path: str, ranks: distributed.Ranks) -> int:
+    before = held()
+    trainer = Trainer(load_config(path), ranks)
+    trainer.start_data(0)
+    for step in range(2):
+        trainer.step(step)
+    after = held() - before
+    trainer.close()
+    return after
+
+
+if __name__ == "__main__":
+    out, *configs = sys.argv[1:]
+    world = distributed.initialize(300)
+    found = [held_by(path, world) for path in configs]
+    if world.is_main:
+        Path(out).write_text(json.dumps(found))
+    distributed.shut_down()

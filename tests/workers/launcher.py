@@ -17,15 +17,7 @@ from unittest import mock
 
 ROOT = Path(__file__).parents[2]
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(  # what training imports, early or late, or at ZeRO-3 and under FSDP2 only
-    [
-        "pipeline.run.loop",
-        "deepspeed.runtime.zero.muon.muon_optimizer",  # DeepSpeed asks for it at its start
-        "nvidia.dali.fn",
-        "torch._dynamo",
-        "torch.distributed.fsdp",
-    ]
-)
+_FORKS.set_forkserver_preload(["preloaded"])
 _FRESH = multiprocessing.get_context("spawn")
 
 
@@ -66,12 +58,13 @@ def run_ranks(
     """
     shared = {"WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": unused_port()}
     shared |= {"OMP_NUM_THREADS": 1, "PYTHONPATH": ROOT, **ON_CPU}
-    with mock.patch.dict(os.environ, ON_CPU):  # DeepSpeed chooses its device once, when it is imported there
+    # DeepSpeed chooses its device once, when it is imported there; the path is how that process finds what to import
+    with mock.patch.dict(os.environ, ON_CPU | {"PYTHONPATH": f"{Path(__file__).parent}:{ROOT}"}):
         forkserver.ensure_running()
     context, processes = _FRESH if fresh else _FORKS, []
     for rank in range(ranks):
         own = {name: str(value) for name, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()}
-        words = (script, arguments, {**os.environ, **own}, directory, directory / f"rank{rank}.out")
+        words = (script, arguments, {**os.environ, **own}, directory, directory / f"rank{rank}.out", fresh)
         processes.append(context.Process(target=_be_rank, args=words))
     deadline = time.monotonic() + timeout
     try:
@@ -89,7 +82,9 @@ def run_ranks(
     return outputs
 
 
-def _be_rank(script: Path, arguments: list[str], environment: dict[str, str], directory: Path, output: Path) -> None:
+def _be_rank(
+    script: Path, arguments: list[str], environment: dict[str, str], directory: Path, output: Path, fresh: bool
+) -> None:
     import torch
 
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -101,4 +96,5 @@ def _be_rank(script: Path, arguments: list[str], environment: dict[str, str], di
     sys.argv = [str(script), *arguments]
     sys.path[:0] = [str(script.parent), str(ROOT)]
     torch.set_num_threads(1)
+    assert fresh or "preloaded" in sys.modules, "the process from which ranks are forked could not import it"
     runpy.run_path(str(script), run_name="__main__")

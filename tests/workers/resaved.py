@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from pipeline.config import load_config
-from pipeline.engine import distributed
+from pipeline.engine import distributed, zero
 from pipeline.engine.checkpoint import Checkpoints, Progress
 from pipeline.run.step import Trainer
 
@@ -19,6 +19,7 @@ STEPS = 2
 def main() -> None:
     config, new, old = sys.argv[1:]
     torch.set_num_threads(1)
+    zero.BUCKET = 30_000  # several of them
     ranks = distributed.initialize()
     trainer = Trainer(load_config(config), ranks)
     trainer.start_data(0)

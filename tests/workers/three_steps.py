@@ -27,7 +27,7 @@ from pipeline.config import EngineConfig, ExperimentConfig, load_config
 from pipeline.data.loader import Loader
 from pipeline.data.masks import block_masks
 from pipeline.elastic import Backbone, Subnet
-from pipeline.engine import distributed, fully_shard
+from pipeline.engine import distributed, fully_shard, zero
 from pipeline.engine.distributed import Ranks
 from pipeline.engine.fully_shard import gathered
 from pipeline.method.schedules import Schedules, StepValues
@@ -154,6 +154,7 @@ def main() -> None:
         Backbone.compile_blocks = partialmethod(Backbone.compile_blocks, backend="eager")
     # the interpreter takes a program's time whatever its width; the kernel's own width is tested where the kernel is
     optimizer.BLOCK = 1 << 16
+    zero.BUCKET = 30_000  # several of them
     ranks = distributed.initialize() if mode in ("engine", "inductor") else None
     if ranks:  # as if nodes had two of them
         fully_shard.platform = SimpleNamespace(node=lambda: f"node{ranks.rank // 2}")

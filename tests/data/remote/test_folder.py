@@ -5,7 +5,9 @@ import pytest
 import torch
 
 from pipeline.config.data import DataConfig, SourceConfig
+from pipeline.data.check import stats
 from pipeline.data.homes import known_classes
+from pipeline.data.keys import keys_of
 from pipeline.data.loader import Loader
 from pipeline.data.patterns import list_shards
 from pipeline.data.reader import Dataset
@@ -49,6 +51,18 @@ def test_store_gives_what_the_disk_gives(folder: Path, serve: Callable) -> None:
         assert there.key(record) == here.key(record)
         assert str(there.shard(record)) == f"{server.url}/{here.shard(record).name}"
     assert known_classes(there.shard(0)) == ["cat", "dog", "owl"]
+    assert keys_of(there) == keys_of(here) == [here.key(record) for record in range(30)]
+    found = [stats(pattern(where), progress=False) for where in (folder, server.url)]
+    assert len({(str(one.formats), str(one.classes), str(one.kilobytes)) for one in found}) == 1
+
+
+def test_keys_at_once_are_of_the_samples_that_have_the_wanted_image(
+    make_shard: Callable[..., Path], pictures: list[bytes]
+) -> None:
+    files = {"a.input.jpg": pictures[0], "b.target.jpg": pictures[1], "c.target.jpg": pictures[2]}
+    index(str(make_shard(files)), "target")
+    dataset = Dataset(str(make_shard(files)))
+    assert keys_of(dataset) == [dataset.key(record) for record in range(2)] == ["b", "c"]
 
 
 def test_names_are_held_against_the_catalog(folder: Path, serve: Callable) -> None:

@@ -1,0 +1,27 @@
+"""What training imports or makes once per process, for the process from which ranks are forked.
+
+It starts no thread, for none would live on in the forks.
+"""
+
+import gc
+import importlib
+
+import pipeline.run.loop  # noqa: F401
+from pipeline.config.data import DataConfig
+from pipeline.data.augment import make_pipeline
+from pipeline.engine.zero import deepspeed
+
+deepspeed()
+for name in (  # early or late, or at ZeRO-3 and under FSDP2 only
+    "nvidia.dali.fn",
+    "torch._dynamo",
+    "torch.distributed.fsdp",
+    "pipeline.engine.fully_shard",
+    "pipeline.engine.zero3",
+    "tensorboard.summary.writer.event_file_writer",
+):
+    importlib.import_module(name)
+# DALI rewrites the code of the graph, once per process; nothing is built or run
+make_pipeline(DataConfig(train="-", batch_size=1), lambda number: ((), (), ()), device_id=None, half=False)
+gc.collect()
+gc.freeze()  # or each fork looks for garbage among a million objects, and copies the memory that they lie in
