@@ -20,7 +20,7 @@ from pipeline.engine.distributed import Ranks
 from pipeline.errors import UserError
 from pipeline.evaluate.features import LabelledFeatures, extract_features
 from pipeline.evaluate.knn import knn_accuracy
-from pipeline.evaluate.linear import linear_accuracy
+from pipeline.evaluate.linear import linear_accuracy, warn_of_edge
 from pipeline.evaluate.segmentation import Segmentation
 from pipeline.evaluate.spread import decoding_threads, device_of, everywhere, number, sum_counts, total
 from pipeline.evaluate.targets import PIXELS, UNTRAINED, Target, directory_target, is_run, pixels_target, run_target
@@ -130,7 +130,10 @@ class Evaluation:
             x, queries = x - mean, queries - mean
         together: Any = {"ranks": self.ranks, "device": self.device}
         if self.method == "linear":
-            return linear_accuracy(x, train.labels, queries, val.labels, records=train.records, **together)
+            found = linear_accuracy(x, train.labels, queries, val.labels, records=train.records, **together)
+            if self.ranks is None or self.ranks.is_main:
+                warn_of_edge(name, "C", found["C"], found["grid_edge"])
+            return found
         return knn_accuracy(x, train.labels, queries, val.labels, **together)
 
 

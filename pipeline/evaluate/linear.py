@@ -4,6 +4,8 @@ The problem is convex and solved by L-BFGS in fp64 on the device of the features
 samples and of loss and gradient: one short all-reduce per evaluation of the loss, and nobody waits for a solver.
 """
 
+import sys
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -51,14 +53,15 @@ def linear_accuracy(
         records: `[N]` numbers of the training samples among those of all ranks, by which they are held out.
 
     Returns:
-        accuracy and train_accuracy as fractions of 1, the chosen C, and whether the solver converged.
+        accuracy and train_accuracy as fractions of 1, the chosen C, at which end of the grid it lies (`edge`), and
+        whether the solver converged.
     """
     known = train_labels.unique()
     if ranks:
         known = torch.cat(ranks.gather(known)).unique()
     if len(known) == 1:
         hits, asked = number(int((val_labels == known[0]).sum()), ranks), number(len(val_labels), ranks)
-        return {"accuracy": hits / asked, "train_accuracy": 1.0, "C": None, "converged": True}
+        return {"accuracy": hits / asked, "train_accuracy": 1.0, "C": None, "grid_edge": None, "converged": True}
     own = _Samples(train.to(device), torch.searchsorted(known, train_labels).to(device))
     apart = held_out(torch.arange(len(train)) if records is None else records, ranks).to(device)
     fitted, chooser = own.where(~apart), own.where(apart)
@@ -73,8 +76,24 @@ def linear_accuracy(
         "accuracy": probe.score(asked_of),
         "train_accuracy": probe.score(own),
         "C": chosen,
+        "grid_edge": edge([scores[c] for c in STRENGTHS]),
         "converged": converged,
     }
+
+
+def edge(scores: Sequence[float]) -> str | None:
+    """At which end of a rising grid the best score is, if no other equals it: the best value may lie beyond."""
+    if len(scores) > 1 and scores[0] > max(scores[1:]):
+        return "smallest"
+    if len(scores) > 1 and scores[-1] > max(scores[:-1]):
+        return "largest"
+    return None
+
+
+def warn_of_edge(name: str, what: str, value: float | None, where: str | None) -> None:
+    """Say that a better value may lie beyond a grid."""
+    if where:
+        print(f"warning: {name}: the best {what} is the {where} there is, {value:g}", file=sys.stderr)
 
 
 def held_out(records: Tensor, ranks: Ranks | None) -> Tensor:

@@ -20,13 +20,13 @@ from pipeline.data.patterns import Shards
 from pipeline.engine.distributed import Ranks
 from pipeline.errors import UserError
 from pipeline.evaluate.dense import DenseFeatures, Quality, cell_counts, confusion, dense_features, quality
-from pipeline.evaluate.linear import held_out
+from pipeline.evaluate.linear import edge, held_out, warn_of_edge
 from pipeline.evaluate.neighbours import Bank
 from pipeline.evaluate.spread import decoding_threads, device_of, everywhere, number, sum_counts, total
 from pipeline.evaluate.targets import Candidate, Target
 from pipeline.models.results import Results
 
-LEARNING_RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+LEARNING_RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)  # on whitened features
 BATCH, MOMENTUM, LEAST_STEPS, EPOCHS = 32, 0.9, 500, 10
 NEIGHBOURS, TEMPERATURE = 30, 0.02
 BANK = 1 << 20
@@ -34,6 +34,7 @@ BANK = 1 << 20
 _SIMILARITIES = 1 << 26
 _IMAGES = 16  # judged at a time
 _ROWS = 1 << 16  # in fp64 at a time
+_NOTHING = 1e-6  # of the largest variance: a direction of less is rounding
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,8 @@ class Segmentation:
         classes = self._classes(images, train, val)
         counts = [self._images(share, source) for share, source in zip((train, val), images, strict=True)]
         probe = Probe(train, classes, self.ranks, self.device)
+        if self.ranks is None or self.ranks.is_main:
+            warn_of_edge(candidate.name, "learning rate", probe.learning_rate, probe.edge)
         linear = self._judge(val, classes, probe.scores)
         self.alive()
         knn = self._knn(train, val, classes)
@@ -108,6 +111,7 @@ class Segmentation:
             "knn_accuracy": knn.accuracy,
             "knn_miou": knn.miou,
             "learning_rate": probe.learning_rate,
+            "grid_edge": probe.edge,
             "input_pixels": images[0].side,
             "map_cells": list(train.maps.shape[1:3]),
             "train_images": counts[0],
@@ -189,6 +193,7 @@ class Probe:
 
     Attributes:
         learning_rate: of the chosen one.
+        edge: whether that is the "smallest" or "largest" there is, and better than its neighbour.
     """
 
     def __init__(self, train: DenseFeatures, classes: int, ranks: Ranks | None, device: torch.device):
@@ -198,33 +203,44 @@ class Probe:
             apart = torch.zeros_like(apart)  # too few images: choose by those that were fitted
         fitted = [part[~apart] for part in (train.maps, train.masks, train.records)]
         chooser = fitted if not number(int(apart.sum()), ranks) else [part[apart] for part in (train.maps, train.masks)]
-        self._standardise(fitted[0])
+        self._whiten(fitted[0])
         self._weight = torch.zeros(len(LEARNING_RATES), train.maps.shape[-1] + 1, classes, device=device)
         self._fit(*fitted)
         scores = self._choices(*chooser[:2])
         self._best = max(range(len(scores)), key=scores.__getitem__)
         self.learning_rate = LEARNING_RATES[self._best]
+        self.edge = edge(scores)
 
     def scores(self, maps: Tensor) -> Tensor:
         """`[B, h, w, D]` on the device -> `[B, h, w, C]` of the chosen classifier."""
         return self._logits(maps)[self._best]
 
     def _logits(self, maps: Tensor) -> Tensor:
-        x = (maps - self._mean) / self._scale
+        x = (maps - self._mean) @ self._whitening
         weight = self._weight
         return torch.einsum("nhwd,ldc->lnhwc", x, weight[:, :-1]) + weight[:, -1][:, None, None, None]
 
-    def _standardise(self, maps: Tensor) -> None:
+    def _whiten(self, maps: Tensor) -> None:
+        """Mean, and the symmetric map by which features are uncorrelated and of unit variance.
+
+        A linear classifier can say the same of them, but SGD gets along as fast in every direction. The features of a
+        network are far from that: correlations whose eigenvalues span four orders of magnitude and more were seen, so
+        that most directions had learnt nothing when the steps were over, whatever the learning rate.
+        """
         parts = maps.flatten(0, 2).split(_ROWS)
-        count = number(sum(map(len, parts)), self._ranks)
-        mean, squares = torch.zeros(2, maps.shape[-1], dtype=torch.float64, device=self._device)
+        count, width = number(sum(map(len, parts)), self._ranks), maps.shape[-1]
+        mean = torch.zeros(width, dtype=torch.float64, device=self._device)
+        products = torch.zeros(width, width, dtype=torch.float64, device=self._device)
         for part in parts:
             mean += part.to(self._device).double().sum(0)
         mean = total(mean, self._ranks) / count
         for part in parts:
-            squares += (part.to(self._device).double() - mean).square().sum(0)
-        deviation = (total(squares, self._ranks) / count).sqrt()
-        self._mean, self._scale = mean.float(), deviation.where(deviation > 1e-6, 1.0).float()
+            x = part.to(self._device).double() - mean
+            products += x.T @ x
+        variances, directions = torch.linalg.eigh(total(products, self._ranks) / count)
+        known = variances > _NOTHING * variances[-1].clamp(min=_NOTHING)
+        self._mean = mean.float()
+        self._whitening = (directions * variances.rsqrt().where(known, 0.0) @ directions.T).float()
 
     def _fit(self, maps: Tensor, masks: Tensor, records: Tensor) -> None:
         """SGD over batches of images of all ranks; a batch does not depend on which rank holds what."""

@@ -59,13 +59,16 @@ def load_start(backbone: Backbone, source: str) -> list[str]:
 
 
 @torch.no_grad()
-def frozen_start(config: ExperimentConfig, ranks: Ranks, order: Order | None, dtype: torch.dtype) -> Backbone:
+def frozen_start(
+    config: ExperimentConfig, ranks: Ranks, order: Order | None, fresh: bool, dtype: torch.dtype
+) -> Backbone:
     """The full network as the run began, on every rank, never to change. Collective; rank 0 reads it.
 
     Args:
         config: the experiment.
         ranks: this process and its peers.
-        order: what its weights were put in, if the run begins now; a run that goes on has kept it.
+        order: what its weights were put in, if the run begins now.
+        fresh: the run begins; one that goes on has kept the order in its directory.
         dtype: of weights and images.
 
     Raises:
@@ -79,7 +82,7 @@ def frozen_start(config: ExperimentConfig, ranks: Ranks, order: Order | None, dt
         load_start(backbone, config.model.init_from)
         if order:
             permute(backbone, order.units)
-        elif config.model.init_order != "none":
+        elif not fresh and config.model.init_order != "none":
             restore_order(backbone, Path(config.run.dir))
 
     ranks.agree(load)

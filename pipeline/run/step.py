@@ -142,7 +142,9 @@ class Trainer:
             config.loss.centering, config.heads.prototypes, ranks.device, kernels.loss, sinkhorn_impl=kernels.sinkhorn
         )
         anchor = (
-            frozen_start(config, ranks, self.order, working_dtype(config.engine)) if config.loss.anchor_weight else None
+            frozen_start(config, ranks, self.order, fresh, working_dtype(config.engine))
+            if config.loss.anchor_weight
+            else None
         )
         self.tri_branch = TriBranch(config.loss, self.grid.largest, drop, centering, self.phases.lap, anchor)
         if source and begun:

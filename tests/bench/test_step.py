@@ -1,15 +1,19 @@
 """Steps on synthetic pictures, beside the plain implementation."""
 
+import json
+
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from kernels.dispatch import interpreted
 from pipeline.bench.step import StepBench, benchmark_step, union
 from pipeline.bench.synthetic import SyntheticLoader
 from pipeline.config import DataConfig, ExperimentConfig
-from pipeline.elastic import Subnet
+from pipeline.elastic import Subnet, build
 from pipeline.engine import distributed
 from pipeline.errors import UserError
+from pipeline.models.timm_format import hub_config
 
 
 @pytest.fixture
@@ -74,6 +78,23 @@ def test_every_width_is_compiled_before_anything_is_measured(config):
     bench.close()
     distributed.shut_down()
     assert eager == ([] if not config.uses_triton() else bench.widths())
+
+
+def test_a_run_that_would_sort_its_weights_and_hold_to_them_is_measured_without_images(experiment, tmp_path):
+    """Nothing is sorted, since there are no images to sort by, and the anchor is as the weights came."""
+    tree = experiment(
+        model={"init_from": str(tmp_path / "source"), "init_order": "taylor"},
+        data={"train": str(tmp_path / "none.tar")},
+        loss={"anchor_weight": 0.5},
+        run={"dir": str(tmp_path / "run")},
+    )
+    config = ExperimentConfig.model_validate(tree)
+    backbone = build(config.model)
+    export = backbone.export(backbone.grid.largest)
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "config.json").write_text(json.dumps(hub_config(config, export)))
+    save_file(export.state_dict, tmp_path / "source" / "model.safetensors")
+    assert benchmark_step(config, 1, 1, synthetic=True)["cpu_seconds"] > 0
 
 
 def test_a_plain_step_wants_synthetic_pictures(config, experiment):

@@ -6,7 +6,7 @@ import torch
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
-from pipeline.evaluate.linear import STRENGTHS, linear_accuracy
+from pipeline.evaluate.linear import STRENGTHS, edge, linear_accuracy, warn_of_edge
 
 
 @pytest.fixture(scope="module")
@@ -53,3 +53,13 @@ def test_the_result_is_the_same_every_time(digits_pixels):
     scores = [linear_accuracy(x[:300], y[:300], x[300:600], y[300:600]) for _ in range(2)]
     assert scores[0] == scores[1]
     assert np.isfinite(scores[0]["accuracy"])
+
+
+def test_a_best_value_at_the_edge_of_its_grid_is_named(capsys):
+    assert edge([0.1, 0.3, 0.2]) is None
+    assert edge([0.1, 0.2, 0.3]) == "largest"
+    assert edge([0.3, 0.2, 0.1]) == "smallest"
+    assert edge([0.3, 0.3, 0.1]) is edge([0.1, 0.3, 0.3]) is edge([0.3]) is None  # the neighbour is as good
+    warn_of_edge("32x2", "C", 0.1, None)
+    warn_of_edge("32x2", "C", 1.0, "largest")
+    assert capsys.readouterr().err == "warning: 32x2: the best C is the largest there is, 1\n"

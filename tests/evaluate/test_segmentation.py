@@ -1,6 +1,7 @@
 """Segmentation on frozen maps of features: counts by hand, a model that sees colours alone, and what is refused."""
 
 import io
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,8 @@ from pipeline.config import parse_config
 from pipeline.data.masked_images import IGNORED, MaskedImages
 from pipeline.errors import UserError
 from pipeline.evaluate import segmentation
-from pipeline.evaluate.dense import cell_counts, confusion, feature_map, quality
-from pipeline.evaluate.segmentation import LEARNING_RATES, Segmentation
+from pipeline.evaluate.dense import DenseFeatures, cell_counts, confusion, feature_map, quality
+from pipeline.evaluate.segmentation import LEARNING_RATES, Probe, Segmentation
 from pipeline.evaluate.targets import Candidate, Target
 from pipeline.models.loading import RunModels
 
@@ -131,6 +132,26 @@ def test_classes_that_a_map_tells_apart_are_found_by_both_classifiers(tmp_path, 
     assert judged(train, val) == found
     strange = shard(tmp_path / "n" / "a.tar", [png(blocks(500 + i)) for i in range(24)], names)  # masks of others
     assert judged(strange, val)["miou"] < found["miou"] - 0.2
+
+
+def test_a_linear_layer_is_blind_to_how_its_features_are_mixed(monkeypatch):
+    """Features of four directions, of which one says the class, and the same turned, stretched 300-fold and moved."""
+    monkeypatch.setattr(segmentation, "LEAST_STEPS", 60)
+    draw = torch.Generator().manual_seed(0)
+    maps = torch.randn(30, 4, 4, 4, generator=draw)
+    cells = (maps[..., 0] > 0.3).to(torch.uint8)
+    masks = cells.repeat_interleave(2, 1).repeat_interleave(2, 2)
+    turn, _ = torch.linalg.qr(torch.randn(4, 4, generator=draw))
+    mixed = maps * torch.tensor([0.1, 3.0, 30.0, 1.0]) @ turn + 2
+    mixed = torch.cat([mixed, mixed[..., :1]], -1)  # a channel twice over, so that a direction holds nothing
+    probes = []
+    for features in (maps, mixed):
+        known = DenseFeatures(features, masks, torch.arange(30), (1, 0), Counter())
+        probes.append((Probe(known, 2, None, torch.device("cpu")), features))
+    scores = [probe.scores(features) for probe, features in probes]
+    torch.testing.assert_close(scores[0], scores[1], rtol=1e-2, atol=1e-2)
+    assert (scores[1].argmax(-1) == cells).float().mean() > 0.97
+    assert probes[0][0].learning_rate == probes[1][0].learning_rate
 
 
 def test_a_bank_beyond_its_limit_keeps_as_many_cells_of_each_image(tmp_path, monkeypatch):
