@@ -29,7 +29,7 @@ def attention(
         bias: `[h, N, N]` relative-position bias.
         mask: `[W, N, N]` additive, without gradient; sequence b takes window b % W.
         deterministic: the backward pass gives the same bits every time ("triton" always does).
-        impl: "eager" (torch's scaled_dot_product_attention, also "sdpa") or "triton".
+        impl: "eager" (torch's scaled_dot_product_attention, also "sdpa"), "triton", or "sdpa_above_N"; see `by_length`.
 
     Returns:
         `[B, N, h * d]` in the dtype of `qkv`.
@@ -37,8 +37,8 @@ def attention(
     Raises:
         ValueError: shapes do not fit, or `impl` is unknown or cannot run here.
     """
-    triton = use_triton("eager" if impl == "sdpa" else impl, qkv)
     _check(qkv, bias, mask)
+    triton = use_triton(by_length(impl, qkv.shape[1], biased=bias is not None or mask is not None), qkv)
     if triton:
         from kernels.fused.attention import HEAD_DIMS
         from kernels.fused.attention import attention as fused
@@ -48,6 +48,21 @@ def attention(
         out, _ = fused(qkv, None if bias is None else bias.contiguous(), None if mask is None else mask.contiguous())
         return out
     return _eager(qkv, bias, mask, deterministic)
+
+
+def by_length(impl: str, tokens: int, *, biased: bool) -> str:
+    """The implementation of sequences of so many tokens: "eager" or "triton", or what is neither as it is.
+
+    "sdpa_above_N" leaves to torch what is longer than N and has neither bias nor mask: with either torch's fastest
+    backend does not run, and so many programs for short sequences are what the kernel is for. Which N a card wants
+    is what `python -m pipeline.bench gpu c` measures (docs/kernels.md).
+    """
+    if impl == "sdpa":
+        return "eager"
+    above = impl.removeprefix("sdpa_above_")
+    if above == impl or not above.isdecimal():
+        return impl
+    return "eager" if tokens > int(above) and not biased else "triton"
 
 
 def _eager(qkv: Tensor, bias: Tensor | None, mask: Tensor | None, deterministic: bool) -> Tensor:

@@ -78,6 +78,8 @@ LOSS_FULL = [
 ATTENTION_FULL = [
     ("ViT 224", 100, 197, 16, 64, 0, False),
     ("ViT 96", 400, 37, 16, 64, 0, False),
+    ("ViT 224, patches of 14", 100, 257, 16, 64, 0, False),
+    ("ViT 112", 400, 50, 16, 64, 0, False),
     ("Swin windows", 6400, 49, 6, 16, 0, True),
     ("Swin shifted windows", 6400, 49, 6, 16, 64, True),
 ]

@@ -1,8 +1,9 @@
 """How a step is computed, which changes nothing of what is computed."""
 
+import re
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, model_serializer, model_validator
+from pydantic import Field, field_validator, model_serializer, model_validator
 
 from pipeline.config.section import Section
 
@@ -11,18 +12,30 @@ KEPT_BYTES = 2 << 30
 
 Impl = Literal["triton", "eager"]
 
+SDPA_ABOVE = re.compile(r"sdpa_above_([1-9][0-9]{0,5})")
+"""Attention by length: Triton up to so many tokens, torch's above; `kernels.attention.by_length` follows it."""
+
 
 class KernelsConfig(Section):
     """Which implementation each operation of `kernels` has; one word sets all of them."""
 
     words: ClassVar[tuple[str, ...]] = ("triton", "eager")
 
-    attention: Literal["triton", "eager", "sdpa"] = Field("triton", description="sdpa is eager by its own name")
+    attention: str = Field(
+        "triton", description="triton, eager (also sdpa), or sdpa_above_N: triton up to N tokens, sdpa above"
+    )
     residual: Impl = Field("triton", description="stochastic depth, LayerScale and the sum of a block's branch")
     loss: Impl = Field("triton", description="cross-entropy, and the sums over logits that centering takes")
     sinkhorn: Impl = "triton"
     colours: Impl = Field("triton", description="orientation, colour, blur and normalisation of crops; eager is DALI's")
     optimizer: Impl = Field("triton", description="clipping, AdamW, moving average and the copies of both")
+
+    @field_validator("attention")
+    @classmethod
+    def _attention_is_known(cls, value: str) -> str:
+        if value not in ("triton", "eager", "sdpa") and not SDPA_ABOVE.fullmatch(value):
+            raise ValueError(f"got {value!r}: use triton, sdpa, or sdpa_above_N such as sdpa_above_64")
+        return value
 
     @model_serializer
     def _one_word_if_one_will_do(self) -> str | dict[str, str]:

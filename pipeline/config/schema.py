@@ -231,7 +231,7 @@ class ExperimentConfig(Section):
         return self.model_copy(update={"model": ModelConfig.model_validate({**self.model.model_dump(), **values})})
 
     def kernels_in_use(self) -> dict[str, str]:
-        """What each operation that this experiment has resolves to: "eager" or "triton".
+        """What each operation that this experiment has resolves to: "eager", "triton", or attention's both, by length.
 
         A ResNet has no attention, and nothing but feature maps to add up; an average in the host's memory is eager.
         """
@@ -248,7 +248,7 @@ class ExperimentConfig(Section):
 
     def uses_triton(self) -> bool:
         """Whether some operation resolves to Triton."""
-        return "triton" in self.kernels_in_use().values()
+        return any(word != "eager" for word in self.kernels_in_use().values())
 
     def kernels_text(self) -> str:
         """`kernels_in_use` in one line."""
@@ -296,8 +296,8 @@ class ExperimentConfig(Section):
                 "set model.init_from, or leave it out"
             )
         model = self.model
-        wants = self.kernels_in_use().get("attention")
-        if wants == "triton" and model.head_dim not in KERNEL_HEAD_DIMS:
+        wants = self.kernels_in_use().get("attention", "eager")
+        if wants != "eager" and model.head_dim not in KERNEL_HEAD_DIMS:
             raise ValueError(
                 f"model.head_dim={model.head_dim}: the Triton attention has {KERNEL_HEAD_DIMS}; use one of these, "
                 "or set engine.kernels=eager, or engine.kernels.attention=sdpa alone"

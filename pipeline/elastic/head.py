@@ -14,27 +14,12 @@ if TYPE_CHECKING:
     from pipeline.config import HeadsConfig
 
 
-def _together(rows: Tensor) -> bool:
-    """Whether parts of these rows `[R, D]` share one product with a matrix `[K, D]`.
-
-    With few rows the matrix is what costs. With many, each part is a product of its own, or the backward pass would
-    have to join their gradients `[R, K]`, and a part's logits would keep those of the others in memory.
-    """
-    return len(rows) <= 2 * rows.shape[1]
-
-
-def _products(rows: Tensor, matrix: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
-    """Consecutive parts of rows `[R, D]` times a matrix `[K, D]`, transposed."""
-    if _together(rows):
-        return F.linear(rows, matrix).split(sizes)
-    return tuple(F.linear(part, matrix) for part in rows.split(sizes))
-
-
 class _Logits(torch.autograd.Function):
-    """`_products` of rows `[R, D]` and prototypes `[K, D]` of length 1, or of that of their gain `[K, 1]`.
+    """Parts of rows `[R, D]` times prototypes `[K, D]` of length 1, or of that of their gain `[K, 1]`.
 
     The prototypes' gradient is added up within the products, and takes its way through the division by their lengths
-    where it lies; autograd would write a `[K, D]` per part and add them, and then a dozen more.
+    where it lies; autograd would write a `[K, D]` per part and add them, and then a dozen more. With few rows these
+    matrices are what costs, and to join the parts' gradients `[R_p, K]` for one product is cheaper.
     """
 
     @staticmethod
@@ -46,14 +31,14 @@ class _Logits(torch.autograd.Function):
         matrix = units if gain is None else units * gain
         ctx.save_for_backward(rows, units, lengths, gain, matrix)
         ctx.sizes = sizes
-        return _products(rows, matrix, sizes)
+        return tuple(F.linear(part, matrix) for part in rows.split(sizes))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         rows, units, lengths, gain, matrix = ctx.saved_tensors
         parts = rows.split(ctx.sizes)
-        if _together(rows):
+        if len(rows) <= 2 * rows.shape[1]:
             parts, gradients = (rows,), (torch.cat(gradients),)
         total = torch.mm(gradients[0].mT, parts[0])
         for gradient, part in zip(gradients[1:], parts[1:], strict=True):
@@ -92,8 +77,9 @@ class ProjectionHead(nn.Module):
     def forward(self, x: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
         """Features `[R, D]`, D at most `in_dim` -> logits `[size, K]` for consecutive parts of the rows.
 
-        Logits that need no gradient are fp16 where the weights are bf16, which is 8 times closer at the same size. The
-        gain is taken on the prototypes, which are fewer than the logits, and rounded with them.
+        Each part is a product of its own: its loss may overwrite it, and what outlives the others keeps none of them
+        in memory. Logits that need no gradient are fp16 where the weights are bf16, which is 8 times closer at the same
+        size. The gain is taken on the prototypes, which are fewer than the logits, and rounded with them.
         """
         eps = 1e-6 if x.dtype == torch.float16 else 1e-12
         # normalised here and not by a parametrisation, which would rename the parameter and escape ZeRO-3
@@ -105,7 +91,7 @@ class ProjectionHead(nn.Module):
             projections, prototypes = projections.half(), prototypes.half()
         if self.prototypes_gain is not None:
             prototypes = prototypes * self.prototypes_gain.to(prototypes.dtype)
-        return _products(projections, prototypes, list(sizes))
+        return tuple(F.linear(part, prototypes) for part in projections.split(list(sizes)))
 
 
 class ProjectionHeads(nn.Module):

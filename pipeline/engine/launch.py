@@ -34,8 +34,8 @@ def launch() -> Launch:
     if names is None:
         return Launch(0, 1, 0, together=False)
     try:
-        rank, world_size, local_rank = (_number(name) for name in names)
-        _number("MASTER_PORT")
+        rank, world_size, local_rank = (number_of(name) for name in names)
+        number_of("MASTER_PORT")
         environ["MASTER_ADDR"]
     except KeyError as error:
         fix = "launch with torchrun or a script of slurm/, which set it"
@@ -45,7 +45,18 @@ def launch() -> Launch:
     return Launch(rank, world_size, local_rank, together=True)
 
 
-def _number(name: str) -> int:
+def number_of(name: str, unset: int | None = None) -> int:
+    """A variable that holds a number.
+
+    Args:
+        unset: what it is where it is missing or empty.
+
+    Raises:
+        KeyError: it is missing, and `unset` is not given.
+        UserError: it is no number.
+    """
+    if unset is not None and not os.environ.get(name):
+        return unset
     try:
         return int(os.environ[name])
     except ValueError as error:

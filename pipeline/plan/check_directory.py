@@ -12,7 +12,7 @@ from pipeline.data.order import Order
 from pipeline.data.reader import Dataset
 from pipeline.engine.saved import find_problem, list_checkpoints, read_manifest
 from pipeline.errors import UserError
-from pipeline.files import read_json, require_writable
+from pipeline.files import require_writable
 from pipeline.plan.check import Check
 from pipeline.plan.memory import checkpoint_bytes
 from pipeline.run.directory import RunDirectory, require_same_batch
@@ -55,7 +55,7 @@ def _require_same_stream(config: ExperimentConfig, path: Path, world_size: int, 
     """Refuse what training would: other shards, sources or another global batch than the run began with."""
     if not (path / "manifest.json").exists():
         return
-    manifest = read_json(path / "manifest.json", "restore it, or choose another run.dir")
+    manifest = RunDirectory(path).read_manifest()
     data = config.data
     sources = sources_of(Dataset(data.train, data.piece_mb, data.image))
     settle_segments(manifest, sources, data.segment, samples, data.seed, str(path), order=Order.of(data))

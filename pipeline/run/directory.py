@@ -22,6 +22,9 @@ from pipeline.run.segments import identity, settle_segments
 from pipeline.run.slurm_job import Job
 from pipeline.run.watchdog import clear
 
+_ENTRIES = {"starts": (("step", int),), "settings": (("from_step", int), ("values", dict))}
+"""What is read of the entries of a manifest's lists."""
+
 
 class RunDirectory:
     """The files of one run, written by rank 0 alone.
@@ -76,7 +79,7 @@ class RunDirectory:
             UserError: they are gone; to begin anew would wipe the records of the run.
         """
         with self._usable():
-            starts = [start["step"] for start in self._read_manifest()["starts"]]
+            starts = [start["step"] for start in self.read_manifest()["starts"]]
             saved = [r["step"] for r in read_json_lines(self.metrics, "step") if "checkpoint_seconds" in r]
         if (step := max([*starts, *saved], default=0)) > begins:
             raise UserError(
@@ -88,7 +91,7 @@ class RunDirectory:
     def settle(self, config: ExperimentConfig, step: int, global_batch: int | None = None) -> Settings:
         """What the keys that may change are from a step on, after what this run's were; see `experiment.settle`."""
         with self._usable():
-            return settle(config, self._config_there(), self._read_manifest(), step, self.path, global_batch)
+            return settle(config, self._config_there(), self.read_manifest(), step, self.path, global_batch)
 
     def measured(self, config: ExperimentConfig) -> ExperimentConfig:
         """A config with what an earlier start of this run measured; see `experiment.with_measured`."""
@@ -104,7 +107,7 @@ class RunDirectory:
     def forked_from(self) -> dict[str, Any]:
         """The `run` and `step` that this run began from; empty if it began from none."""
         with self._usable():
-            return self._read_manifest().get("forked_from") or {}
+            return self.read_manifest().get("forked_from") or {}
 
     @contextmanager
     def _usable(self) -> Iterator[None]:
@@ -121,13 +124,24 @@ class RunDirectory:
     def _config_there(self) -> ExperimentConfig | None:
         return load_config(self._config) if self._config.exists() else None
 
-    def _read_manifest(self) -> dict[str, Any]:
+    def read_manifest(self) -> dict[str, Any]:
+        """What earlier starts left; `starts` is empty if there were none.
+
+        Raises:
+            UserError: the file holds something else.
+            OSError: it cannot be read.
+        """
         try:
-            return {"starts": [], **json.loads(self._manifest.read_text(encoding="utf-8"))}
+            manifest = {"starts": [], **json.loads(self._manifest.read_text(encoding="utf-8"))}
+            for name, keys in _ENTRIES.items():
+                if not all(isinstance(entry[key], kind) for entry in manifest.get(name, ()) for key, kind in keys):
+                    raise ValueError(f"`{name}` holds something else")
+            return manifest
         except FileNotFoundError:
             return {"starts": []}
-        except (ValueError, TypeError) as error:
-            raise UserError(f"not a manifest: {error}", str(self._manifest), "restore it") from error
+        except (ValueError, TypeError, LookupError) as error:
+            what = f"not a manifest, or a damaged one: {type(error).__name__}: {error}"
+            raise UserError(what, str(self._manifest), "restore it") from error
 
     def segments(
         self, config: ExperimentConfig, sources: list[dict[str, Any]], samples: int, forked: bool = False
@@ -135,7 +149,7 @@ class RunDirectory:
         """The segments of the run's data, the last one for what follows here or, `forked`, in another run that begins
         from it; see `settle_segments`."""
         with self._usable():
-            manifest = self._read_manifest()
+            manifest = self.read_manifest()
         data, where = config.data, str(self.path)
         return settle_segments(manifest, sources, data.segment, samples, data.seed, where, forked, Order.of(data))
 
@@ -162,7 +176,7 @@ class RunDirectory:
             UserError: the global batch is not what the run began with.
         """
         with self._usable():
-            previous = self._read_manifest()
+            previous = self.read_manifest()
         batch = config.data.batch_size * world_size
         if step > 0:
             require_same_batch(previous, batch, world_size, str(self.path))

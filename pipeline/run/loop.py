@@ -114,8 +114,7 @@ def _train(
                 trainer.segment = segment_of(segments[-1])
                 trainer.start_data(progress.samples)
                 ranks.agree(lambda: _open_records(run, config, segments, settings, progress, trainer, console, origin))
-                if known := ranks.agree(lambda: run.undecodable(trainer.segment.begin)):
-                    trainer.loader.learn(known)
+                trainer.loader.learn(ranks.agree(lambda: run.undecodable(trainer.segment.begin)))
                 if is_compiled(config):
                     _compile(trainer, watchdog, console)
                 counts = trainer.loader.used, trainer.loader.apart

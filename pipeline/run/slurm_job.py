@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.engine.launch import number_of
 from pipeline.files import write_atomically
 
 
@@ -60,11 +61,16 @@ class Job:
 
     @classmethod
     def from_environment(cls) -> "Job | None":
+        """The job around this process, if there is one.
+
+        Raises:
+            UserError: how often it was requeued is no number.
+        """
         environ = os.environ
         if "SLURM_JOB_ID" not in environ:
             return None
         directory = environ.get("POA_JOB_DIR")
-        attempt = int(environ.get("SLURM_RESTART_COUNT", "0"))
+        attempt = number_of("SLURM_RESTART_COUNT", 0)
         return cls(environ["SLURM_JOB_ID"], attempt, Path(directory) if directory else None)
 
     @property

@@ -31,6 +31,7 @@ def kernels(tree=None, *overrides, tmp_path):
         ("triton", ["engine.kernels.attention=eager"], "triton", "eager"),
         ("eager", ["engine.kernels.attention=triton"], "eager", "triton"),
         ("{attention: sdpa}", ["engine.kernels=eager"], "eager", "eager"),
+        (None, ["engine.kernels.attention=sdpa_above_64"], "triton", "sdpa_above_64"),
     ],
 )
 def test_a_word_sets_all_operations_and_a_key_one(tree, overrides, others, attention, tmp_path):
@@ -66,6 +67,8 @@ def test_one_word_is_written_where_one_will_do_and_all_operations_otherwise():
         ),
         ("sdpa", ["engine.kernels: got 'sdpa'", "use triton or eager"]),  # it is attention's alone
         ("{optimiser: eager}", ["unknown key 'engine.kernels.optimiser'", "did you mean 'engine.kernels.optimizer'?"]),
+        ("{attention: sdpa_above_}", ["engine.kernels.attention", "got 'sdpa_above_'", "sdpa_above_64"]),
+        ("{attention: sdpa_above_0}", ["engine.kernels.attention", "got 'sdpa_above_0'", "sdpa_above_64"]),
         ("{optimizer: sdpa}", ["engine.kernels.optimizer: got 'sdpa'", "'triton' or 'eager'"]),
     ],
 )
@@ -92,3 +95,11 @@ def test_what_an_experiment_does_not_have_resolves_to_nothing_and_an_offloaded_a
 def test_attention_alone_can_leave_triton_where_it_has_no_kernel_for_the_heads():
     tree = {"model": {"head_dim": 8, "width": {"min": 384, "max": 1024, "step": 64}}}
     assert parse_config(tree | {"engine": {"kernels": {"attention": "sdpa"}}}).kernels_in_use()["loss"] == "triton"
+    with pytest.raises(UserError, match=r"head_dim=8"):  # its short sequences are Triton's
+        parse_config(tree | {"engine": {"kernels": {"attention": "sdpa_above_64"}}})
+
+
+def test_attention_by_length_alone_wants_a_gpu():
+    one = dict.fromkeys(OPERATIONS, "eager")
+    assert parse_config({"engine": {"kernels": one | {"attention": "sdpa_above_64"}}}).uses_triton()
+    assert not parse_config({"engine": {"kernels": one}}).uses_triton()

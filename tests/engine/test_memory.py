@@ -19,8 +19,6 @@ FSDP2 = {
     "reshard": {"reshard_after_forward": True},
     "one": {"shard_size": "one"},
 }
-
-
 CASES = [*STAGES, *((kind, "bf16") for kind in FSDP2)]
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.attention import attention
+from kernels.attention import attention, by_length
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -171,3 +171,28 @@ def test_head_dim_without_a_kernel_is_refused(impl: str, device: str) -> None:
     else:
         with pytest.raises(ValueError, match=r"head_dim \(16, 32, 64\), got 24: use impl='eager'"):
             attention(qkv, impl=impl)
+
+
+@pytest.mark.parametrize(
+    ("word", "tokens", "biased", "chosen"),
+    [
+        ("sdpa_above_64", 64, False, "triton"),
+        ("sdpa_above_64", 65, False, "eager"),
+        ("sdpa_above_64", 65, True, "triton"),
+        ("sdpa", 5, True, "eager"),
+        ("eager", 5, False, "eager"),
+        ("triton", 500, False, "triton"),
+        ("sdpa_above_", 500, False, "sdpa_above_"),  # which is then refused
+    ],
+)
+def test_the_rule_by_length_leaves_biases_and_short_sequences_to_triton(word, tokens, biased, chosen):
+    assert by_length(word, tokens, biased=biased) == chosen
+
+
+def test_attention_by_length_is_each_of_its_two_bit_for_bit(triton: str, device: str) -> None:
+    short, long = (tensors((2, n, 2, 16), None, torch.float32, device, with_bias=False)[0] for n in (9, 10))
+    attend = torch.compile(attention, backend="eager", fullgraph=True, dynamic=False)
+    assert torch.equal(attend(short, impl="sdpa_above_9"), attention(short, impl=triton))
+    assert torch.equal(attend(long, impl="sdpa_above_9"), attention(long, impl="eager"))
+    with pytest.raises(ValueError, match="impl='sdpa_above_' is unknown"):
+        attention(short, impl="sdpa_above_")

@@ -212,9 +212,10 @@ def test_a_run_that_another_batch_or_other_shards_would_break_fails(write, train
     assert check_directory(config, 1).finding.endswith("resumes from step_00000008")
     with pytest.raises(UserError, match="global batch was 4 images and would be 8"):
         check_directory(config, 2)
-    (tmp_path / "run" / "manifest.json").write_text("{")
-    with pytest.raises(UserError, match=r"damaged.*manifest\.json"):
-        check_directory(config, 1)
+    for text in ("{", '{"settings": [{"from_step": 0}]}'):  # what training refuses
+        (tmp_path / "run" / "manifest.json").write_text(text)
+        with pytest.raises(UserError, match=r"damaged.*manifest\.json"):
+            check_directory(config, 1)
 
 
 def test_more_ranks_than_images_fail_and_more_than_shards_warn(write):

@@ -81,6 +81,16 @@ def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew(config, tmp_path):
     run.release()
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", '{"starts": 3}', '{"starts": null}', '{"starts": [{"step": "1"}]}', '{"settings": [{"from_step": 0}]}'],
+)
+def test_manifest_that_holds_something_else_is_refused_where_it_is_read(config, tmp_path, text):
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(UserError, match=r"not a manifest.*manifest\.json"):
+        RunDirectory(tmp_path).settle(config, 2)
+
+
 def test_what_is_in_the_way_is_named(config, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot use the run directory: Not a directory \(.*file"):

@@ -12,6 +12,7 @@ import yaml
 
 from pipeline.config import load_config
 from pipeline.engine.checkpoint import Written
+from pipeline.errors import UserError
 from pipeline.monitor.report import Timing
 from pipeline.run import loop
 from pipeline.run.console import Console
@@ -127,3 +128,15 @@ with stop_signals() as received:
 def test_a_job_script_that_cannot_be_told_ends_no_run(tmp_path, capsys):
     Job("7", 0, tmp_path / "gone").saved(3)
     assert "cannot tell the job script '3'" in capsys.readouterr().err
+
+
+def test_count_of_requeues_may_be_empty_and_must_be_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    for value, name in {"": "7.0", "2": "7.2"}.items():
+        monkeypatch.setenv("SLURM_RESTART_COUNT", value)
+        job = Job.from_environment()
+        assert job is not None
+        assert job.name == name
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "x")
+    with pytest.raises(UserError, match="SLURM_RESTART_COUNT=x is no number"):
+        Job.from_environment()

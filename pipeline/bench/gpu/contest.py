@@ -1,5 +1,7 @@
 """Stage c: `kernels.bench`, ours and what is compiled in advance first, rivals that compile as far as time goes."""
 
+import re
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -47,6 +49,8 @@ def run(stage: Stage) -> None:
     for results in tables.values():
         if line := _verdict(results):
             stage.say(line)
+    for line in attention_rule([result for results in tables.values() for result in results]):
+        stage.say(line)
     stage.say(f"{len(stage.found['results'])} results, {len(stage.found['no_time'])} left out for want of time")
 
 
@@ -59,3 +63,38 @@ def _verdict(results: list[Result]) -> str | None:
     rival = min(times, key=times.__getitem__)
     name = f"{results[0].op}: {results[0].case}"
     return f"{name}: triton {ours:.3f} ms, {rival} {times[rival]:.3f} ms, {times[rival] / ours:.2f}x"
+
+
+def attention_rule(results: Sequence[Result]) -> list[str]:
+    """Which lengths torch's attention wins, and the `engine.kernels.attention` that takes the least time over all.
+
+    Sequences with a bias, Swin's windows, are a matter of their own: `sdpa_above_N` leaves them to Triton.
+    """
+    plain: dict[tuple[int, str], dict[str, float]] = {}
+    biased: dict[tuple[int, str], dict[str, float]] = {}
+    for result in results:
+        match = re.search(r" N=(\d+) ", result.case)
+        if result.op != "attention" or match is None or not result.total_ms:
+            continue
+        kind = "triton" if result.contender == "triton" else "sdpa" if result.contender.startswith("SDPA") else None
+        if kind:
+            lengths = biased if " bias" in result.case else plain
+            times = lengths.setdefault((int(match[1]), result.case), {})
+            times[kind] = min(result.total_ms, times.get(kind, result.total_ms))
+    lines = []
+    if compared := {n: times for (n, _), times in sorted(plain.items()) if len(times) == 2}:
+        rules = {"triton": max(compared), "sdpa": 0} | {f"sdpa_above_{n}": n for n in [*compared][:-1]}
+        cost = {
+            rule: sum(times["sdpa" if n > above else "triton"] for n, times in compared.items())
+            for rule, above in rules.items()
+        }
+        best = min(cost, key=cost.__getitem__)
+        lines.append(f"attention without bias: {_wins(compared)}; engine.kernels.attention={best}")
+    if compared := {n: times for (n, _), times in sorted(biased.items()) if len(times) == 2}:
+        lines.append(f"attention with bias: {_wins(compared)}")
+    return lines
+
+
+def _wins(compared: dict[int, dict[str, float]]) -> str:
+    won = {n: min(times, key=times.__getitem__) for n, times in compared.items()}
+    return ", ".join(f"{winner} at {n} tokens" for n, winner in won.items())

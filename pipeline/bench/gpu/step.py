@@ -107,9 +107,12 @@ def run_engines(stage: Stage) -> None:
     rows += [_row(name, bench.contenders[name], steps, f"{ratios[name]:.2f}") for name in ENGINES]
     (stage.out / "engines.md").write_text("\n".join(rows) + "\n")
     for name in ENGINES:
-        ms, beside = (1e3 * one["seconds"] for one in (found[name], found[name]["ours"]))
-        losses = f"{bench.contenders[name].losses[-1]:.4f} and {bench.ours.losses[-1]:.4f}"
-        stage.say(f"{name}: {ms:.0f} ms, zero1 beside it {beside:.0f} ms, {ratios[name]:.2f} of it; loss {losses}")
+        ms, beside = (1e3 * part["seconds"] for part in (found[name], found[name]["ours"]))
+        last, ours = (contender.losses[-1] for contender in (bench.contenders[name], bench.ours))
+        stage.say(
+            f"{name}: {ms:.0f} ms, zero1 beside it {beside:.0f} ms, {ratios[name]:.2f} of it; "
+            f"loss {last:.4f} and {ours:.4f}"
+        )
     bench.close()
     distributed.shut_down()
 
