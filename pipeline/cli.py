@@ -27,7 +27,7 @@ from pipeline.commands import (
     watch,
 )
 from pipeline.commands.streams import stdout_is_broken, steady_streams
-from pipeline.errors import UserError
+from pipeline.errors import UserError, short
 from pipeline.run.slurm_job import speaks_for_all
 
 EXIT_USER_ERROR = 2
@@ -115,5 +115,5 @@ def _take_overrides(args: argparse.Namespace, extra: list[str]) -> None:
         if word.startswith("-") or not hasattr(args, "overrides"):
             near = difflib.get_close_matches(word, re.findall(r"--[\w-]+", args.parser.format_help()), n=1)
             fix = f"did you mean {near[0]}?" if near else f"see `{args.parser.prog} --help`"
-            raise UserError(f"unknown argument {word!r}", "command line", fix)
+            raise UserError(f"unknown argument {short(word)}", "command line", fix)
         args.overrides.append(word)

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, field_validator, model_serializer, model_validator
 
 from pipeline.config.section import Section
+from pipeline.errors import short
 
 KEPT_BYTES = 2 << 30
 """A student of at most this size stays gathered between forward and backward pass under fsdp2, unless the user says."""
@@ -34,7 +35,7 @@ class KernelsConfig(Section):
     @classmethod
     def _attention_is_known(cls, value: str) -> str:
         if value not in ("triton", "eager", "sdpa") and not SDPA_ABOVE.fullmatch(value):
-            raise ValueError(f"got {value!r}: use triton, sdpa, or sdpa_above_N such as sdpa_above_64")
+            raise ValueError(f"got {short(value)}: use triton, sdpa, or sdpa_above_N such as sdpa_above_64")
         return value
 
     @model_serializer

@@ -52,9 +52,7 @@ def _read_file(path: Path) -> dict[str, Any]:
         raise UserError(f"the config is not YAML: {_problem(error)}", where, "mend the syntax") from error
     except RecursionError as error:
         raise UserError("the config is nested without end", str(path), "mend the anchors and brackets") from error
-    if tree is None:
-        tree = {}
-    if not isinstance(tree, dict):
+    if not isinstance(tree, dict) or not tree:  # an emptied file would be an experiment of defaults
         raise UserError("the config holds no keys", str(path), "write sections such as `model:`, see yaml/demo.yaml")
     return tree
 
@@ -83,7 +81,9 @@ def _read_overrides(overrides: Iterable[str], run_dir: str | None) -> list[tuple
         key, equals, text = override.partition("=")
         key = key.strip()
         if not equals or not key:
-            raise UserError(f"{override!r} is not an override", "command line", "write KEY=VALUE, e.g. optim.epochs=10")
+            raise UserError(
+                f"{short(override)} is not an override", "command line", "write KEY=VALUE, e.g. optim.epochs=10"
+            )
         _require_new(key, given)
         given[key] = _override_value(key, text)
     if run_dir is not None:
@@ -126,7 +126,7 @@ def _put(tree: dict[str, Any], key: str, value: Any) -> None:
         if isinstance(child, str) and section and child in section.words:
             child = node[name] = dict.fromkeys(section.model_fields, child)
         if not isinstance(child, dict):
-            raise UserError(f"{name!r} has no keys below it", key, "check the dotted key")
+            raise UserError(f"{short(name)} has no keys below it", key, "check the dotted key")
         node = child
     node[leaf] = value
 
@@ -159,7 +159,7 @@ def _user_error(error: ValidationError, where: str) -> UserError:
     others = {_key_of(e["loc"]) for e in problems} - {_key_of(first["loc"])}  # a key may fail in several ways
     more = f" (and {len(others)} more)" if others else ""
     if unknown:
-        return UserError(f"unknown key {key!r}{more}", where, f"did you mean {_nearest_key(key)!r}?")
+        return UserError(f"unknown key {short(key)}{more}", where, f"did you mean {_nearest_key(key)!r}?")
     message = first["msg"].removeprefix("Value error, ")
     what, colon, fix = message.rpartition(": ")
     if first["type"] == "value_error":

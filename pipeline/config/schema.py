@@ -9,6 +9,7 @@ from pipeline.config.data import DataConfig
 from pipeline.config.engine import EngineConfig, KernelsConfig
 from pipeline.config.model import ModelConfig, is_bundle
 from pipeline.config.section import Changeable, Free, PathText, Section, Shards, expand_path
+from pipeline.errors import short
 
 Fraction = tuple[float, float]
 _LONGEST_SECONDS = 1e9  # thirty years; clocks and timeouts bear no more
@@ -168,7 +169,9 @@ class MetricsConfig(Section):
     @classmethod
     def _is_an_address(cls, value: str | None) -> str | None:
         if value is not None and not re.fullmatch(r"[\w.:%-]+", value):
-            raise ValueError(f"{value!r} is no address: name one, such as 127.0.0.1 or 0.0.0.0, without port or scheme")
+            raise ValueError(
+                f"{short(value)} is no address: name one, such as 127.0.0.1 or 0.0.0.0, without port or scheme"
+            )
         return value
 
     @model_validator(mode="after")

@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInf
 
 from pipeline.config.address import holds_secret
 from pipeline.config.plain import numbers
+from pipeline.errors import short
 
 _LARGEST = (1 << 63) - 1
 _VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})", re.ASCII)
@@ -110,13 +111,13 @@ def expand_path(text: str) -> str:
     if "://" in text and holds_secret(text):
         raise ValueError("an address with credentials in it: leave them out, the environment holds them")
     if _TEMPLATE.search(text):
-        raise ValueError(f"{text!r} holds an unrendered template: fill it in")
+        raise ValueError(f"{short(text)} holds an unrendered template: fill it in")
     expanded = _VARIABLE.sub(_variable, text)
     if text.startswith("~"):
         expanded = os.path.expanduser(expanded)
         if expanded.startswith("~"):
             raise ValueError(
-                f"there is no user {text.split('/')[0][1:]!r} whose directory {text!r} could mean: use ./~"
+                f"there is no user {text.split('/')[0][1:]!r} whose directory {short(text)} could mean: use ./~"
             )
     return expanded
 

@@ -14,7 +14,7 @@ from pipeline.data.folder import open_folder
 from pipeline.data.images import BadImage
 from pipeline.data.items import Item, Source
 from pipeline.data.names import escape
-from pipeline.errors import UserError
+from pipeline.errors import UserError, short
 
 
 def open_source(
@@ -47,7 +47,7 @@ def open_source(
 
 def _digits(name: str) -> Source:
     if name != "digits":
-        raise UserError(f"unknown data set {name!r}", f"sklearn:{name}", "sklearn:digits is the embedded one")
+        raise UserError(f"unknown data set {short(name)}", f"sklearn:{name}", "sklearn:digits is the embedded one")
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -75,7 +75,7 @@ def _torchvision(name: str, root: str, download: bool) -> Source:
     known = [n for n in torchvision.datasets.__all__ if n not in ("VisionDataset", "DatasetFolder", "ImageFolder")]
     if name not in known or constructor is None:
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or ["CIFAR10"]
-        raise UserError(f"torchvision has no data set {name!r}", f"torchvision:{name}", f"try {', '.join(near)}")
+        raise UserError(f"torchvision has no data set {short(name)}", f"torchvision:{name}", f"try {', '.join(near)}")
     options = inspect.signature(constructor).parameters
     arguments: dict[str, Any] = {"root": root} if "root" in options else {}
     if "download" in options:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, short
 
 if TYPE_CHECKING:
     from pipeline.config import ModelConfig
@@ -139,7 +139,9 @@ class Grid:
         subnet = self.aliases.get(name) or self._read(name)
         if subnet is not None and subnet in self:
             return subnet
-        raise UserError(f"no sub-network {name!r}", "subnet", f"nearest in the grid: {', '.join(self._nearest(name))}")
+        raise UserError(
+            f"no sub-network {short(name)}", "subnet", f"nearest in the grid: {', '.join(self._nearest(name))}"
+        )
 
     def _nearest(self, name: str) -> list[str]:
         wanted = self._read(name)

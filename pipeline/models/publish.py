@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, short
 from pipeline.files import read_json, sha256, write_atomically
 from pipeline.models.extract import CARD, FILES, PROOF
 
@@ -110,4 +110,6 @@ def _require_name(repo: str) -> None:
     except HFValidationError:
         valid = False
     if not valid:
-        raise UserError(f"{repo!r} is no name on a hub", "--repo", "write USER/NAME with letters, digits, -, _ and .")
+        raise UserError(
+            f"{short(repo)} is no name on a hub", "--repo", "write USER/NAME with letters, digits, -, _ and ."
+        )

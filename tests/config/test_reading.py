@@ -80,6 +80,7 @@ def test_mistakes_are_named_with_the_way_out(tree, parts):
     [
         ("model: [unclosed", "line 1"),
         ("- a\n- b", "holds no keys"),
+        ("# emptied", "holds no keys"),
         ("optim: {epochs: 3}\noptim: {epochs: 4}", "'optim' appears twice"),
     ],
 )
