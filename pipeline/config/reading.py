@@ -52,7 +52,7 @@ def _read_file(path: Path) -> dict[str, Any]:
         raise UserError(f"the config is not YAML: {_problem(error)}", where, "mend the syntax") from error
     except RecursionError as error:
         raise UserError("the config is nested without end", str(path), "mend the anchors and brackets") from error
-    if not isinstance(tree, dict) or not tree:  # an emptied file would be an experiment of defaults
+    if not isinstance(tree, dict):  # an emptied file holds none; who wants defaults alone writes {}
         raise UserError("the config holds no keys", str(path), "write sections such as `model:`, see yaml/demo.yaml")
     return tree
 
