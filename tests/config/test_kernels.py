@@ -11,7 +11,7 @@ OPERATIONS = ("attention", "residual", "loss", "sinkhorn", "colours", "optimizer
 
 def kernels(tree=None, *overrides, tmp_path):
     path = tmp_path / "config.yaml"
-    path.write_text("" if tree is None else f"engine: {{kernels: {tree}}}\n")
+    path.write_text("{}" if tree is None else f"engine: {{kernels: {tree}}}\n")
     return load_config(path, list(overrides))
 
 
