@@ -236,6 +236,13 @@ SECTIONS = (
                 help="Since the process started; skipped.jsonl of the run names them.",
                 floor_zero=True,
             ),
+            Panel(
+                "Batches made apart",
+                "none",
+                (Query("{{reason}}", f"sum by (reason) (poa_batches_apart_total{RUN})"),),
+                help="On the CPU while the other ranks wait: too many pixels for the device, or one did not decode.",
+                floor_zero=True,
+            ),
             Panel("Wait of the ranks", "s", (Query("{{stat}}", f"poa_rank_data_wait_seconds{RUN}"),), floor_zero=True),
             Panel(
                 "Samples by source",
