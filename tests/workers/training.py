@@ -4,7 +4,8 @@ Usage: training.py CONFIG PLAN, with PLAN a JSON list of attempts, each an objec
 
     overrides   list of KEY=VALUE
     kill        null, or "steps:N" (kill -9 once N more lines are logged), "save" (as soon as a checkpoint is begun),
-                "signal" (SIGTERM after the first line), "interrupt" (SIGINT then)
+                "signal" (SIGTERM at the first line, sent by the run to itself: it may be through before others act),
+                "interrupt" (SIGINT then)
     fork        RUN@STEP
     delay       seconds between that moment and the signal
 
@@ -23,16 +24,22 @@ import torch
 import pipeline.run.loop
 from pipeline.config import load_config
 from pipeline.errors import UserError
+from pipeline.run.directory import RunDirectory
 from pipeline.run.fork import Fork
+
+SIGNALS = {"signal": signal.SIGTERM, "interrupt": signal.SIGINT}
 
 
 def attempt(config_path: str, plan: dict) -> int:
     config = load_config(config_path, plan.get("overrides", []))
     run = Path(config.run.dir)
     before = lines(run)
+    kind, _, count = (plan.get("kill") or "none").partition(":")
     child = os.fork()
     if child == 0:
         torch.set_num_threads(1)
+        if kind in SIGNALS:
+            signal_at_the_first_line(SIGNALS[kind])
         code = 1
         try:
             fork = Fork.read(plan["fork"], config.run.dir) if "fork" in plan else None
@@ -42,14 +49,10 @@ def attempt(config_path: str, plan: dict) -> int:
             code = 2
         finally:
             os._exit(code)
-    kind, _, count = (plan.get("kill") or "none").partition(":")
     moment = {
-        "none": lambda: False,
         "steps": lambda: lines(run) >= before + int(count or 1),
-        "signal": lambda: lines(run) >= before + 1,
-        "interrupt": lambda: lines(run) >= before + 1,
         "save": lambda: any(run.glob("checkpoints/.step_*.tmp")),
-    }[kind]
+    }.get(kind, lambda: False)
     sent = False
     while True:
         done, status = os.waitpid(child, os.WNOHANG)
@@ -57,9 +60,20 @@ def attempt(config_path: str, plan: dict) -> int:
             return os.waitstatus_to_exitcode(status)
         if not sent and moment():
             time.sleep(plan.get("delay", 0.0))
-            os.kill(child, {"signal": signal.SIGTERM, "interrupt": signal.SIGINT}.get(kind, signal.SIGKILL))
+            os.kill(child, signal.SIGKILL)
             sent = True
         time.sleep(0.002)
+
+
+def signal_at_the_first_line(number: int) -> None:
+    log = RunDirectory.log
+
+    def log_and_signal(directory: RunDirectory, record: dict) -> None:
+        log(directory, record)
+        RunDirectory.log = log
+        os.kill(os.getpid(), number)
+
+    RunDirectory.log = log_and_signal
 
 
 def lines(run: Path) -> int:
