@@ -2,6 +2,7 @@
 
 import copy
 import os
+import signal
 import sys
 from collections.abc import Callable
 from functools import cache
@@ -19,6 +20,8 @@ from scenes import write_labelled
 
 ROOT = Path(__file__).parent.parent
 SHARED_DATA = Path(os.environ.get("POA_TEST_DATA") or ROOT.parent / "shared" / "data")
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # the suite was started in the background; what it starts was not
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 if not gpus():
     os.environ.setdefault("DS_ACCELERATOR", ON_CPU["DS_ACCELERATOR"])
 
