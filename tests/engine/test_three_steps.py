@@ -85,6 +85,7 @@ CASES = [
     Case("swin", "reshard"),
     Case("resnet", "keep"),
     Case("resnet", "reshard", shard_size="one"),
+    Case("resnet", "reshard", checkpointing=True),
     Case("vit", "reshard", ranks=3),  # most parameters have another number of rows than a multiple of 3
     Case("resnet", "keep", ranks=3),
     Case("swin", "keep", ranks=3),
@@ -96,6 +97,7 @@ BF16 = [
     *(Case("vit", stage, precision="bf16") for stage in (2, 3, "keep", "reshard")),
     Case("swin", "reshard", checkpointing=True, precision="bf16", ranks=3),
     Case("eva", "keep", precision="bf16", ranks=4),
+    Case("resnet", "reshard", precision="bf16"),
 ]
 
 
