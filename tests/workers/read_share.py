@@ -1,4 +1,4 @@
-"""What a rank of a run reads, without training: `read_share.py JOB`, a JSON file.
+"""What a rank of a run reads, without training: `read_share.py FOLDER`, in which `job-RANK.json` says what.
 
 It reads `batches` global batches from `sample` on and appends to its ledger, after each, a line with the records and
 checksums of the images. Before each it waits until the cache holds what it should hold by then, so that what is fetched
@@ -20,7 +20,8 @@ from pipeline.data.remote import patience, store
 
 patience._FIRST_WAIT = 0.005
 store._CLIENT["read_timeout"] = store.timedelta(seconds=1)
-job = json.loads(Path(sys.argv[1]).read_text())
+job = json.loads(Path(sys.argv[1], f"job-{os.environ['RANK']}.json").read_text())
+os.environ.update(job["environment"])
 data = DataConfig.model_validate(job["data"])
 reading = Reading(data, job["rank"], job["world_size"])
 cache = reading.cache

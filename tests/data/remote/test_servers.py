@@ -1,15 +1,11 @@
 """Real stores rather than one that was written for the tests: nginx over a folder, and moto's S3."""
 
 import os
-import shutil
-import subprocess
-import time
-import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from real_stores import moto, nginx
 
 from pipeline.config import DataConfig
 from pipeline.data.reader import Dataset
@@ -18,17 +14,6 @@ from pipeline.data.remote import cache as caches
 from pipeline.data.remote.folder import open_remote
 from pipeline.data.remote.patience import WEATHER, SourceError
 from pipeline.data.shards import index
-
-_NGINX = """
-daemon off; master_process off; pid {root}/pid; error_log {root}/error.log; {user}
-events {{}}
-http {{
-  access_log off;
-  client_body_temp_path {root}/t1; proxy_temp_path {root}/t2; fastcgi_temp_path {root}/t3;
-  uwsgi_temp_path {root}/t4; scgi_temp_path {root}/t5;
-  server {{ listen 127.0.0.1:{port}; root {folder}; }}
-}}
-"""
 
 
 @pytest.fixture
@@ -40,49 +25,18 @@ def folder(make_shard: Callable[..., Path], pictures: list[bytes]) -> Path:
 
 
 @pytest.fixture(params=["nginx", "moto"])
-def url(request: pytest.FixtureRequest, folder: Path, quick: None) -> str:
-    return request.getfixturevalue(request.param)
-
-
-@pytest.fixture
-def nginx(folder: Path, free_port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    if shutil.which("nginx") is None:
-        pytest.skip("nginx is not installed (Debian: nginx-light)")
-    root = tmp_path_factory.mktemp("nginx")
-    user = "user root;" if os.geteuid() == 0 else ""
-    (root / "conf").write_text(_NGINX.format(root=root, folder=folder, port=free_port, user=user))
-    server = subprocess.Popen(["nginx", "-p", str(root), "-c", str(root / "conf")], stderr=subprocess.DEVNULL)
-    url = f"http://127.0.0.1:{free_port}"
-    while server.poll() is None:
-        with suppress(OSError), urllib.request.urlopen(f"{url}/shards.json", timeout=60):
-            break
-        time.sleep(0.02)
-    yield url
-    server.terminate()
-    server.wait()
-
-
-@pytest.fixture
-def moto(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    servers = pytest.importorskip("moto.server")
-    server = servers.ThreadedMotoServer(port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    for name, value in {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "testing",
-        "AWS_SECRET_ACCESS_KEY": "testing",
-        "AWS_REGION": "us-east-1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    import boto3
-
-    client = boto3.client("s3", region_name="us-east-1", endpoint_url=f"http://{host}:{port}")
-    client.create_bucket(Bucket="bucket")
-    for path in folder.iterdir():
-        client.upload_file(str(path), "bucket", f"set/{path.name}")
-    yield "s3://bucket/set"
-    server.stop()
+def url(
+    request: pytest.FixtureRequest,
+    folder: Path,
+    quick: None,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[str]:
+    store = nginx(folder, tmp_path_factory.mktemp("nginx")) if request.param == "nginx" else moto(folder)
+    with store as served:
+        for name, value in served.environment.items():
+            monkeypatch.setenv(name, value)
+        yield served.url
 
 
 def replace(url: str, path: Path) -> None:
