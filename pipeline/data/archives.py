@@ -8,11 +8,9 @@ import json
 import os
 import tarfile
 import time
-import urllib.error
-import urllib.request
 import zlib
 from collections.abc import Iterator, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -37,6 +35,7 @@ _IMAGES, _LABELS, _CAPTIONS = (
 )
 _CHUNK = 1 << 20
 _SECONDS, _TRIES, _MOST_BYTES = 20, 3, 100 << 20  # of an address
+_OPEN = 64  # archives, of one process
 _ROWS = 64  # of a table that are held at once
 
 
@@ -157,8 +156,13 @@ def _others(path: Path, places: list[tuple[str, int, int]]) -> dict[str, bytes]:
 
 
 def _read(path: Path, offset: int, size: int) -> bytes:
-    with open(path, "rb", buffering=0) as file:
-        return os.pread(file.fileno(), size, offset)
+    return os.pread(_opened(path).fileno(), size, offset)
+
+
+@lru_cache(_OPEN)
+def _opened(path: Path) -> IO[bytes]:
+    """Closed when nobody holds it any longer."""
+    return open(path, "rb", buffering=0)
 
 
 def _spooled(spool: Path, number: int, write: Any) -> Path:
@@ -285,6 +289,9 @@ def _fetch(address: str, label: int | None) -> tuple[bytes, int | None]:
     Raises:
         BadImage: it gives nothing.
     """
+    import urllib.error
+    import urllib.request
+
     reason = "unreachable"
     for attempt in range(_TRIES):
         try:

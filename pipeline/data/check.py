@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from pipeline.data.values import decode_values, has_values, measure_values, name
 from pipeline.errors import UserError
 from pipeline.files import sha256
 
+_AHEAD = 4  # samples in work per thread
 _LOOKED_AT = 1000  # images of a folder whose values are measured
 _PERCENTILES = (0, 5, 50, 95, 100)
 
@@ -121,7 +123,8 @@ def _verify(
         lost = Path(name).suffix.lower().removeprefix(".") in EXTENSIONS and not Path(name).name.startswith(".")
         (verdict.problems if lost else verdict.left_out).append((name, why))
     by_values = bool(listing and listing.pixels and not listing.pixels.is_rgb)
-    for sample, problems in in_order(pool, lambda s: _sample_problems(descriptor, s, classes, by_values), samples):
+    problems_of = partial(_sample_problems, descriptor, classes=classes, by_values=by_values)
+    for sample, problems in in_order(pool, problems_of, samples, _AHEAD * (os.cpu_count() or 1)):
         bar.update()
         verdict.samples += sample.image is not None
         if sample.key in keys:

@@ -85,10 +85,7 @@ def _decode(data: bytes) -> np.ndarray | None:
 
 
 def _decoded(data: bytes) -> Any:
-    from nvidia import nvimgcodec
-
-    parameters = nvimgcodec.DecodeParams(apply_exif_orientation=False, color_spec=nvimgcodec.ColorSpec.SRGB)
-    return _decoder().decode(data, params=parameters)
+    return _decoder().decode(data, params=_local.as_rgb)
 
 
 def _decoder() -> Any:
@@ -101,6 +98,7 @@ def _decoder() -> Any:
             max_num_cpu_threads=1,
             backends=[nvimgcodec.Backend(nvimgcodec.CPU_ONLY)],
         )
+        _local.as_rgb = nvimgcodec.DecodeParams(apply_exif_orientation=False, color_spec=nvimgcodec.ColorSpec.SRGB)
     return _local.decoder
 
 

@@ -2,18 +2,16 @@
 
 import hashlib
 import json
-import os
 import signal
 import tarfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import TypeVar
 
 from pipeline.data import indexes, tars
 from pipeline.data.decoders import NO_LIMIT
@@ -25,7 +23,8 @@ from pipeline.data.values import decode_values
 from pipeline.errors import UserError
 from pipeline.files import write_atomically
 
-_AHEAD = 4  # images in work per thread
+_AT_ONCE = 4  # images that a thread is handed: to pass them there and back costs a good part of decoding one
+_WRITTEN = 1 << 20  # bytes from which on they are hashed and written
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -174,14 +173,17 @@ def pack(job: Job, advance: Callable[[int], None] = lambda images: None) -> Pack
 
 
 def _in_order_of(job: Job) -> Iterator[tuple[tuple[int, Item], dict[str, bytes] | str]]:
-    def work(numbered: tuple[int, Item]) -> dict[str, bytes] | str:
-        return _sample(numbered[1], job.shorter_side, job.values)
+    def work(some: range) -> list[dict[str, bytes] | str]:
+        return [_sample(job.items[number], job.shorter_side, job.values) for number in some]
 
     if job.threads == 1:
-        yield from ((numbered, work(numbered)) for numbered in enumerate(job.items))
+        yield from ((numbered, _sample(numbered[1], job.shorter_side, job.values)) for numbered in enumerate(job.items))
         return
+    count = len(job.items)
+    parts = [range(first, min(first + _AT_ONCE, count)) for first in range(0, count, _AT_ONCE)]
     with ThreadPoolExecutor(job.threads) as pool:
-        yield from in_order(pool, work, enumerate(job.items))
+        for some, samples in in_order(pool, work, parts, 2 * job.threads):
+            yield from zip(((number, job.items[number]) for number in some), samples, strict=True)
 
 
 def _sample(item: Item, shorter_side: int | None, values: bool) -> dict[str, bytes] | str:
@@ -200,12 +202,12 @@ def _sample(item: Item, shorter_side: int | None, values: bool) -> dict[str, byt
     return {extension: data, **({} if label is None else {"cls": str(label).encode()}), **others}
 
 
-def in_order(pool: ThreadPoolExecutor, work: Callable[[T], R], items: Iterable[T]) -> Iterator[tuple[T, R]]:
-    """Like `map` over the pool's threads, but never far ahead of the consumer."""
+def in_order(pool: ThreadPoolExecutor, work: Callable[[T], R], items: Iterable[T], ahead: int) -> Iterator[tuple[T, R]]:
+    """Like `map` over the pool's threads, but never more than `ahead` items before the consumer."""
     waiting: deque[tuple[T, Future[R]]] = deque()
     for item in items:
         waiting.append((item, pool.submit(work, item)))
-        if len(waiting) > _AHEAD * (os.cpu_count() or 1):
+        if len(waiting) > ahead:
             first, result = waiting.popleft()
             yield first, result.result()
     for first, result in waiting:
@@ -224,16 +226,15 @@ def header(name: str, size: int) -> bytes:
     filled = bytearray(_BARE_HEADER)
     filled[: len(name)] = name.encode("ascii")
     filled[_SIZE : _SIZE + 11] = b"%011o" % size
-    filled[_CHECKSUM : _CHECKSUM + 7] = b"%06o\0" % sum(filled)
+    filled[_CHECKSUM : _CHECKSUM + 7] = b"%06o\0" % tars.checksum(filled)
     return bytes(filled)
 
 
 def _bare_header() -> bytes:
-    """Without name and size, and blanks for the sum, which they count as in it."""
+    """Without name and size; the sum is that of this one."""
     info = tarfile.TarInfo()
     info.mode, info.uname, info.gname = 0o444, "root", "root"
-    made = info.tobuf(tarfile.USTAR_FORMAT)
-    return made[:_CHECKSUM] + b" " * 8 + made[_CHECKSUM + 8 :]
+    return info.tobuf(tarfile.USTAR_FORMAT)
 
 
 _SIZE, _CHECKSUM = 124, 148  # where they stand in a header
@@ -243,13 +244,30 @@ _BARE_HEADER = _bare_header()
 class _Hashed:
     """A file that is written from its beginning to its end, and the digest of what was written."""
 
-    def __init__(self, file: IO[bytes]) -> None:
-        self.file, self.digest, self.bytes = file, hashlib.sha256(), 0
+    def __init__(self, path: Path) -> None:
+        self.file = open(path, "wb", buffering=0)  # noqa: SIM115  it outlives the call
+        self.digest, self.bytes = hashlib.sha256(), 0
+        self._parts: list[bytes] = []
+        self._waiting = 0
 
-    def write(self, data: bytes) -> int:
+    def write(self, parts: list[bytes]) -> None:
+        self._parts += parts
+        size = sum(map(len, parts))
+        self.bytes += size
+        self._waiting += size
+        if self._waiting >= _WRITTEN:
+            self.flush()
+
+    def flush(self) -> None:
+        data = memoryview(b"".join(self._parts))
+        self._parts, self._waiting = [], 0
         self.digest.update(data)
-        self.bytes += len(data)
-        return self.file.write(data)
+        while data:  # a disk that is nearly full takes less
+            data = data[self.file.write(data) :]
+
+    def close(self) -> None:
+        self.flush()
+        self.file.close()
 
 
 class _Writer:
@@ -261,38 +279,35 @@ class _Writer:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._samples: list[tars.Sample] = []
-        self._file: IO[bytes] | None = None
+        self._file: _Hashed | None = None
 
     def __enter__(self) -> "_Writer":
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._file is not None:
-            with suppress(OSError):  # of one that failed: what is in the buffer need not fit the disk
-                self._file.close()
+            self._file.file.close()  # of one that failed: what waits need not fit the disk
 
     def write(self, key: str, sample: dict[str, bytes]) -> None:
         if self._file is None:
-            self._file = open(self.path, "wb")  # noqa: SIM115  it outlives the call
-            self._hashed = _Hashed(self._file)
+            self._file = _Hashed(self.path)
         members: list[tars.Member] = []
         parts: list[bytes] = []
-        at = self._hashed.bytes
+        at = self._file.bytes
         for extension in sorted(sample):
             data, name = sample[extension], f"{key}.{extension}"
             members.append(tars.Member(extension, at + tars.BLOCK, len(data), name))
             parts += header(name, len(data)), data, bytes(-len(data) % tars.BLOCK)
             at += tars.BLOCK + len(data) + len(parts[-1])
-        self._hashed.write(b"".join(parts))
+        self._file.write(parts)
         self._samples.append(tars.Sample(tuple(members)))
 
     def close(self, samples: int) -> ShardEntry | None:
         """Finish the shard and its index."""
         if self._file is None:
             return None
-        self._hashed.write(bytes(2 * tars.BLOCK))
-        self._hashed.write(bytes(-self._hashed.bytes % tarfile.RECORDSIZE))
+        end = 2 * tars.BLOCK
+        self._file.write([bytes(end + -(self._file.bytes + end) % tarfile.RECORDSIZE)])
         self._file.close()
-        self._file = None
         indexes.write_index(self.path, self._samples)
-        return ShardEntry(self.path.name, samples, self._hashed.bytes, self._hashed.digest.hexdigest())
+        return ShardEntry(self.path.name, samples, self._file.bytes, self._file.digest.hexdigest())

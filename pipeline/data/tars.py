@@ -18,6 +18,11 @@ OTHER = "not the image that is taken of its sample"
 _MASK = ".seg.png"
 _PICTURES = 4  # extensions that come before those of arrays, which may be something else
 _LONG_HEADERS = 3  # blocks: of the member that holds a long name, the name, and the header proper
+_NUMBERS_AT, _CHECKSUM = 100, 148  # where they stand in a header
+_PLAIN = re.compile(rb"(?:[0-7]{7}\0){3}([0-7]{11})\0[0-7]{11}\0([0-7]{6})\0 ([05\0])")
+"""Rights, owner, group, size, time, checksum and kind of a file or folder, as most programs write them."""
+_LINK, _LAST = slice(157, 257), slice(345, BLOCK)  # what a link names; the beginning of a long name, and what GNU adds
+_NO_LINK, _NO_LAST = bytes(100), bytes(BLOCK - 345)
 _COMPRESSED = {
     b"\x1f\x8b": "gzip",
     b"\x28\xb5\x2f\xfd": "zstd",
@@ -171,6 +176,46 @@ class _Archive(NamedTuple):
 
 def _walk_archive(file: IO[bytes], shard: Path, start: int, size: int, found: _Archive) -> int:
     """Take up one archive's members; returns where its last one ends."""
+    end = _walk_plain(file.fileno(), start, size, found)
+    if end <= size:
+        end = _walk_any(file, shard, end, size, found)
+    if size < end + 2 * BLOCK:
+        raise UserError("the tar is truncated", str(shard), "copy it again or rebuild it")
+    if os.pread(file.fileno(), BLOCK, end).strip(b"\0"):
+        what = f"the tar is damaged: no header at byte {end}, with {size - end} bytes behind it"
+        raise UserError(what, str(shard), "copy it again or rebuild it")
+    return end
+
+
+def _walk_plain(descriptor: int, start: int, size: int, found: _Archive) -> int:
+    """Take up members as long as each is a file or folder whose header says all of it; returns where the next begins.
+
+    That is all of most shards, and a tenth of the time that tarfile takes for it.
+    """
+    end = start
+    while end <= size:
+        block = os.pread(descriptor, BLOCK, end)
+        match = _PLAIN.match(block, _NUMBERS_AT)
+        if match is None or block[_LINK] != _NO_LINK or block[_LAST] != _NO_LAST or checksum(block) != int(match[2], 8):
+            return end
+        name = block[: block.find(b"\0") if block[tarfile.LENGTH_NAME - 1] == 0 else tarfile.LENGTH_NAME]
+        text, kind, bytes_ = name.decode(tarfile.ENCODING, "surrogateescape"), match[3], int(match[1], 8)
+        if kind == tarfile.DIRTYPE or (kind == tarfile.AREGTYPE and text.endswith("/")):
+            end += BLOCK
+            continue
+        _take(text, end + BLOCK, bytes_, found)
+        end += BLOCK + -(-bytes_ // BLOCK) * BLOCK
+    return end
+
+
+def checksum(block: bytes | bytearray) -> int:
+    """Of a header, in which its own place counts as blanks."""
+    counted = block[:_CHECKSUM] + b" " * 8 + block[_CHECKSUM + 8 :]
+    return sum(counted.translate(None, b"\0"))
+
+
+def _walk_any(file: IO[bytes], shard: Path, start: int, size: int, found: _Archive) -> int:
+    """Take up all members from there on."""
     file.seek(start)
     end = start
     try:
@@ -179,15 +224,13 @@ def _walk_archive(file: IO[bytes], shard: Path, start: int, size: int, found: _A
                 end = tar.offset  # of the next header, sparse members' holes left out
                 if end > size:
                     break
-                _take(info, found)
+                if info.isreg() and not info.issparse():
+                    _take(info.name, info.offset_data, info.size, found)
+                elif not info.isdir():
+                    found.passed_over.append((escape(info.name), _why_no_file(info)))
                 tar.members = []  # type: ignore[attr-defined]  # tarfile would keep them all
     except tarfile.TarError as error:
         raise _no_tar(file, shard, error) from error
-    if size < end + 2 * BLOCK:
-        raise UserError("the tar is truncated", str(shard), "copy it again or rebuild it")
-    if os.pread(file.fileno(), BLOCK, end).strip(b"\0"):
-        what = f"the tar is damaged: no header at byte {end}, with {size - end} bytes behind it"
-        raise UserError(what, str(shard), "copy it again or rebuild it")
     return end
 
 
@@ -222,31 +265,30 @@ def first_byte(descriptor: int, start: int, size: int) -> int | None:
     return None
 
 
-def _take(info: tarfile.TarInfo, found: _Archive) -> None:
-    """Add a member to the samples, or to what is passed over."""
-    key, extension = _key(info.name)
+def _take(name: str, offset: int, size: int, found: _Archive) -> None:
+    """Add a file to the samples, or to what is passed over."""
+    key, extension = _key(name)
     stem = key.rpartition("/")[2]
-    if info.isreg() and not info.issparse() and stem and len(extension.split()) == 1:
-        member = Member(extension.lower(), info.offset_data, info.size, info.name)
-        place = found.places.get(key)
-        if place is None or any(member.extension == other.extension for other in found.samples[place]):
-            found.places[key] = len(found.samples)
-            found.samples.append([member])
-        else:
-            found.samples[place].append(member)
-    elif not info.isdir():
-        found.passed_over.append((escape(info.name), _why(info, stem, extension)))
+    if not stem or len(extension.split()) != 1:
+        found.passed_over.append((escape(name), _why_no_sample(name, stem, extension)))
+        return
+    member = Member(extension.lower(), offset, size, name)
+    place = found.places.get(key)
+    if place is None or any(member.extension == other.extension for other in found.samples[place]):
+        found.places[key] = len(found.samples)
+        found.samples.append([member])
+    else:
+        found.samples[place].append(member)
 
 
-def _why(info: tarfile.TarInfo, stem: str, extension: str) -> str:
-    """Why a member is in no sample."""
+def _why_no_file(info: tarfile.TarInfo) -> str:
     if info.issym() or info.islnk():
         return f"a link to {escape(info.linkname)}, which holds no bytes"
-    if info.issparse():
-        return "stored with holes (sparse)"
-    if not info.isreg():
-        return "neither file nor folder"
-    if "." not in info.name.rpartition("/")[2]:
+    return "stored with holes (sparse)" if info.issparse() else "neither file nor folder"
+
+
+def _why_no_sample(name: str, stem: str, extension: str) -> str:
+    if "." not in name.rpartition("/")[2]:
         return "no extension"
     if not stem:
         return "nothing before the first dot"

@@ -319,3 +319,23 @@ def test_names_are_what_they_are_in_either_format(format_: int, tmp_path: Path) 
     assert numbers(shard) == expected
     indexes.write_index(shard, tars.walk(shard))
     assert indexes.read_index(shard) == tars.walk(shard)
+
+
+def test_members_that_are_walked_by_hand_are_those_of_tarfile(
+    make_shard: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Plain ones, then a folder and a name of 100 characters, and from a long name on none is plain enough."""
+    names = ["./a.jpg", "a.cls", "x/b.v1.PNG", "noextension", ".hidden", "n" * 96 + ".jpg", "m" * 150 + ".jpg", "c.jpg"]
+    shard = make_shard({name: name.encode() * 99 for name in names})
+    fast, calls, true = tars.scan(shard), [], tars._walk_any
+    monkeypatch.setattr(tars, "_walk_any", lambda *words: calls.append(words[2]) or true(*words))
+    assert tars.scan(shard) == fast
+    assert calls[0] > 5 * tars.BLOCK, "some are walked by hand"
+    monkeypatch.setattr(tars, "_walk_plain", lambda _, start, *words: start)
+    assert tars.scan(shard) == fast
+    data = bytearray(shard.read_bytes())
+    data[1] ^= 1  # of the first name: the checksum is another's
+    shard.write_bytes(data)
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="not a tar archive"):
+        tars.scan(shard)
