@@ -10,6 +10,7 @@ import os
 import runpy
 import socket
 import sys
+import threading
 import time
 from multiprocessing import forkserver
 from pathlib import Path
@@ -19,6 +20,7 @@ ROOT = Path(__file__).parents[2]
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(["preloaded"])
 _FRESH = multiprocessing.get_context("spawn")
+_STARTING = threading.Lock()
 
 
 ON_CPU = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
@@ -59,7 +61,7 @@ def run_ranks(
     shared = {"WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": unused_port()}
     shared |= {"OMP_NUM_THREADS": 1, "PYTHONPATH": ROOT, **ON_CPU}
     # DeepSpeed chooses its device once, when it is imported there; the path is how that process finds what to import
-    with mock.patch.dict(os.environ, ON_CPU | {"PYTHONPATH": f"{Path(__file__).parent}:{ROOT}"}):
+    with _STARTING, mock.patch.dict(os.environ, ON_CPU | {"PYTHONPATH": f"{Path(__file__).parent}:{ROOT}"}):
         forkserver.ensure_running()
     context, processes = _FRESH if fresh else _FORKS, []
     for rank in range(ranks):
