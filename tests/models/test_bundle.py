@@ -37,6 +37,15 @@ def branch_of(config):
     return Branch(backbone, ProjectionHeads(backbone.feature_dim(backbone.grid.largest), config.heads))
 
 
+def test_a_bundle_removes_nothing_that_it_did_not_make(trained_run, tmp_path):
+    for name in (".mine.tmp", ".mine.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "notes.txt").touch()
+    write_bundle(trained_run, tmp_path / "mine", moments=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".mine.partial", ".mine.tmp", "mine"]
+    assert all((tmp_path / name / "notes.txt").is_file() for name in (".mine.tmp", ".mine.partial"))
+
+
 def test_a_bundle_holds_what_the_checkpoint_holds(trained_run, bundle, tmp_path, capsys):
     path, manifest = intact_checkpoint(trained_run / "checkpoints")
     for name, vector in VECTORS.items():
