@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from pipeline.commands.arguments import add_json, path, whole
-from pipeline.errors import UserError
+from pipeline.errors import UserError, printable
 
 HELP = "cut sub-networks out as plain timm models"
 _PROOF_IMAGES = 8
@@ -75,10 +75,8 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps([{**vars(r), "path": str(r.path)} for r in results]))
         return 0
     for r in results:
-        print(
-            f"{r.path}  {r.params / 1e6:.2f} M parameters  {r.gflops:.3g} GFLOPs  "
-            f"largest difference {r.max_abs_difference:.1e}"
-        )
+        line = f"{r.path}  {r.params / 1e6:.2f} M parameters  {r.gflops:.3g} GFLOPs"
+        print(printable(f"{line}  largest difference {r.max_abs_difference:.1e}"))
     print(f"\nimport timm\nmodel = timm.create_model({'local-dir:' + str(results[0].path)!r}, pretrained=True).eval()")
     return 0
 
@@ -105,5 +103,7 @@ def _bundle(args: argparse.Namespace, out: Path) -> int:
         print(json.dumps({"path": str(out), **entry}))
         return 0
     size = sum(file["bytes"] for file in entry["files"].values())
-    print(f"{out}  {entry['largest']} at step {entry['step']}  {size / 1e6:.1f} MB\n\nmodel.init_from={out}")
+    print(printable(f"{out}  {entry['largest']} at step {entry['step']}  {size / 1e6:.1f} MB"))
+    print()
+    print(printable(f"model.init_from={out}"))
     return 0

@@ -75,6 +75,19 @@ def test_a_damaged_bundle_is_refused(bundle, tmp_path):
     (copied / "teacher.safetensors").write_bytes(content)
     with pytest.raises(UserError, match=r"the bundle is damaged: teacher\.safetensors has another checksum"):
         Bundle(copied)
+    whole = json.loads((copied / "bundle.json").read_text())
+    for key, value, said in (
+        ("family", 3, "family is 3"),
+        ("optimizer_steps", "8", "optimizer_steps is '8'"),
+        ("files", {}, "bundle.json has no checksum of centers.safetensors"),
+    ):
+        (copied / "bundle.json").write_text(json.dumps(whole | {key: value}))
+        with pytest.raises(UserError, match=f"the bundle is damaged: {said}"):
+            Bundle(copied)
+    del whole["run"]
+    (copied / "bundle.json").write_text(json.dumps(whole))
+    with pytest.raises(UserError, match="the bundle is damaged: KeyError: 'run'"):
+        Bundle(copied)
     (copied / "bundle.json").write_text("{}")
     with pytest.raises(UserError, match="the bundle is damaged: KeyError"):
         Bundle(copied)
