@@ -95,6 +95,15 @@ def test_company_and_batch_size_change_nothing(models, val_images):
     assert torch.equal(together.labels, alone.labels)
 
 
+def test_features_that_are_not_finite_are_refused(val_images):
+    model = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(4), torch.nn.Flatten())
+    assert extract_features({"sound": model}, val_images).features["sound"].isfinite().all()
+    model.append(torch.nn.Linear(48, 2))
+    torch.nn.init.constant_(model[-1].bias, float("nan"))
+    with pytest.raises(UserError, match=r"features that are not finite \(diverged\): .* another checkpoint"):
+        extract_features({"diverged": model}, val_images)
+
+
 def test_a_classifier_is_left_out(tmp_path):
     model = timm.create_model("resnet10t", num_classes=9).eval()
     save_for_hf(model, tmp_path / "classifier", safe_serialization=True)
