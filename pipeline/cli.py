@@ -88,6 +88,8 @@ class _Parser(argparse.ArgumentParser):
 
     def __init__(self, **settings: Any):
         super().__init__(**{"allow_abbrev": False, **settings})
+        for action in (None, "store"):
+            self.register("action", action, _Once)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[argparse.Namespace, list[str]]:  # type: ignore[override]
         """As ever; the innermost parser that had a word stays known as `parser`, for its options to be suggested."""
@@ -97,6 +99,19 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message, "command line", f"see `{self.prog} --help`")
+
+
+class _Once(argparse._StoreAction):
+    """An option with a value: of two, one would be lost in silence."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        """As ever, the first time."""
+        given = vars(namespace).setdefault("given", set())
+        if option_string is not None and self.dest in given:
+            several = ", with all its values behind it" if self.nargs == "+" else ""
+            raise UserError(f"{option_string} is given twice", "command line", f"give it once{several}")
+        given.add(self.dest)
+        super().__call__(parser, namespace, values, option_string)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -60,6 +60,20 @@ def test_the_run_directory_is_taken_as_it_is(capsys, config):
             assert yaml.safe_load(capsys.readouterr().out.split("\n\n")[0])["run"]["dir"] == name
 
 
+def test_an_option_given_twice_is_refused(refused, config):
+    for words in (["train", config, "--run-dir", "a", "--run-dir", "b"], ["plan", config, "--gpus", 1, "--gpus=2"]):
+        assert f"{words[2]} is given twice (command line): give it once" in refused(*words)
+    line = refused("eval", "knn", config, "--train", "a.tar", "--val", "c.tar", "--train", "b.tar")
+    assert "--train is given twice (command line): give it once, with all its values behind it" in line
+
+
+def test_an_option_that_would_be_ignored_is_refused(refused, config):
+    for words in (["--onnx"], ["--branch", "student"], ["--proof-images", 8], ["--proof-shards", "a.tar"]):
+        assert f"{words[0]} means nothing for a bundle" in refused("extract", config, "--bundle", "b", *words)
+    line = refused("extract", config, "--all", "--out", "m", "--no-moments")
+    assert "--no-moments means nothing for a model (command line): leave it out, or use --bundle" in line
+
+
 def test_braces_that_the_shell_filled_in_are_refused(refused, config):
     line = refused("train", config, "--dry-run", "data.train=t-000.tar", "data.train=t-001.tar")
     assert "data.train is given twice" in line
@@ -215,3 +229,16 @@ def test_help_imports_nothing_heavy(argv):
     root = Path(__file__).parent.parent
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_slip_in_the_name_of_a_shard_is_told_before_what_training_imports(config, tmp_path):
+    words = ["train", str(config), f"data.train={tmp_path}/train-{{000000..000001}}.tar", f"run.dir={tmp_path}/new"]
+    code = (
+        f"import sys\nfrom pipeline.cli import main\nassert main({words!r}) == 2\n"
+        "sys.exit('torch' in sys.modules and 'torch is imported')"
+    )
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "missing shard (2 of 2 shards missing)" in done.stderr
+    assert not (tmp_path / "new").exists()

@@ -6,9 +6,10 @@ import sys
 from pathlib import Path
 
 from pipeline.commands.arguments import add_json, path, whole
-from pipeline.errors import UserError
+from pipeline.errors import UserError, printable
 
 HELP = "cut sub-networks out as plain timm models"
+_PROOF_IMAGES = 8
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,15 +26,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         const=True,
         help="student, teacher, heads, centers and moments instead, for model.init_from of another run",
     )
-    parser.add_argument("--branch", choices=("teacher", "student"), default="teacher", help="default: %(default)s")
+    parser.add_argument("--branch", choices=("teacher", "student"), help="default: teacher")
     parser.add_argument("--out", metavar="DIR", type=path, help="each model goes to DIR/NAME; a bundle becomes DIR")
     parser.add_argument("--no-moments", action="store_true", help="leave AdamW's moments out of the bundle")
     parser.add_argument(
         "--proof-images",
         metavar="N",
         type=whole(1, 10_000),
-        default=8,
-        help="images of the proof (default: %(default)s)",
+        help=f"images of the proof (default: {_PROOF_IMAGES})",
     )
     parser.add_argument(
         "--proof-shards", metavar="SHARDS", type=path, nargs="+", help="where they come from; default: the run's"
@@ -49,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
     if len(named) != 1:
         raise UserError("two directories are named" if named else "no directory is named", "--out", "name one")
     (out,) = named
+    _require_meaning(args)
     if args.bundle is not None:
         return _bundle(args, Path(out))
     from pipeline.models.extract import extract
@@ -61,8 +62,8 @@ def run(args: argparse.Namespace) -> int:
             args.run_dir,
             subnets,
             out,
-            args.branch,
-            args.proof_images,
+            args.branch or "teacher",
+            args.proof_images or _PROOF_IMAGES,
             args.proof_shards,
             progress=args.all,
             formats=formats,
@@ -74,12 +75,24 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps([{**vars(r), "path": str(r.path)} for r in results]))
         return 0
     for r in results:
-        print(
-            f"{r.path}  {r.params / 1e6:.2f} M parameters  {r.gflops:.3g} GFLOPs  "
-            f"largest difference {r.max_abs_difference:.1e}"
-        )
+        line = f"{r.path}  {r.params / 1e6:.2f} M parameters  {r.gflops:.3g} GFLOPs"
+        print(printable(f"{line}  largest difference {r.max_abs_difference:.1e}"))
     print(f"\nimport timm\nmodel = timm.create_model({'local-dir:' + str(results[0].path)!r}, pretrained=True).eval()")
     return 0
+
+
+def _require_meaning(args: argparse.Namespace) -> None:
+    """Refuse what would be ignored.
+
+    Raises:
+        UserError: an option of models with --bundle, or one of bundles without.
+    """
+    of_models = ("branch", "proof_images", "proof_shards", "onnx", "torch_export")
+    for name in ("no_moments",) if args.bundle is None else of_models:
+        if getattr(args, name) not in (None, False):
+            of, kind = ("a model", "--bundle") if args.bundle is None else ("a bundle", "--subnet or --all")
+            option = f"--{name.replace('_', '-')}"
+            raise UserError(f"{option} means nothing for {of}", "command line", f"leave it out, or use {kind}")
 
 
 def _bundle(args: argparse.Namespace, out: Path) -> int:
@@ -90,5 +103,7 @@ def _bundle(args: argparse.Namespace, out: Path) -> int:
         print(json.dumps({"path": str(out), **entry}))
         return 0
     size = sum(file["bytes"] for file in entry["files"].values())
-    print(f"{out}  {entry['largest']} at step {entry['step']}  {size / 1e6:.1f} MB\n\nmodel.init_from={out}")
+    print(printable(f"{out}  {entry['largest']} at step {entry['step']}  {size / 1e6:.1f} MB"))
+    print()
+    print(printable(f"model.init_from={out}"))
     return 0

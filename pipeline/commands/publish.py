@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from pipeline.commands.arguments import path
+from pipeline.errors import UserError, printable
 
 HELP = "upload an extracted model to the Hugging Face hub"
 
@@ -26,12 +27,14 @@ def run(args: argparse.Namespace) -> int:
     from pipeline.models.publish import PROOF, prepare, upload
 
     directory = Path(args.directory)
+    if args.out and not args.dry_run:
+        raise UserError("--out means nothing for an upload", "command line", "leave it out, or add --dry-run")
     if args.dry_run:
         out = Path(args.out) if args.out else Path("publish") / args.repo
         prepare(directory, args.repo, out, args.license)
         for file in sorted(out.iterdir()):
-            print(f"{file}  {file.stat().st_size:,} bytes")
-        print(f"nothing was uploaded; timm.create_model('local-dir:{out}', pretrained=True) loads it")
+            print(printable(f"{file}  {file.stat().st_size:,} bytes"))
+        print(f"nothing was uploaded; timm.create_model({f'local-dir:{out}'!r}, pretrained=True) loads it")
         return 0
     with tempfile.TemporaryDirectory() as home:
         folder = prepare(directory, args.repo, Path(home) / "model", args.license)

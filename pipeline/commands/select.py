@@ -3,14 +3,19 @@
 import argparse
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from pipeline.commands.arguments import add_json, path, whole
 from pipeline.commands.eval import launched_ranks
 
 HELP = "the network that fits a budget of parameters, GFLOPs, memory or milliseconds"
-_SUFFIXES = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "KB": 1e3, "MB": 1e6, "GB": 1e9}
+_COUNTS = {"K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9}
+_BYTES = {
+    "B": 1.0,
+    **{f"{prefix}{unit}": scale for prefix, scale in (("K", 1e3), ("M", 1e6), ("G", 1e9)) for unit in ("", "B")},
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,10 +24,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "paths", metavar="RUN|MODEL_DIR", type=path, nargs="+", help="a run; other models (timm directories) as rivals"
     )
     limits = parser.add_argument_group("limits")
-    limits.add_argument("--max-params", metavar="N", type=_amount(), help="e.g. 25M")
-    limits.add_argument("--max-gflops", metavar="X", type=_amount(), help="of a forward pass over one image")
-    limits.add_argument("--max-ms", metavar="X", type=_amount(), help="of a forward pass over a batch, on this machine")
-    limits.add_argument("--max-memory", metavar="BYTES", type=_amount(), help="weights and activations, e.g. 500MB")
+    limits.add_argument("--max-params", metavar="N", type=_amount("25M", _COUNTS), help="e.g. 25M")
+    limits.add_argument("--max-gflops", metavar="X", type=_amount("0.5"), help="of a forward pass over one image")
+    limits.add_argument(
+        "--max-ms", metavar="X", type=_amount("7.5"), help="of a forward pass over a batch, on this machine"
+    )
+    limits.add_argument(
+        "--max-memory", metavar="BYTES", type=_amount("500MB", _BYTES), help="weights and activations, e.g. 500MB"
+    )
     quality = parser.add_argument_group("quality")
     quality.add_argument(
         "--quality",
@@ -103,15 +112,15 @@ def _require_file(out: Path) -> None:
     require_writable(out.parent, "name a file that can be written with --out")
 
 
-def _amount() -> Callable[[str], float]:
-    """A positive number, with K, M, G or MB behind it or not."""
+def _amount(example: str, units: Mapping[str, float] = MappingProxyType({})) -> Callable[[str], float]:
+    """A positive number, with one of these units behind it or not."""
 
     def read(text: str) -> float:
         match = re.fullmatch(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:e([+-]?[0-9]{1,2}))?\s*([A-Za-z]{0,2})", text, re.ASCII)
-        scale = _SUFFIXES.get(match[3].upper()) if match else None
+        scale = {"": 1.0, **units}.get(match[3].upper()) if match else None
         value = float(f"{match[1]}e{match[2] or 0}") * scale if match and scale else 0.0
         if not 0 < value < 1e30:
-            raise argparse.ArgumentTypeError(f"{text[:40]!r} is no positive number such as 5, 0.5, 25M or 500MB")
+            raise argparse.ArgumentTypeError(f"{text[:40]!r} is no positive number such as {example}")
         return value
 
     return read

@@ -158,6 +158,11 @@ def _user_error(error: ValidationError, where: str) -> UserError:
     key = ".".join(str(part) for part in first["loc"]) if unknown else _key_of(first["loc"])
     others = {_key_of(e["loc"]) for e in problems} - {_key_of(first["loc"])}  # a key may fail in several ways
     more = f" (and {len(others)} more)" if others else ""
+    if unknown and key in _known_keys():  # one word in the file, with dots
+        section, _, leaf = key.rpartition(".")
+        return UserError(
+            f"unknown key {key!r}{more}", where, f"dots are for the command line: write {leaf} below {section}"
+        )
     if unknown:
         return UserError(f"unknown key {short(key)}{more}", where, f"did you mean {_nearest_key(key)!r}?")
     message = first["msg"].removeprefix("Value error, ")

@@ -88,11 +88,12 @@ class MaskedImages:
 
         offset, length = self._places[record]
         try:
-            mask = Image.open(io.BytesIO(self._open(str(self.dataset.shard(record))).read(offset, length)))
+            content = self._open(str(self.dataset.shard(record))).read(offset, length)
+            mask = Image.open(io.BytesIO(content), formats=("PNG",))
             mode, found = mask.mode, mask.size
             pixels = np.array(mask, dtype=np.uint8) if mode in _MODES else None
-        except (OSError, SyntaxError, ValueError) as error:
-            raise self._refusal(record, "cannot be read", "") from error
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise self._refusal(record, "cannot be read as a PNG", "") from error
         if pixels is None:
             raise self._refusal(record, f"is of mode {mode}", ": one byte per pixel is wanted, the index of its class")
         if found != size:

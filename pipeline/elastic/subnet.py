@@ -158,7 +158,7 @@ class Grid:
         return [subnet.name for subnet in sorted(self.subnets, key=distance)[:3]]
 
     def _read(self, name: str) -> Subnet | None:
-        match = re.fullmatch(r"(\d+)x(\d+(?:\.\d+)*)(?:m(\d+))?", name)
+        match = re.fullmatch(r"(\d{1,9})x(\d{1,9}(?:\.\d{1,9})*)(?:m(\d{1,9}))?", name, re.ASCII)
         if match is None:
             return None
         ratio = None if match[3] is None or int(match[3]) == self._largest_ratio else int(match[3])

@@ -44,6 +44,7 @@ from pipeline.files import save_tensors, sha256, sync, write_atomically
 from pipeline.method.losses import Centering
 
 _LEFTOVER = re.compile(r"\.step_\d{8}\.(tmp|old\d*)")
+_OWN = re.compile(r"shard_\d+\.safetensors|\.?manifest\.json(\.tmp)?")  # files of a checkpoint
 
 
 @dataclass
@@ -106,7 +107,6 @@ class _Writing:
     aside: Path
     final: Path
     manifest: dict[str, Any]
-    retire: bool
     began: float
     part: Future[Any]
     has_shards: bool = False
@@ -137,14 +137,13 @@ class Checkpoints:
         self._writing: _Writing | None = None
         self._parts_begun = 0
 
-    def begin(self, engine: Engine, centering: Centering, progress: Progress, retire: bool = True) -> None:
+    def begin(self, engine: Engine, centering: Centering, progress: Progress) -> None:
         """Copy the state of all that a checkpoint holds, and begin to write it beside what comes next.
 
         Args:
             engine: of the weights.
             centering: of the teacher's targets.
             progress: of the run.
-            retire: then remove all but the newest `keep`; one that cannot be removed is tried again the next time.
 
         Raises:
             SaveError: on every rank.
@@ -164,7 +163,7 @@ class Checkpoints:
             "groups": [_describe(group) for group in engine.groups],
         }
         part = self._begin_part(lambda: self._write_shard(aside, taken))
-        self._writing = _Writing(progress.step, aside, final, manifest, retire, began, part)
+        self._writing = _Writing(progress.step, aside, final, manifest, began, part)
 
     @property
     def step(self) -> int | None:
@@ -184,8 +183,12 @@ class Checkpoints:
         """
         return self._writing is not None and parts_finished >= self._parts_begun * self.ranks.world_size
 
-    def move_on(self) -> Written | None:
+    def move_on(self, retire: bool = True) -> Written | None:
         """Wait for the part under way and begin the next one; what is complete if there is none.
+
+        Args:
+            retire: once it is complete, remove all but the newest `keep`; one that cannot be removed is tried again the
+                next time.
 
         Raises:
             SaveError: on every rank if any of them could not write.
@@ -196,22 +199,22 @@ class Checkpoints:
             if not writing.has_shards:
                 files = self.ranks.together(writing.part.result)
                 entries = {name: entry for part in files for name, entry in part.items()}
-                writing.part = self._begin_part(lambda: self._complete(writing, entries))
+                writing.part = self._begin_part(lambda: self._complete(writing, entries, retire))
                 writing.has_shards = True
                 return None
             self.ranks.together(writing.part.result)
         self._writing = None
         return Written(writing.step, writing.final, time.perf_counter() - writing.began)
 
-    def finish(self) -> Written | None:
-        """Wait for the checkpoint under way, if there is one.
+    def finish(self, retire: bool = True) -> Written | None:
+        """Wait for the checkpoint under way, if there is one; see `move_on`.
 
         Raises:
             SaveError: on every rank if any of them could not write.
         """
         written = None
         while self._writing is not None:
-            written = self.move_on()
+            written = self.move_on(retire)
         return written
 
     def close(self) -> None:
@@ -246,8 +249,9 @@ class Checkpoints:
         if step is None:
             return names
         if _name(step) not in names:
-            steps = ", ".join(str(int(name[-8:])) for name in reversed(names)) or "none"
-            raise UserError(f"no checkpoint of step {step}", str(self.root), f"there is one of step {steps}")
+            steps = ", ".join(str(int(name[-8:])) for name in reversed(names))
+            there = f"there is one of step {steps}" if steps else "there is none at all"
+            raise UserError(f"no checkpoint of step {step}", str(self.root), there)
         return [_name(step)]
 
     def load(self, saved: Saved, engine: Engine, centering: Centering) -> None:
@@ -287,13 +291,13 @@ class Checkpoints:
         save_tensors(taken.tensors, aside / name)
         return {name: {"bytes": (aside / name).stat().st_size, "sha256": sha256(aside / name)}}
 
-    def _complete(self, writing: _Writing, files: dict[str, Any]) -> None:
+    def _complete(self, writing: _Writing, files: dict[str, Any], retire: bool) -> None:
         """Rank 0's second part; the others have none."""
         if not self.ranks.is_main:
             return
         self._publish(writing.aside, writing.final, writing.manifest | {"files": files})
         self.tell(writing.step)
-        if writing.retire:
+        if retire:
             self._retire()
 
     def _publish(self, aside: Path, final: Path, manifest: dict[str, Any]) -> None:
@@ -340,9 +344,23 @@ def _set_aside(path: Path) -> Path:
 
 
 def _remove(path: Path) -> None:
-    """Remove a directory; if that fails it stays for the next time, for others may still be reading its files."""
+    """Remove a checkpoint's directory, or of one that holds other things too (notes, say) what is the checkpoint's.
+
+    If that fails it stays for the next time, for others may still be reading its files. Of a link the link goes.
+    """
     try:
-        shutil.rmtree(path)
+        if path.is_symlink():
+            path.unlink()
+            return
+        names = os.listdir(path)
+        own = [name for name in names if _OWN.fullmatch(name)]
+        if len(own) == len(names):
+            shutil.rmtree(path)
+            return
+        for name in own:
+            (path / name).unlink()
+        if own:
+            print(f"warning: kept {path}: it holds files that are not of the checkpoint", file=sys.stderr)
     except FileNotFoundError:
         pass
     except OSError as error:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pipeline.data.masked_images import IGNORED, MaskedImages
 from pipeline.engine.distributed import Ranks
 from pipeline.errors import UserError
-from pipeline.evaluate.features import batches
+from pipeline.evaluate.features import batches, require_finite
 
 _BATCH = 16
 
@@ -69,7 +69,7 @@ def dense_features(
     """Run a frozen model over this rank's share of the samples; no collective.
 
     Raises:
-        UserError: a mask cannot be used, or the model has no maps.
+        UserError: a mask cannot be used, the model has no maps, or some are not finite.
     """
     rank, world_size = (ranks.rank, ranks.world_size) if ranks else (0, 1)
     model.to(device).eval()
@@ -78,6 +78,7 @@ def dense_features(
     for batch in batches(images, range(rank, len(images), world_size), _BATCH, threads, skipped, progress):
         x = images.normalize(torch.stack([sample.image for _, sample in batch]).to(device))
         maps.append(feature_map(model, x).cpu())
+        require_finite(maps[-1], "model")
         masks += [sample.mask for _, sample in batch]
         records += [record for record, _ in batch]
         largest = max([largest, *((sample.largest, record) for record, sample in batch)])

@@ -20,7 +20,7 @@ from pipeline.data.keys import keys_of
 from pipeline.data.patterns import Shards, list_shards
 from pipeline.engine.distributed import Ranks
 from pipeline.errors import UserError
-from pipeline.evaluate.features import BATCH_SIZE, batches
+from pipeline.evaluate.features import BATCH_SIZE, batches, require_finite
 from pipeline.evaluate.spread import decoding_threads, device_of, everywhere, on_one
 from pipeline.evaluate.targets import Target, directory_target, is_run, run_target
 from pipeline.files import read_json, require_writable, save_tensors, sha256, sync, write_atomically
@@ -191,6 +191,7 @@ def _features(
         features = both_features(model, x)
         for name in names:
             found[name].append(features[name].cpu())
+            require_finite(found[name][-1], str(wanted.path))
         records += [record for record, _ in batch]
         labels += [label for _, (label, _) in batch]
     if not records:

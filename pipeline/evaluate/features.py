@@ -4,6 +4,7 @@ import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from itertools import islice
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar, cast
 
@@ -16,6 +17,8 @@ from pipeline.data.progress import progress_bar
 from pipeline.data.reader import Dataset
 from pipeline.data.reading import REQUESTS
 from pipeline.engine.distributed import Ranks
+from pipeline.errors import UserError
+from pipeline.evaluate.spread import everywhere
 
 BATCH_SIZE = 64
 S = TypeVar("S")
@@ -81,6 +84,9 @@ def extract_features(
         progress: show a progress bar on standard error.
         alive: called after every batch.
         gather: give every rank the features of all; else each keeps those of its own samples.
+
+    Raises:
+        UserError: on every rank, if some features are not finite.
     """
     rank, world_size = (ranks.rank, ranks.world_size) if ranks else (0, 1)
     device = torch.device(device)
@@ -99,8 +105,21 @@ def extract_features(
         labels += [label for _, (label, _) in batch]
         alive()
     own = {name: _joined(part, ranks) for name, part in parts.items()}
+    for name, features in own.items():
+        everywhere(ranks, partial(require_finite, features, name))
     kept = LabelledFeatures(own, _integers(labels), skipped, _integers(seen))
     return _gather(kept, ranks) if gather and ranks and ranks.world_size > 1 else kept
+
+
+def require_finite(features: Tensor, name: str) -> None:
+    """Refuse what would be evaluated to a number all the same: among NaN the first neighbour is as good as any.
+
+    Raises:
+        UserError: a value of the features of the model `name` is not finite.
+    """
+    if not features.isfinite().all():
+        fix = "its weights diverged or are damaged: take those of another checkpoint, or extract it again"
+        raise UserError("features that are not finite", name, fix)
 
 
 @torch.inference_mode()

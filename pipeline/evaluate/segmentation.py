@@ -139,6 +139,8 @@ class Segmentation:
         said = f"{CLASSES} names {classes}" if names else f"the training masks hold none beyond {classes - 1}"
         if not classes:
             raise UserError("the training masks hold no class", str(images[0].dataset.paths[0]), "name other shards")
+        if found[1][0] < 0:
+            raise UserError("the validation masks hold no class", str(images[1].dataset.paths[0]), "name other shards")
         for (largest, record), source in zip(found, images, strict=True):
             if largest >= classes:
                 what = f"the mask of {source.dataset.key(record)} holds class {largest}, and {said}"

@@ -14,6 +14,7 @@ from pipeline.data.progress import progress_bar
 from pipeline.elastic import Subnet
 from pipeline.elastic.head import ProjectionHeads
 from pipeline.engine.distributed import Ranks
+from pipeline.evaluate.features import require_finite
 from pipeline.measure.health import effective_rank
 from pipeline.method import losses
 from pipeline.models.loading import RunModels
@@ -57,6 +58,9 @@ def unlabelled_scores(
         ranks: share the sub-networks out over these processes; all get the result.
         device: where to compute.
         progress: show a progress bar on standard error.
+
+    Raises:
+        UserError: features of the largest network are not finite.
     """
     backbone, heads = models.backbone.to(device), heads.to(device)
     temperature = models.config.loss.student_temp
@@ -66,6 +70,7 @@ def unlabelled_scores(
         return features, heads([features])[0]
 
     teacher, reference = look(models.grid.largest)
+    require_finite(teacher, models.grid.largest.name)
     rows = losses.softmax_rows(reference, temperature, "eager")
     same = torch.arange(len(images), device=device)[:, None]
     expected = nearest(teacher)

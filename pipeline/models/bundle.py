@@ -23,10 +23,14 @@ from pipeline.elastic import Grid, build
 from pipeline.elastic.backbone import Backbone
 from pipeline.elastic.layers import leading, leading_weight
 from pipeline.elastic.subnet import Subnet, kept, largest_subnet
-from pipeline.errors import UserError
+from pipeline.errors import UserError, short
 from pipeline.files import sha256
 
 FORMAT = 1
+_KEYS = {"family": str, "largest": str, "run": str, "step": int, "optimizer_steps": int}
+"""What is read of `bundle.json` beside the format and the files."""
+_FILES = {"config.yaml", "student.safetensors", "teacher.safetensors", "centers.safetensors"}
+"""What no bundle is without."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 _LEAST_SHARE = 0.5
 _MASK, _POSITIONS, _HEAD_INPUT = "backbone.mask_token", "backbone.pos_embed", ".mlp.0.weight"
@@ -62,6 +66,10 @@ class Bundle:
         try:
             self.manifest = json.loads((path / BUNDLE).read_text(encoding="utf-8"))
             problem = None if self.manifest["format"] == FORMAT else f"format {self.manifest['format']}"
+            if wrong := [key for key, kind in _KEYS.items() if not isinstance(self.manifest[key], kind)]:
+                problem = problem or f"{wrong[0]} is {short(self.manifest[wrong[0]])}"
+            if missing := _FILES - self.manifest["files"].keys():
+                problem = problem or f"{BUNDLE} has no checksum of {min(missing)}"
             for name, entry in self.manifest["files"].items():
                 if problem is None and sha256(path / name) != entry["sha256"]:
                     problem = f"{name} has another checksum than {BUNDLE}"

@@ -1,12 +1,12 @@
 """Writing a bundle of a run; `bundle` says what is in it."""
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 from pipeline.config.model import BUNDLE
+from pipeline.data.aside import new_folder
 from pipeline.elastic.subnet import largest_subnet
 from pipeline.engine.saved import BRANCHES, intact_checkpoint, load_centers, load_named
 from pipeline.errors import UserError
@@ -43,10 +43,7 @@ def write_bundle(run_dir: Path, out: Path, moments: bool = True) -> dict[str, An
         raise UserError(
             f"the bundle takes {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free", str(out), "name another place"
         )
-    aside = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    try:
+    with new_folder(out) as aside:
         for branch, vector in BRANCHES.items():
             save_tensors(load_named(path, manifest, vector), aside / f"{branch}.safetensors")
         for vector in MOMENTS if moments else ():
@@ -65,8 +62,5 @@ def write_bundle(run_dir: Path, out: Path, moments: bool = True) -> dict[str, An
             "files": files,
         }
         write_atomically(aside / BUNDLE, json.dumps(entry, indent=1) + "\n")
-        os.rename(aside, out)
-        sync(out.parent)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    sync(out.parent)
     return entry

@@ -141,10 +141,13 @@ class Console:
         """Why the run ends, if it is not complete; `signals` are those that this rank received."""
         if end is End.GIVE_UP:
             last = f"the newest checkpoint is that of step {saved_step}" if saved_step else "there is no checkpoint yet"
+            earlier = (
+                "; if it ends so again, begin from an earlier checkpoint (--fork-from RUN@STEP and a new --run-dir)"
+            )
             self.say(
                 f"error: {progress.bad_in_a_row} steps in a row were not finite ({', '.join(bad)}), the last of them "
                 f"step {progress.step}; none of them is saved, {last} ({checkpoints}): lower optim.base_lr or use "
-                "engine.precision=fp32, and start again"
+                f"engine.precision=fp32, and start again{earlier if saved_step else ''}"
             )
         elif end is End.STOPPED:
             which = signal.Signals(signals[0]).name if signals else "sent to another rank"

@@ -284,17 +284,19 @@ class Run:
             return True
         self.watchdog.beat(f"the checkpoint of step {checkpoints.step or progress.step}")
         began = time.perf_counter()
+        retire = (
+            not self.progress.bad_in_a_row
+        )  # a streak may have its cause in the newest checkpoint: no other goes for it
         try:
             if moves:
-                self._written(checkpoints.move_on(), report)
+                self._written(checkpoints.move_on(retire), report)
             if begins:
-                self._written(checkpoints.finish(), report)  # one at a time
+                self._written(checkpoints.finish(retire), report)  # one at a time
                 self.watchdog.beat(f"the checkpoint of step {progress.step}")
                 engine, centering = self.trainer.engine, self.trainer.tri_branch.centering
-                retire = decision.save is not Save.GOOD_AND_KEEP_ALL
-                checkpoints.begin(engine, centering, progress, retire)
+                checkpoints.begin(engine, centering, progress)
             if decision.end:
-                self._written(checkpoints.finish(), report)
+                self._written(checkpoints.finish(retire), report)
         except SaveError as error:
             self.console.cannot_save(error.step, error, checkpoints.root, self.saved_step)
             return False

@@ -65,11 +65,10 @@ def may_run_ahead(policy: Policy, begun: int, bad_in_a_row: int) -> bool:
 
 
 class Save(Enum):
-    """Which state to save, if it is not saved yet, and whether old checkpoints then go."""
+    """Which state to save, if it is not saved yet."""
 
     NOW = "as it is now"
     GOOD = "after the last good step"
-    GOOD_AND_KEEP_ALL = "the same, and let no other go for it"
 
 
 @dataclass(frozen=True)
@@ -98,9 +97,7 @@ def after(policy: Policy, step: int, bad_in_a_row: int, stop: bool) -> Decision:
     exhausted = bad_in_a_row >= policy.max_bad_steps
     end = End.GIVE_UP if exhausted else End.DONE if last else End.STOPPED if stop else None
     save = None
-    if end is End.GIVE_UP:
-        save = Save.GOOD_AND_KEEP_ALL
-    elif end is not None or step % policy.save_every == 0:
+    if end is not None or step % policy.save_every == 0:
         save = Save.GOOD if bad_in_a_row and end is not End.DONE else Save.NOW
     return Decision(
         evaluate=policy.evaluate_every is not None and step % policy.evaluate_every == 0,

@@ -125,6 +125,11 @@ def test_a_list_of_names_and_a_quoted_name_are_yaml(tmp_path):
     assert (config.data.train, config.run.dir, config.data.val) == (["a.tar", "b #.tar"], "a\tb", None)
 
 
+def test_a_dotted_key_within_a_file_is_told_how_to_be_written(tmp_path):
+    with pytest.raises(UserError, match=r"unknown key 'optim\.epochs' .*: dots are .*: write epochs below optim"):
+        load_config(write(tmp_path, "optim.epochs: 3"))
+
+
 @pytest.mark.parametrize(
     ("overrides", "run_dir"),
     [

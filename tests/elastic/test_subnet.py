@@ -98,7 +98,7 @@ def test_an_impossible_name_is_answered_with_the_nearest_ones(name, nearest):
     assert error.value.fix.split(": ")[1].split(", ")[0] == nearest
 
 
-@pytest.mark.parametrize("name", ["384x12.2", "384", "x", "", "384x12x1", "-384x12"])
+@pytest.mark.parametrize("name", ["384x12.2", "384", "x", "", "384x12x1", "-384x12", "３８４x12", f"{'9' * 5000}x1"])
 def test_malformed_names_are_user_errors(name):
     with pytest.raises(UserError):
         paper_grid("vit").parse(name)

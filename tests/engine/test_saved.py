@@ -1,5 +1,6 @@
 """Looking at checkpoints: what cannot be looked at is neither absent nor damaged."""
 
+import itertools
 import json
 import math
 import os
@@ -152,7 +153,7 @@ def test_others_learn_of_a_checkpoint_once_it_has_its_name_and_before_any_goes_f
     ranks = SimpleNamespace(is_main=True)
     checkpoints = Checkpoints(tmp_path, 1, ranks, tell=lambda step: told.append((step, names(tmp_path))))
     final = tmp_path / "step_00000006"
-    checkpoints._complete(_Writing(6, aside, final, {"step": 6}, True, 0.0, Future()), {"shard": {}})
+    checkpoints._complete(_Writing(6, aside, final, {"step": 6}, 0.0, Future()), {"shard": {}}, True)
     assert told == [(6, ["step_00000006", "step_00000004", "step_00000002"])]
     assert names(tmp_path) == ["step_00000006"]
     assert json.loads((final / "manifest.json").read_text()) == {"step": 6, "files": {"shard": {}}}
@@ -181,3 +182,28 @@ def test_a_deletion_that_fails_is_said_and_tried_again(tmp_path, capsys, monkeyp
         "step_00000002.keep",
         "step_00000006",
     ]
+
+
+def test_what_others_put_into_a_checkpoint_outlives_it(tmp_path, capsys):
+    make(tmp_path, 2, 4, 6, 8)
+    elsewhere = tmp_path.with_name("elsewhere")
+    elsewhere.mkdir()
+    (elsewhere / "shard_00000.safetensors").touch()
+    (tmp_path / "step_00000004").rmdir()
+    (tmp_path / "step_00000004").symlink_to(elsewhere)
+    for step, name in itertools.product(
+        (2, 6), ("shard_00000.safetensors", "shard_00001.safetensors", "manifest.json")
+    ):
+        (tmp_path / f"step_{step:08d}" / name).touch()
+    (tmp_path / "step_00000002" / "notes.txt").write_text("the best so far")
+    checkpoints = Checkpoints(tmp_path, 1, None)
+    checkpoints._retire()
+    kept = tmp_path / ".step_00000002.old"
+    assert names(tmp_path) == ["step_00000008"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [kept.name, "step_00000008"]
+    assert [path.name for path in kept.iterdir()] == ["notes.txt"]
+    assert [path.name for path in elsewhere.iterdir()] == ["shard_00000.safetensors"]
+    assert capsys.readouterr().err == f"warning: kept {kept}: it holds files that are not of the checkpoint\n"
+    checkpoints._make_room(tmp_path / ".step_00000010.tmp")
+    assert kept.is_dir()
+    assert not capsys.readouterr().err  # said once

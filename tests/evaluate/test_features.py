@@ -67,13 +67,18 @@ def models(trained_run) -> dict[str, torch.nn.Module]:
 
 
 @pytest.fixture(scope="module")
-def val_images(trained_run, labelled) -> EvalImages:
-    return EvalImages(labelled["val"], run_target(RunModels.open(trained_run), None, "teacher").preprocessing)
+def preprocessing(trained_run) -> dict:
+    return run_target(RunModels.open(trained_run), None, "teacher").preprocessing
 
 
-def test_features_are_those_of_timms_own_pipeline(models, val_images, labelled):
-    found = extract_features(models, val_images, threads=3, batch_size=50)
-    images, labels = plain_images(labelled["val"])
+@pytest.fixture(scope="module")
+def val_images(preprocessing, labelled) -> EvalImages:
+    return EvalImages(labelled["val"], preprocessing)
+
+
+def test_features_are_those_of_timms_own_pipeline(models, preprocessing, labelled_photos):
+    found = extract_features(models, EvalImages(labelled_photos["val"], preprocessing), threads=3, batch_size=50)
+    images, labels = plain_images(labelled_photos["val"])
     assert found.labels.tolist() == labels
     for name, model in models.items():
         transform = create_transform(**resolve_data_config({}, model=model), is_training=False)
@@ -88,6 +93,15 @@ def test_company_and_batch_size_change_nothing(models, val_images):
     alone = extract_features({"64x4": models["64x4"]}, val_images, threads=1, batch_size=17)
     assert torch.allclose(together.features["64x4"], alone.features["64x4"], atol=1e-5)
     assert torch.equal(together.labels, alone.labels)
+
+
+def test_features_that_are_not_finite_are_refused(val_images):
+    model = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(4), torch.nn.Flatten())
+    assert extract_features({"sound": model}, val_images).features["sound"].isfinite().all()
+    model.append(torch.nn.Linear(48, 2))
+    torch.nn.init.constant_(model[-1].bias, float("nan"))
+    with pytest.raises(UserError, match=r"features that are not finite \(diverged\): .* another checkpoint"):
+        extract_features({"diverged": model}, val_images)
 
 
 def test_a_classifier_is_left_out(tmp_path):

@@ -1,6 +1,8 @@
 """Segmentation on frozen maps of features: counts by hand, a model that sees colours alone, and what is refused."""
 
 import io
+import struct
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -179,7 +181,15 @@ def test_masks_that_cannot_be_used_are_refused_by_name(tmp_path):
     assert "the mask of 000 is 32 x 24 px and its image 24 x 32" in refused(tmp_path, [blocks(0).T.copy()])
     colour = png(np.zeros((32, 24, 3), np.uint8))
     assert "the mask of 000 is of mode RGB" in refused(tmp_path, [colour])
-    assert "the mask of 000 cannot be read" in refused(tmp_path, [b"no picture"])
+    lossy = io.BytesIO()
+    Image.fromarray(blocks(0)).save(lossy, "JPEG")
+    eps = b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 24 32\n%ImageData: 24 32 8 1 0 1 1 "x"\n%%EOF\n'
+    bomb = bytearray(png(np.zeros((32, 24), np.uint8)))
+    bomb[16:24] = struct.pack(">II", 60_000, 60_000)
+    bomb[29:33] = struct.pack(">I", zlib.crc32(bomb[12:29]))
+    for content in (b"no picture", lossy.getvalue(), eps, bytes(bomb)):
+        assert "the mask of 000 cannot be read as a PNG" in refused(tmp_path, [content])
+    assert "the validation masks hold no class" in refused(tmp_path, [np.full((32, 24), 255, np.uint8)])
 
 
 def test_classes_beyond_those_of_training_are_refused(tmp_path):

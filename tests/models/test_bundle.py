@@ -37,6 +37,15 @@ def branch_of(config):
     return Branch(backbone, ProjectionHeads(backbone.feature_dim(backbone.grid.largest), config.heads))
 
 
+def test_a_bundle_removes_nothing_that_it_did_not_make(trained_run, tmp_path):
+    for name in (".mine.tmp", ".mine.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "notes.txt").touch()
+    write_bundle(trained_run, tmp_path / "mine", moments=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".mine.partial", ".mine.tmp", "mine"]
+    assert all((tmp_path / name / "notes.txt").is_file() for name in (".mine.tmp", ".mine.partial"))
+
+
 def test_a_bundle_holds_what_the_checkpoint_holds(trained_run, bundle, tmp_path, capsys):
     path, manifest = intact_checkpoint(trained_run / "checkpoints")
     for name, vector in VECTORS.items():
@@ -65,6 +74,19 @@ def test_a_damaged_bundle_is_refused(bundle, tmp_path):
     content[-1] ^= 1
     (copied / "teacher.safetensors").write_bytes(content)
     with pytest.raises(UserError, match=r"the bundle is damaged: teacher\.safetensors has another checksum"):
+        Bundle(copied)
+    whole = json.loads((copied / "bundle.json").read_text())
+    for key, value, said in (
+        ("family", 3, "family is 3"),
+        ("optimizer_steps", "8", "optimizer_steps is '8'"),
+        ("files", {}, "bundle.json has no checksum of centers.safetensors"),
+    ):
+        (copied / "bundle.json").write_text(json.dumps(whole | {key: value}))
+        with pytest.raises(UserError, match=f"the bundle is damaged: {said}"):
+            Bundle(copied)
+    del whole["run"]
+    (copied / "bundle.json").write_text(json.dumps(whole))
+    with pytest.raises(UserError, match="the bundle is damaged: KeyError: 'run'"):
         Bundle(copied)
     (copied / "bundle.json").write_text("{}")
     with pytest.raises(UserError, match="the bundle is damaged: KeyError"):

@@ -39,10 +39,10 @@ def save(experiment, tmp_path, monkeypatch, capsys):
         def can_move_on(self, parts: int) -> bool:
             return False
 
-        def begin(self, engine, centering, progress, retire) -> None:
+        def begin(self, engine, centering, progress) -> None:
             self.step = progress.step
 
-        def finish(self) -> Written | None:
+        def finish(self, retire: bool) -> Written | None:
             step, self.step = self.step, None
             return None if step is None else Written(step, tmp_path, 0.0)
 
@@ -64,7 +64,7 @@ def save(experiment, tmp_path, monkeypatch, capsys):
                 phases=stub(add=lambda phase, seconds: None),
             ),
             checkpoints=Checkpoints(),
-            progress=stub(step=7),
+            progress=stub(step=7, bad_in_a_row=0),
             monitor=stub(saved=lambda *_: None),
             evaluation=stub(),
             console=Console(speaks=True, last_step=9, first_step=0),

@@ -50,8 +50,8 @@ def watched_begin(self, engine, centering, progress, *args):
     seen.append(["begun", progress.step, [path.name for path in sorted(self.root.glob("*step_*"))]])
 
 
-def watched_move_on(self):
-    written = move_on(self)
+def watched_move_on(self, *args):
+    written = move_on(self, *args)
     if written:
         seen.append(["written", written.step])
     return written
