@@ -64,24 +64,34 @@ def parameter_groups(student: Branch, optim: OptimConfig) -> list[GroupSpec]:
     """Group the student's parameters by learning-rate multiplier, weight decay and module.
 
     The multiplier is `layer_decay ** (layers - layer)`, times `patch_embed_lr_scale` for the patch embedding.
+
+    Groups come by the first layer that they reach, whose gradients are the last to come, and of those that begin in one
+    the smallest first: norms and biases of all layers, where one rate holds for all, lie in front of the weights and
+    hold up no bucket of these.
     """
     backbone = student.backbone
     named = dict(student.named_parameters())
     groups: dict[tuple[str, float, bool, bool], list[str]] = {}
+    reaches: dict[tuple[str, float, bool, bool], int] = {}
     for name, parameter in named.items():
         module, _, inner = name.partition(".")
+        layer = backbone.layer_id(inner) if module == "backbone" else backbone.num_layers
         if module == "backbone":
-            scale = optim.layer_decay ** (backbone.num_layers - backbone.layer_id(inner))
+            scale = optim.layer_decay ** (backbone.num_layers - layer)
             if backbone.is_patch_embed(inner):
                 scale *= optim.patch_embed_lr_scale
             decayed, prototypes = not backbone.no_weight_decay(inner), False
         else:
             scale, decayed, prototypes = 1.0, parameter.ndim > 1, "prototypes" in inner
-        groups.setdefault((module, scale, decayed, prototypes), []).append(name)
-    return [
-        GroupSpec(*key, names=tuple(names), shapes=tuple(tuple(named[n].shape) for n in names))
+        key = (module, scale, decayed, prototypes)
+        groups.setdefault(key, []).append(name)
+        reaches[key] = min(layer, reaches.get(key, layer))
+    specs = {
+        key: GroupSpec(*key, names=tuple(names), shapes=tuple(tuple(named[n].shape) for n in names))
         for key, names in groups.items()
-    ]
+    }
+    order = sorted(specs, key=lambda key: (MODULES.index(key[0]), reaches[key], specs[key].numel))
+    return [specs[key] for key in order]
 
 
 class Piece(NamedTuple):

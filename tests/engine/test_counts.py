@@ -28,6 +28,8 @@ CASES = [  # stage or what FSDP2 does after a forward pass, precision of weights
     ("reshard", "bf16", "bf16"),
 ]
 
+UNIFORM = ("vit", "swin")  # families with one learning rate for all layers, and so few groups
+
 
 @pytest.fixture(scope="module")
 def counts(launch, experiment, tmp_path_factory):
@@ -39,8 +41,12 @@ def counts(launch, experiment, tmp_path_factory):
         tree = experiment(engine=engine, loss={"ibot_start_epoch": 0})
         paths.append(directory / f"{stage}-{precision}-{reduced}.yaml")
         paths[-1].write_text(yaml.safe_dump(tree))
+    for family in UNIFORM:
+        tree = experiment(family, optim={"layer_decay": 1.0, "patch_embed_lr_scale": 1.0})
+        paths.append(directory / f"{family}.yaml")
+        paths[-1].write_text(yaml.safe_dump(tree))
     launch(WORKER, RANKS, directory / "counts.json", *paths)
-    return dict(zip(CASES, json.loads((directory / "counts.json").read_text()), strict=True))
+    return dict(zip([*CASES, *UNIFORM], json.loads((directory / "counts.json").read_text()), strict=True))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -107,3 +113,11 @@ def test_gradients_and_weights_travel_while_the_rank_computes(counts, case):
             *(f"wait for {rest}", *agreement, *gathers),
         ]
         assert found["sent early"] == (2 if stage == 2 else 1) * (n - 1)  # all but the last bucket of a pass
+
+
+@pytest.mark.parametrize("family", UNIFORM)
+def test_small_parameters_of_all_layers_hold_up_no_bucket_of_weights(counts, family):
+    for found in counts[family]:
+        n = -(-found["weights"] // BUCKET)
+        assert n > 3
+        assert found["sent early"] == n - 1
