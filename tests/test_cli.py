@@ -229,3 +229,16 @@ def test_help_imports_nothing_heavy(argv):
     root = Path(__file__).parent.parent
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_slip_in_the_name_of_a_shard_is_told_before_what_training_imports(config, tmp_path):
+    words = ["train", str(config), f"data.train={tmp_path}/train-{{000000..000001}}.tar", f"run.dir={tmp_path}/new"]
+    code = (
+        f"import sys\nfrom pipeline.cli import main\nassert main({words!r}) == 2\n"
+        "sys.exit('torch' in sys.modules and 'torch is imported')"
+    )
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "missing shard (2 of 2 shards missing)" in done.stderr
+    assert not (tmp_path / "new").exists()

@@ -37,14 +37,14 @@ def test_training_logs_finite_losses_of_both_students_on_its_subnets(run, models
 
 
 def test_every_extracted_model_equals_its_subnet_on_real_images_of_several_sizes(
-    run, models, labelled, tmp_path, capsys
+    run, models, labelled_photos, tmp_path, capsys
 ):
     assert main(["extract", str(run), "--all", "--out", str(tmp_path), "--json"]) == 0
     results = json.loads(capsys.readouterr().out)
     assert sorted(entry["name"] for entry in results) == sorted(subnet.name for subnet in models.grid.subnets)
     assert all(entry["max_abs_difference"] <= TOLERANCE for entry in results)
     for size in OTHER_SIZES:
-        source = EvalImages(labelled["val"], preprocessing(models.config) | {"input_size": [3, size, size]})
+        source = EvalImages(labelled_photos["val"], preprocessing(models.config) | {"input_size": [3, size, size]})
         images = source.normalize(torch.stack([source.load(record) for record in (0, 7)]))
         for subnet in models.grid.subnets:
             resized = {} if models.config.model.family == "resnet" else {"img_size": size}

@@ -133,7 +133,7 @@ def benchmark_metrics(config: ExperimentConfig, steps: int, rounds: int) -> dict
         spent.wrap(Probe, "teacher", "student", "reduce")
         spent.wrap(trainer.phases, "start", "waited_for_data", "lap")
         trainer.tri_branch.lap = trainer.phases.lap
-        with Monitor(config, ranks, trainer.phases, trainer.bands, progress, 10**9) as monitor:
+        with Monitor(config, ranks, trainer.phases, trainer.bands, progress, 10**9, trainer.loader.tally) as monitor:
             spent.wrap(monitor, "step", "log", "logged")
             run = partial(_block, trainer, monitor, progress, config.run.log_every_steps, steps)
             run(nothing)  # warm up

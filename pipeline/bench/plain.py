@@ -148,9 +148,10 @@ class Plain:
         }
         distilled = losses["distill_global/elastic"] + losses["distill_local/elastic"]
         spread = (losses["koleo/intact"] + losses["koleo/elastic"]) / 2
+        elastic_loss = loss.cross_view_weight * weighed["elastic"] + loss.same_view_weight * distilled
         losses["total"] = (
             loss.intact_weight * weighed["intact"]
-            + (1 - loss.intact_weight) * (weighed["elastic"] + distilled)
+            + (1 - loss.intact_weight) * elastic_loss
             + loss.koleo_weight * spread
         )
         return losses

@@ -8,7 +8,7 @@ from torch.nn.functional import interpolate
 
 from pipeline.bench.plain import Inputs
 from pipeline.config import DataConfig, ExperimentConfig
-from pipeline.data.loader import Batch, Loader
+from pipeline.data.loader import Batch, Loader, Tally
 from pipeline.data.reader import Dataset
 from pipeline.elastic import Subnet
 from pipeline.engine.distributed import Ranks
@@ -41,7 +41,7 @@ class SyntheticLoader(Loader):
     ) -> None:
         self.data, self.rank, self.world_size = data, rank, world_size
         self.samples, self.next_sample, self.skipped = _EPOCH, start_sample, Counter()
-        self.used, self.apart = Counter(), Counter()
+        self.tally = Tally()
         random = torch.Generator(device).manual_seed(data.seed + rank)
         self._batches = []
         for _ in range(_BATCHES):

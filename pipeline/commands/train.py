@@ -4,8 +4,13 @@ import argparse
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.commands.arguments import add_config, path
+
+if TYPE_CHECKING:
+    from pipeline.config import ExperimentConfig
 
 HELP = "train a run, or resume it"
 
@@ -31,6 +36,7 @@ def run(args: argparse.Namespace) -> int:
 
         print(describe(config))
         return 0
+    _look_for_shards(config)
     from pipeline.run.slurm_job import stop_signals
 
     with stop_signals() as stop_requested:
@@ -40,6 +46,23 @@ def run(args: argparse.Namespace) -> int:
 
         fork = Fork.read(args.fork_from, config.run.dir) if args.fork_from else None
         return train(config, quiet=args.quiet, stop_requested=stop_requested, fork=fork)
+
+
+def _look_for_shards(config: "ExperimentConfig") -> None:
+    """A slip in the names of shards on a disk is told before what training imports.
+
+    Only to one who starts a run by hand: a run that is there may be complete and want no data, ranks tell each other
+    what one of them misses, and a job tells its batch script.
+    """
+    from pipeline.data.patterns import list_shards, patterns_of
+    from pipeline.data.remote.address import is_remote
+    from pipeline.engine.launch import launch
+    from pipeline.run.slurm_job import Job
+
+    train = config.data.train
+    alone = not launch().together and Job.from_environment() is None
+    if alone and not Path(config.run.dir).exists() and not any(map(is_remote, patterns_of(train))):
+        list_shards(train)
 
 
 @contextmanager

@@ -60,6 +60,12 @@ class LossConfig(Section):
     """Weights and temperatures of the losses (DINO, iBOT, KoLeo)."""
 
     intact_weight: Changeable[float] = Field(0.8, ge=0, le=1)
+    cross_view_weight: Changeable[float] = Field(
+        1.0, ge=0, description="of what the elastic student learns from the teacher, which saw other crops"
+    )
+    same_view_weight: Changeable[float] = Field(
+        1.0, ge=0, description="of what the elastic student learns from the intact one, which saw the same crops"
+    )
     koleo_weight: Changeable[float] = Field(0.1, ge=0)
     koleo_group: Changeable[int | None] = Field(
         None, ge=2, description="images among which a neighbour is sought; the rank's batch"
@@ -79,6 +85,11 @@ class LossConfig(Section):
     def _ordered(self) -> "LossConfig":
         if not 0 <= self.mask_ratio[0] <= self.mask_ratio[1] < 1:
             raise ValueError(f"mask_ratio={list(self.mask_ratio)} must rise within [0, 1)")
+        if not self.cross_view_weight and not self.same_view_weight:
+            raise ValueError(
+                "with cross_view_weight and same_view_weight at 0 the elastic student learns from nobody: keep one, "
+                "or set sampling.assignment=none to train the largest network alone"
+            )
         return self
 
 

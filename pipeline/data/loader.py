@@ -4,6 +4,7 @@ import logging
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,6 +35,19 @@ class Batch(NamedTuple):
 
     global_crops: torch.Tensor
     local_crops: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Tally:
+    """What a rank's loader has handed out since it began; it counts on.
+
+    Attributes:
+        used: samples by name of their source.
+        apart: batches that were made on the CPU beside the pipeline, by reason, one of `APART`.
+    """
+
+    used: Counter[str] = field(default_factory=Counter)
+    apart: Counter[str] = field(default_factory=Counter)
 
 
 class _Prepared(NamedTuple):
@@ -74,9 +88,8 @@ class Loader:
 
     Attributes:
         next_sample: samples consumed by all ranks together, the `start_sample` that resumes.
-        used: samples handed out by this rank so far, by name of their source.
+        tally: what this rank was handed out so far.
         skipped: how often a sample was left out so far, by reason.
-        apart: batches that were made on the CPU beside the pipeline, by reason.
         samples: samples per epoch of the stream.
 
     Raises:
@@ -110,8 +123,7 @@ class Loader:
         self._stream, self.dataset = self._reading.stream, self._reading.dataset
         self.samples, self.next_sample = len(self.dataset), start_sample
         self.skipped: Counter[str] = Counter()
-        self.apart: Counter[str] = Counter()
-        self.used: Counter[str] = Counter()
+        self.tally = Tally()
         self._reported: set[int] = set()
         self._handed_out: Any = None
         self._repair = Repair(data, **self._look)
@@ -130,7 +142,7 @@ class Loader:
         self._report(prepared)
         self.next_sample += self._stride
         self._reading.want(self.next_sample)  # not what is read ahead: this batch may still be on its way
-        self.used.update(self.dataset.source(record).name for record in prepared.records)
+        self.tally.used.update(self.dataset.source(record).name for record in prepared.records)
         crops = [group.flatten(0, 1) for group in crops]
         if prepared.colours is not None:
             crops = self._coloured(crops, prepared)
@@ -251,14 +263,14 @@ class Loader:
 
     def _repaired(self, prepared: _Prepared) -> tuple[_Prepared, list[torch.Tensor]]:
         """A batch that is made beside the pipeline, and what it was made of in the end."""
-        if prepared.apart == _PIXELS and not self.apart[_PIXELS]:
+        if prepared.apart == _PIXELS and not self.tally.apart[_PIXELS]:
             largest = max(range(len(prepared.headers)), key=lambda i: pixels(prepared.headers[i : i + 1]))
             record = prepared.records[largest]
             text = (
                 "a batch of %d pixels, more than data.batch_pixels, is made on the CPU; its largest image is %s of %s"
             )
             _log.warning(text, pixels(prepared.headers), self.dataset.key(record), self.dataset.shard(record))
-        self.apart[prepared.apart or DECODE] += 1
+        self.tally.apart[prepared.apart or DECODE] += 1
         while True:
             failure = RuntimeError("an image decodes to another size than on its own")
             try:

@@ -14,11 +14,10 @@ from torch import Tensor
 
 from pipeline.engine.flight import Flight
 from pipeline.engine.groups import Buckets
+from pipeline.engine.sizes import AT_ONCE
 
 # torch 2.14 renamed it
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-_AT_ONCE = 2
-"""Buckets under way where no rank is to hold all gradients."""
 
 
 class Reduction:
@@ -72,8 +71,8 @@ class Reduction:
             self._send_complete()
             self._sending = False
         elif self._widened:
-            joined = self._joined(*range(len(self._buckets))).to(self._dtype)
-            self._sums = joined if self._sums is None else self._sums.add_(joined)
+            joined = self._joined(*range(len(self._buckets)))
+            self._sums = joined.to(self._dtype) if self._sums is None else self._sums.add_(joined)
 
     def finish(self) -> None:
         """After the last pass, wait until all have arrived."""
@@ -126,7 +125,7 @@ class Reduction:
         else:
             self._flight.add(dist.all_reduce(own.copy_(whole), async_op=True), own)
         if self._every_pass:
-            self._flight.land(leaving=_AT_ONCE)
+            self._flight.land(leaving=AT_ONCE)
 
     def _joined(self, *buckets: int) -> Tensor:
         """Gradients of neighbouring buckets, with padding, as one vector; they are taken from the parameters."""

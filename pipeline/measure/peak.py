@@ -8,6 +8,7 @@ import torch
 # Dense bf16 TFLOP/s of the makers' data sheets, by part of the device's name; fp32 runs on the matrix units as TF32.
 _DATASHEET = {"H200": 989.4, "H100 PCIe": 756.4, "H100": 989.4, "A100": 311.8, "L40S": 362.1, "A10": 125.0}
 _TF32_SHARE = 0.5
+_LONG = 0.05  # seconds of a product on a CPU, after which no larger one is tried
 
 
 class Peak(NamedTuple):
@@ -28,14 +29,17 @@ def device_peak(device: torch.device, dtype: torch.dtype) -> Peak:
 
 
 def _measure(device: torch.device, dtype: torch.dtype) -> float:
-    size, repeats = (8192, 5) if device.type == "cuda" else (1024, 2)  # each costs a start of 30 ms on a CPU
-    a = torch.ones(size, size, device=device, dtype=dtype)
-    best = float("inf")
-    for _ in range(repeats):
+    """A CPU whose libraries multiply a dtype number by number, as many do bf16, is known by the small products."""
+    best = 0.0
+    for size in [8192] * 5 if device.type == "cuda" else [256, 256, 512, 1024, 1024]:
+        a = torch.ones(size, size, device=device, dtype=dtype)
         began = _clock(device)
         a @ a
-        best = min(best, _clock(device) - began)
-    return 2 * size**3 / best
+        seconds = _clock(device) - began
+        best = max(best, 2 * size**3 / seconds)
+        if device.type == "cpu" and seconds > _LONG:
+            break
+    return best
 
 
 def _clock(device: torch.device) -> float:

@@ -142,7 +142,9 @@ class TriBranch:
     """The losses of a step and their gradients, in the order that keeps one student graph alive at a time.
 
     The intact student has lambda of the weight of DINO and iBOT, the elastic one the rest, and each half of that of
-    KoLeo. Without an elastic student the intact one has all of the three, which is the objective of DINOv2.
+    KoLeo; what the elastic one learns from the teacher and from the intact one has a factor each, 1 in the paper. A
+    term of weight 0 is not computed. Without an elastic student the intact one has all of the three, which is the
+    objective of DINOv2.
 
     Args:
         loss: weights and temperatures.
@@ -225,8 +227,13 @@ class TriBranch:
         del logits, cls, intact
 
         logits, cls = student(*self._inputs(crops, subnet, step, rank, branch=1))
-        elastic = self._self_distillation(logits, targets, crops, pairing, "elastic", terms)
-        elastic = elastic + self._from_intact(logits, reference, pairing, terms)
+        elastic = torch.zeros((), device=self.device)
+        if self.loss.cross_view_weight:
+            own = self._self_distillation(logits, targets, crops, pairing, "elastic", terms)
+            elastic = elastic + self.loss.cross_view_weight * own
+        if self.loss.same_view_weight:
+            from_intact = self._from_intact(logits, reference, pairing, terms)
+            elastic = elastic + self.loss.same_view_weight * from_intact
         elastic_loss = (1 - share) * elastic + spread * self._spread(cls, crops, "elastic", terms)
         if observer:
             observer.student("elastic", logits.cls, cls)

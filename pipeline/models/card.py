@@ -132,7 +132,7 @@ def model_card(
         side=config.model.image_size,
         branch="teacher (moving average of the student)" if proof["branch"] == "teacher" else "student",
         step=models.step,
-        objective=f"DINO and iBOT losses with distillation between sizes, {config.loss.centering} centering",
+        objective=_objective(config),
         accuracy=_accuracy(measured.get("knn")),
         account=_account(models, subnet, account),
         measured=_measured(subnet, measured),
@@ -143,6 +143,13 @@ def model_card(
         shards=_summary(proof["shards"]),
         formats=_formats(proof["formats"]),
     )
+
+
+def _objective(config: ExperimentConfig) -> str:
+    loss = config.loss
+    own = "DINO and iBOT losses" if loss.ibot_weight else "DINO loss"
+    between = loss.same_view_weight and config.sampling.assignment != "none"
+    return f"{own}{' with distillation between sizes' if between else ''}, {loss.centering} centering"
 
 
 def use(config: ExperimentConfig, subnet: Subnet, feature_dim: int) -> str:

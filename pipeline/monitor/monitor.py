@@ -10,11 +10,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from pipeline.config import ExperimentConfig
-from pipeline.data.loader import APART
+from pipeline.data.loader import APART, Tally
 from pipeline.data.remote.patience import WEATHER
 from pipeline.elastic import Grid, cost
 from pipeline.engine.agreement import BAD_VALUES
@@ -98,8 +97,7 @@ class Monitor:
         bands: cost bands of the sub-networks.
         progress: where the run starts.
         last_step: where it ends.
-        used: samples of this rank by source, counted on by its loader.
-        apart: its batches that the loader made beside its pipeline, by reason.
+        tally: of this rank's loader.
 
     Attributes:
         complete: the run got there, so that whoever reads the metrics should see the last values.
@@ -113,11 +111,10 @@ class Monitor:
         bands: Bands,
         progress: Progress,
         last_step: int,
-        used: Mapping[str, int] = MappingProxyType({}),
-        apart: Mapping[str, int] = MappingProxyType({}),
+        tally: Tally,
     ):
         self.config, self.ranks, self.phases = config, ranks, phases
-        self._used, self._apart = used, apart
+        self._tally = tally
         self.values = Values()
         self._interval = _Interval(phases=dict(phases.seconds))
         self._later: dict[str, Any] = {}
@@ -294,8 +291,8 @@ class Monitor:
             total=dict(seconds),
             per_step={phase: spent[phase] / steps for phase in PHASES},
             memory=memory_bytes(self.ranks.device),
-            used=dict(self._used),
-            apart=dict(self._apart),
+            used=dict(self._tally.used),
+            apart=dict(self._tally.apart),
             fetched=dict(WEATHER.fetched),
             retries=dict(WEATHER.retries),
             fetch_wait=WEATHER.waited,

@@ -5,7 +5,7 @@ from typing import Any
 from pipeline.config import ExperimentConfig
 from pipeline.elastic import cost
 from pipeline.elastic.subnet import Grid, Subnet
-from pipeline.engine.sizes import BUCKET
+from pipeline.engine.sizes import BUCKET, gradient_bytes
 
 OUTSIDE = 3 << 30
 """Bytes of a GPU left to what torch does not know of: CUDA's context and kernels, NCCL's and DALI's buffers. It is an
@@ -73,7 +73,7 @@ def _deepspeed(config: ExperimentConfig, world_size: int) -> dict[str, float]:
     return {
         "weights (student, teacher)": 2.0 * low * count * (1 / shards + rounded / world_size),
         "gathered weights (estimate)": 1.0 * low * block,  # one at a time
-        "gradients": _gradient_bytes(config, stage, count, world_size, min(block, BUCKET)),
+        "gradients": _gradients(config, stage, count, world_size, min(block, BUCKET)),
         "fp32 master, AdamW, EMA": 0.0 if config.engine.offload_optimizer else state_bytes(config, world_size),
     }
 
@@ -109,15 +109,12 @@ def _anchor(config: ExperimentConfig, low: int) -> dict[str, float]:
     return {"frozen network of the anchor": 1.0 * low * cost.trained_params(config).backbone}
 
 
-def _gradient_bytes(config: ExperimentConfig, stage: int, count: int, world_size: int, bucket: int) -> float:
-    """Of a backward pass in the working precision, and of the passes before it in the one they are added up in."""
-    low = 2 if config.engine.precision == "bf16" else 4
-    summed = max(low, 2 if config.engine.reduce_dtype == "bf16" else 4)
+def _gradients(config: ExperimentConfig, stage: int, count: int, world_size: int, bucket: int) -> float:
+    """Of both backward passes, in the precisions in which they are made and added up."""
+    low, reduced = 2 if config.engine.precision == "bf16" else 4, 2 if config.engine.reduce_dtype == "bf16" else 4
     if stage == 3:
-        return 1.0 * summed * count / world_size + low * bucket
-    if stage == 2 and world_size > 1:
-        return 1.0 * low * count + summed * count / world_size
-    return 1.0 * low * count + (summed * count if summed > low else 0)
+        return 1.0 * max(low, reduced) * count / world_size + low * bucket
+    return gradient_bytes(count, world_size, stage, low, reduced, 1 if config.sampling.alone else 2)
 
 
 def state_bytes(config: ExperimentConfig, world_size: int) -> float:

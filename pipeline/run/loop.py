@@ -1,14 +1,13 @@
 """The life of a run: claim the directory, resume, step, log, save, stop well."""
 
 import copy
-import importlib
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from pipeline.config import ExperimentConfig
 from pipeline.data.intake import settle_values
@@ -16,22 +15,21 @@ from pipeline.data.remote.patience import WEATHER
 from pipeline.data.segments import segment_of
 from pipeline.data.stream import Skip
 from pipeline.engine import distributed
-from pipeline.engine.checkpoint import Checkpoints, Progress, Saved, SaveError, Written
+from pipeline.engine.checkpoint import Checkpoints, Progress, SaveError, Written
 from pipeline.engine.distributed import Ranks
-from pipeline.engine.zero import deepspeed
 from pipeline.errors import UserError
 from pipeline.evaluate.online import OnlineEvaluation
 from pipeline.monitor.monitor import Monitor
 from pipeline.monitor.report import StepReport
 from pipeline.run.console import Console
 from pipeline.run.directory import RunDirectory
-from pipeline.run.experiment import Settings, with_measured
+from pipeline.run.experiment import with_measured
 from pipeline.run.fork import Fork
 from pipeline.run.policy import Decision, End, Policy, Save, after, may_run_ahead
 from pipeline.run.records import count, count_skipped, record
-from pipeline.run.rehearsal import is_compiled, rehearse
-from pipeline.run.segments import sources_of
+from pipeline.run.rehearsal import is_compiled
 from pipeline.run.slurm_job import Job, stop_signals
+from pipeline.run.start import Start, compile_all, import_the_rest
 from pipeline.run.step import Trainer, Underway
 from pipeline.run.threads import threads_that_fit
 from pipeline.run.watchdog import Watchdog
@@ -91,36 +89,33 @@ def _train(
             watchdog.beat("the start: checkpoints")
             tell = job.saved if job else lambda step: None
             checkpoints = Checkpoints(run.checkpoints, config.run.keep, ranks, run.require_ownership, tell)
-            saved, origin = _where_to_begin(run, checkpoints, fork, policy.last_step)
-            progress = saved.progress if saved else Progress(0, 0, {}, 0, {})
+            start = Start.find(run, checkpoints, fork, policy.last_step)
+            progress = start.progress
             with Console(ranks.is_main, policy.last_step, progress.step, quiet) as console:
                 if progress.step >= policy.last_step:
                     console.already_complete(run.path, progress.step)
                     ranks.agree(lambda: _tell_job(job, End.DONE, config.run.requeue))
                     return End.DONE
-                if saved:
-                    config = _with_measured(fork.source if fork and origin else run.path, config, ranks)
-                settings = ranks.agree(lambda: _settle(run, fork if origin else None, config, ranks, progress.step))
-                _import_the_rest(config, watchdog.beat)
+                config = start.measured(config)
+                settings = start.settle(config)
+                import_the_rest(config, watchdog.beat)
                 watchdog.beat("the start: model and optimizer")
-                trainer = make(settings.config, ranks, watchdog.beat, fresh=saved is None, rise=settings.rise)
+                trainer = make(settings.config, ranks, watchdog.beat, fresh=start.saved is None, rise=settings.rise)
                 config = with_measured(config, trainer.config)
-                if saved:
-                    checkpoints.load(saved, trainer.engine, trainer.tri_branch.centering)
+                if start.saved:
+                    checkpoints.load(start.saved, trainer.engine, trainer.tri_branch.centering)
                 watchdog.beat("the start: data")
-                segments = ranks.agree(
-                    lambda: _settle_segments(run, fork if origin else None, config, progress, trainer)
-                )
+                assert trainer.dataset is not None, "a run has data"
+                segments = start.segments(config, trainer.dataset)
                 trainer.segment = segment_of(segments[-1])
                 trainer.start_data(progress.samples)
-                ranks.agree(lambda: _open_records(run, config, segments, settings, progress, trainer, console, origin))
+                start.open_records(config, segments, settings, trainer.order)
+                console.starting(run.path, progress.step, config.engine, settings, start.origin)
                 trainer.loader.learn(ranks.agree(lambda: run.undecodable(trainer.segment.begin)))
                 if is_compiled(config):
-                    _compile(trainer, watchdog, console)
-                counts = trainer.loader.used, trainer.loader.apart
-                with Monitor(
-                    config, ranks, trainer.phases, trainer.bands, progress, policy.last_step, *counts
-                ) as monitor:
+                    compile_all(trainer, watchdog, console)
+                tally, last_step = trainer.loader.tally, policy.last_step
+                with Monitor(config, ranks, trainer.phases, trainer.bands, progress, last_step, tally) as monitor:
 
                     def alive() -> None:
                         watchdog.alive()
@@ -142,28 +137,6 @@ def _train(
         distributed.shut_down()
 
 
-def _import_the_rest(config: ExperimentConfig, enter: Callable[[str], None]) -> None:
-    """What is imported late, where it is used; on a loaded machine that takes long, so each has a phase of its own."""
-    if config.engine.backend == "fsdp2":
-        enter("the start: FSDP2")
-        importlib.import_module("pipeline.engine.fully_shard")
-    else:
-        enter("the start: DeepSpeed")
-        deepspeed()
-    enter("the start: DALI")
-    with suppress(ImportError):  # a trainer of other data does without it
-        importlib.import_module("nvidia.dali.fn")
-
-
-def _compile(trainer: Trainer, watchdog: Watchdog, console: Console) -> None:
-    def tell(number: int, total: int, width: int) -> None:
-        watchdog.beat(f"the start: compiling, {number} of {total}")
-        console.compiling(number, total, width)
-
-    rehearse(trainer, tell)
-    console.compiled(len(trainer.grid.widths) * len(trainer.grid.mlp_ratios))
-
-
 @contextmanager
 def _giving_up(job: Job | None, ranks: Ranks) -> Iterator[None]:
     """A user's mistake will be there the next time too."""
@@ -173,32 +146,6 @@ def _giving_up(job: Job | None, ranks: Ranks) -> Iterator[None]:
         if job is not None and ranks.is_main:
             job.ended(End.GIVE_UP.value)
         raise
-
-
-def _where_to_begin(
-    run: RunDirectory, checkpoints: Checkpoints, fork: Fork | None, last_step: int
-) -> tuple[Saved | None, dict[str, Any] | None]:
-    """The checkpoint that a run goes on from, and the run and step it is of if it is another run's. Collective."""
-    saved, ranks = checkpoints.find(), checkpoints.ranks
-    if fork and saved:
-        ranks.agree(lambda: fork.require_same(run))
-    if saved or not fork:
-        if not saved:
-            ranks.agree(run.require_no_past)
-        return saved, None
-    saved = fork.find(ranks, last_step)
-    begins = saved.progress.step
-    ranks.agree(lambda: run.require_no_past(begins))
-    return saved, fork.origin(saved)
-
-
-def _with_measured(source: Path, config: ExperimentConfig, ranks: Ranks) -> ExperimentConfig:
-    return ranks.agree(lambda: RunDirectory(source).measured(config))
-
-
-def _settle(run: RunDirectory, fork: Fork | None, config: ExperimentConfig, ranks: Ranks, step: int) -> Settings:
-    before = RunDirectory(fork.source) if fork else run
-    return before.settle(config, step, config.data.batch_size * ranks.world_size)
 
 
 @dataclass
@@ -376,28 +323,3 @@ def _tell_job(job: Job | None, end: End, requeue: bool) -> None:
     """Before any rank exits: the first exit code that is not 0 ends all tasks of a job step."""
     if job is not None:
         job.ended("stay" if end is End.STOPPED and not requeue else end.value)
-
-
-def _settle_segments(
-    run: RunDirectory, fork: Fork | None, config: ExperimentConfig, progress: Progress, trainer: Trainer
-) -> list[dict[str, Any]]:
-    assert trainer.dataset is not None, "a run has data"
-    before = RunDirectory(fork.source) if fork else run
-    return before.segments(config, sources_of(trainer.dataset), progress.samples, forked=fork is not None)
-
-
-def _open_records(
-    run: RunDirectory,
-    config: ExperimentConfig,
-    segments: list[dict[str, Any]],
-    settings: Settings,
-    progress: Progress,
-    trainer: Trainer,
-    console: Console,
-    origin: dict[str, Any] | None,
-) -> None:
-    if trainer.order:
-        run.record_order(trainer.order.as_json())
-    run.record_start(config, progress.step, trainer.ranks.world_size, segments, settings, origin)
-    run.rewind(progress.step, progress.samples)
-    console.starting(run.path, progress.step, config.engine, settings, origin)

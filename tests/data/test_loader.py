@@ -183,7 +183,7 @@ def test_graph_is_not_built_again_for_damage(damaged: Path, monkeypatch: pytest.
         next(loader)
     loader.close()
     assert len(built) == 2
-    assert loader.apart["decode"] >= 1
+    assert loader.tally.apart["decode"] >= 1
 
 
 def test_pipeline_that_does_not_survive_a_failure_is_started_again(damaged: Path) -> None:
@@ -219,7 +219,7 @@ def test_batch_of_too_many_pixels_is_made_in_parts_and_is_the_same(
     loader = Loader(data_config(shards, batch_pixels=most))
     assert equal([next(loader) for _ in range(5)], whole)
     loader.close()
-    assert loader.apart == {"pixels": 2}
+    assert loader.tally.apart == {"pixels": 2}
     said = [message for message in caplog.messages if "more than data.batch_pixels, is made on the CPU" in message]
     assert len(said) == 1, "named once"
     assert "its largest image is k" in said[0]
@@ -270,7 +270,7 @@ def test_what_one_rank_or_start_found_no_other_has_to_find(
     loader.learn([*known, skips[0]._replace(shard="another"), skips[0]._replace(sample=99)])
     assert equal([next(loader) for _ in range(9)], expected)
     loader.close()
-    assert (loader.apart, again) == ({}, [])
+    assert (loader.tally.apart, again) == ({}, [])
     assert loader.skipped["decode"] >= 9, "counted at every use"
 
 

@@ -36,7 +36,7 @@ TINY = {
     },
     "resnet": {
         "image_size": 64,
-        "width": {"min": 64, "max": 128, "step": 32},
+        "width": {"min": 32, "max": 96, "step": 32},
         "depth": {"min": [1, 1, 1, 1], "max": [1, 2, 3, 1], "step": 1},
     },
 }

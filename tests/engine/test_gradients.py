@@ -3,14 +3,18 @@
 Real ones are in test_three_steps and test_counts.
 """
 
+from itertools import accumulate
+
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from pipeline.engine import gradients
 from pipeline.engine.flight import Flight
 from pipeline.engine.gradients import Reduction
 from pipeline.engine.groups import Buckets
+from pipeline.engine.sizes import gradient_bytes
 
 SMALL = 2.0**-9  # below what bf16 tells from 1 beside it
 
@@ -109,6 +113,53 @@ def test_a_gradient_that_comes_after_its_bucket_is_an_error_and_not_lost(sent):
     reduction.before_pass(loss, last=True)
     with pytest.raises(RuntimeError, match="after its bucket"):
         loss.backward()
+
+
+@pytest.fixture
+def scattered(monkeypatch) -> None:
+    """A second rank without gradients, and collectives that hold nothing but what they are given."""
+
+    def scatter(own: Tensor, whole: Tensor, **_) -> dist.Work:
+        return dist.all_reduce(own.copy_(whole[: len(own)]), async_op=True)
+
+    monkeypatch.setattr(gradients, "_reduce_scatter", scatter)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+
+
+def most_at_once(run) -> int:
+    """Bytes that torch held more than before, at the most."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as found:
+        run()
+    events = [event for event in found.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+
+
+@pytest.mark.parametrize("passes", [2, 1])
+@pytest.mark.parametrize(
+    ("stage", "buckets", "precision", "reduced"),
+    [
+        *((0, 5, 4, reduced) for reduced in (4, 2)),
+        *((stage, 5, *bytes_) for stage in (1, 2) for bytes_ in ((4, 4), (2, 4), (2, 2), (4, 2))),
+        *((2, few, 2, 4) for few in (2, 1)),
+    ],
+)
+def test_gradients_take_what_the_plan_says(scattered, stage, buckets, precision, reduced, passes):
+    many, size, dtypes = 200, 5000, {4: torch.float32, 2: torch.bfloat16}
+    parameters = [nn.Parameter(torch.zeros(size, dtype=dtypes[precision])) for _ in range(many)]
+    length = many * size // buckets
+    cut = Buckets.of(many * size, length, 2 if stage else 1)
+    reduction = Reduction(parameters, cut, dtypes[reduced], every_pass=stage == 2)
+
+    def step() -> None:
+        for number in range(passes):
+            loss = torch.stack([parameter.sum() for parameter in parameters]).sum()
+            reduction.before_pass(loss, last=number == passes - 1)
+            loss.backward()
+            reduction.after_pass()
+        reduction.finish()
+
+    planned = gradient_bytes(many * size, 2, stage, precision, reduced, passes, length)
+    assert most_at_once(step) == pytest.approx(planned, rel=0.02)
 
 
 def test_a_collective_that_fails_says_so_where_it_is_waited_for():

@@ -67,13 +67,18 @@ def models(trained_run) -> dict[str, torch.nn.Module]:
 
 
 @pytest.fixture(scope="module")
-def val_images(trained_run, labelled) -> EvalImages:
-    return EvalImages(labelled["val"], run_target(RunModels.open(trained_run), None, "teacher").preprocessing)
+def preprocessing(trained_run) -> dict:
+    return run_target(RunModels.open(trained_run), None, "teacher").preprocessing
 
 
-def test_features_are_those_of_timms_own_pipeline(models, val_images, labelled):
-    found = extract_features(models, val_images, threads=3, batch_size=50)
-    images, labels = plain_images(labelled["val"])
+@pytest.fixture(scope="module")
+def val_images(preprocessing, labelled) -> EvalImages:
+    return EvalImages(labelled["val"], preprocessing)
+
+
+def test_features_are_those_of_timms_own_pipeline(models, preprocessing, labelled_photos):
+    found = extract_features(models, EvalImages(labelled_photos["val"], preprocessing), threads=3, batch_size=50)
+    images, labels = plain_images(labelled_photos["val"])
     assert found.labels.tolist() == labels
     for name, model in models.items():
         transform = create_transform(**resolve_data_config({}, model=model), is_training=False)

@@ -28,6 +28,32 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.is_relative_to(Path(__file__).parent) and "device" in getattr(item, "fixturenames", ()):
             item.add_marker("gpu")
+    if interpreted():
+        items[:] = _dtypes_in_turn(items)
+
+
+def _dtypes_in_turn(items: list[pytest.Item]) -> list[pytest.Item]:
+    """Of tests over shapes (or the like) and dtypes, every shape and every dtype, but each shape in one dtype alone.
+
+    The interpreter takes a second where a GPU takes microseconds, and no shape goes another way for its dtype. Eager
+    kernels, and those that are compiled for a GPU, see every shape in every dtype.
+    """
+    parameters = [getattr(getattr(item, "callspec", None), "params", {}) for item in items]
+    dtypes: dict[str, dict[str, int]] = {}
+    cases: dict[str, dict[str, int]] = {}  # number of each, in the order of collection
+    places = []
+    for item, params in zip(items, parameters, strict=True):
+        function = item.nodeid.partition("[")[0]
+        case = repr({name: value for name, value in params.items() if name != "dtype"})
+        for known, found in ((dtypes, str(params.get("dtype"))), (cases, case)):
+            known.setdefault(function, {}).setdefault(found, len(known[function]))
+        places.append((function, str(params.get("dtype")), case))
+    return [
+        item
+        for item, (function, dtype, case) in zip(items, places, strict=True)
+        if len(cases[function]) < (count := len(dtypes[function]))
+        or cases[function][case] % count == dtypes[function][dtype]
+    ]
 
 
 @pytest.fixture

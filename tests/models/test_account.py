@@ -98,3 +98,4 @@ def test_a_card_says_what_it_took_and_what_was_not_measured(trained_run, tmp_pat
     assert "every image of every step trained it, as the intact student" in largest
     assert f"| this network alone on as many images and steps | {proof['alone_gpu_hours']:.3g} |" in card
     assert "Not measured: 20-NN accuracy (`poa eval knn`), linear probe" in card
+    assert "DINO and iBOT losses with distillation between sizes, sinkhorn centering" in " ".join(card.split())

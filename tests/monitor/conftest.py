@@ -1,28 +1,28 @@
 """A real Prometheus that scrapes a real two-rank run."""
 
 import json
-import os
 import shutil
-import signal
 import socket
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from launcher import start_ranks
 
 from pipeline.monitor.discovery import run_label
 
 ROOT = Path(__file__).parents[2]
 MONITORING = ROOT / "yaml" / "monitoring"
+TRAIN = ROOT / "tests" / "workers" / "unhurried.py"
 
 
 def free_port() -> int:
@@ -52,7 +52,7 @@ class Live:
     url: str
     run_dir: Path
     targets: Path
-    ranks: list[subprocess.Popen]
+    ranks: list[BaseProcess]
 
     @property
     def label(self) -> str:
@@ -70,27 +70,12 @@ class Live:
         return self.query(expr).get("data", {}).get("result", [])
 
 
-def start_ranks(config: Path, run_dir: Path, log: Path, count: int) -> list[subprocess.Popen]:
-    shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    environment = os.environ | shared | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "pipeline", "train", str(config), "--run-dir", str(run_dir)]
-    with log.open("w") as out:
-        return [
-            subprocess.Popen(
-                command, env=environment | {"RANK": str(r), "LOCAL_RANK": str(r)}, stdout=out, stderr=subprocess.STDOUT
-            )
-            for r in range(count)
-        ]
-
-
-def stop(processes: list[subprocess.Popen]) -> list[int]:
-    for process in processes:
-        process.send_signal(signal.SIGTERM)
-    try:
-        return [process.wait(60) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
+def stop(ranks: list[BaseProcess]) -> None:
+    for rank in ranks:
+        rank.terminate()
+    for rank in ranks:
+        rank.join(60)
+        rank.kill()
 
 
 @pytest.fixture(scope="session")
@@ -150,10 +135,11 @@ def live(
     )
     (home / "config.yaml").write_text(yaml.safe_dump(tree))
     log = home / "log"
-    started = Live(url, home / "night", targets, start_ranks(home / "config.yaml", home / "night", log, 2))
+    words = [str(home / "config.yaml"), "--run-dir", str(home / "night")]
+    started = Live(url, home / "night", targets, start_ranks(TRAIN, words, home, [log, log]))
 
     def evaluated() -> bool:
-        assert all(rank.poll() is None for rank in started.ranks), log.read_text()[-4000:]
+        assert all(rank.is_alive() for rank in started.ranks), log.read_text()[-4000:]
         wanted = (
             "poa_knn_accuracy_ratio",
             "poa_checkpoint_bytes",

@@ -149,7 +149,7 @@ def test_training_goes_on_through_a_scrape_storm_and_without_its_endpoint(live, 
     endpoint.kill()
     before = records(live)[-1]["step"]
     wait(lambda: records(live)[-1]["step"] >= before + 6, what="progress without an endpoint")
-    assert all(rank.poll() is None for rank in live.ranks)
+    assert all(rank.is_alive() for rank in live.ranks)
 
 
 def test_a_run_that_is_stopped_leaves_no_target_behind(live, wait):
@@ -158,6 +158,8 @@ def test_a_run_that_is_stopped_leaves_no_target_behind(live, wait):
     began = time.monotonic()
     for rank in live.ranks:
         rank.terminate()
-    assert [rank.wait(60) for rank in live.ranks] == [75, 75]
+    for rank in live.ranks:
+        rank.join(60)
+    assert [rank.exitcode for rank in live.ranks] == [75, 75]
     assert time.monotonic() - began < 60
     assert list(live.targets.glob("*.json")) == []

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.config import parse_config
+from pipeline.data.loader import Tally
 from pipeline.data.remote.patience import Weather
 from pipeline.elastic import Grid, Subnet
 from pipeline.engine.agreement import Agreement
@@ -78,7 +79,7 @@ def made(ranks, experiment, tmp_path, monkeypatch) -> tuple[Monitor, Progress]:
     (tmp_path / "manifest.json").write_text(json.dumps({"starts": [1, 2, 3], "code": "abc"}))
     progress = Progress(10, 40, {"total": 1}, 0, {"huge": 5})
     bands = Bands(config.model, Grid(config.model))
-    return Monitor(config, ranks, Phases(torch.device("cpu")), bands, progress, 20), progress
+    return Monitor(config, ranks, Phases(torch.device("cpu")), bands, progress, 20, Tally()), progress
 
 
 def test_a_start_describes_the_run_and_counts_from_zero(made, tmp_path):
@@ -179,14 +180,14 @@ def test_weather_of_the_store_is_counted_per_node_and_samples_per_source(ranks, 
     monkeypatch.setattr(monitor_module, "WEATHER", weather)
     config = parse_config(experiment(run={"dir": str(tmp_path)}, metrics={"port": 0}))
     (tmp_path / "manifest.json").write_text(json.dumps({"starts": [1], "code": "abc"}))
-    used, apart = Counter({"": 3}), Counter()
+    tally = Tally(Counter({"": 3}))
     bands = Bands(config.model, Grid(config.model))
-    monitor = Monitor(config, ranks, Phases(ranks.device), bands, Progress(0, 0, {}, 0, {}), 20, used, apart)
+    monitor = Monitor(config, ranks, Phases(ranks.device), bands, Progress(0, 0, {}, 0, {}), 20, tally)
     get = monitor.values.get
     assert get("poa_batches_apart_total", "pixels") == 0
-    apart["pixels"] += 2
+    tally.apart["pixels"] += 2
     assert get("poa_fetch_retries_total", "server") == 0
-    used["street"] += 5
+    tally.used["street"] += 5
     weather.retried("server")
     for source, size in (("street", 100), ("", 7), ("street", 1)):
         weather.read(source, size, 0.25)

@@ -13,6 +13,7 @@ from pipeline.config import ExperimentConfig, load_config
 from pipeline.elastic import build, cost
 from pipeline.elastic.head import ProjectionHeads
 from pipeline.elastic.stochastic_depth import keep_indices
+from pipeline.engine.sizes import BUCKET
 from pipeline.plan.forecast import communication, expected_slowest, sampler, stragglers
 from pipeline.plan.memory import under
 from pipeline.plan.plan import memory_estimate, plan
@@ -164,18 +165,18 @@ def test_implementations_are_said_as_they_resolve(capsys):
 
 
 @pytest.mark.parametrize(
-    ("precision", "reduced", "stage", "expected"),
+    ("precision", "reduced", "stage", "each", "bucket"),
     [
-        ("fp32", "fp32", 1, 4),  # both passes add up where autograd leaves them
-        ("bf16", "bf16", 1, 2),
-        ("bf16", "fp32", 1, 2 + 4),  # the pass at hand, and the sum
-        ("bf16", "fp32", 2, 2 + 4 / 4),  # of which a rank keeps its share
-        ("fp32", "bf16", 0, 4),
+        ("fp32", "fp32", 1, 4 + 4 / 4, 4),  # both passes add up where autograd leaves them; a rank's share; a bucket
+        ("bf16", "bf16", 1, 2 + 2 / 4, 2),
+        ("bf16", "fp32", 1, 2 + 4, 0),  # the first pass, and what it is widened to
+        ("bf16", "fp32", 2, 2 * 4 / 4, 2 * 4 + 2 + 4),  # shares of both passes; two buckets under way and the next
+        ("fp32", "bf16", 0, 4 + 2, 4),
     ],
 )
-def test_gradients_take_the_bytes_of_a_pass_and_of_the_sum(precision, reduced, stage, expected):
+def test_gradients_take_the_bytes_of_passes_shares_and_buckets(precision, reduced, stage, each, bucket):
     config = load_config(VIT_L, [f"engine.precision={precision}", f"engine.reduce_dtype={reduced}"])
-    assert memory_estimate(config, 4, stage)["gradients"] == expected * VIT_L_PARAMETERS
+    assert memory_estimate(config, 4, stage)["gradients"] == each * VIT_L_PARAMETERS + bucket * BUCKET
 
 
 def test_fp32_is_planned_without_the_matrix_units(capsys):

@@ -3,8 +3,6 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,19 +12,11 @@ from pipeline.errors import UserError
 from pipeline.report.charts import MAX_POINTS, Axes, line_chart, number, scatter_chart, split_bar, table, thinned
 from pipeline.report.page import report
 
-ROOT = Path(__file__).parents[2]
-TRAIN = """
-import sys
-from pipeline.cli import main
-code = main(["train", sys.argv[1], "--run-dir", sys.argv[2], "--quiet"])
-assert code == 0, code
-assert main(["eval", "knn", sys.argv[2], "--subnets", "all", "--json"]) == 0
-assert main(["report", sys.argv[2]]) == 0
-"""
+WORKER = Path(__file__).parents[1] / "workers" / "reported.py"
 
 
 @pytest.fixture(scope="module")
-def run_dir(experiment, digits, tmp_path_factory) -> Path:
+def run_dir(launch, experiment, digits, tmp_path_factory) -> Path:
     """A run of six steps, evaluated and reported on, with a sample that was left out and a bad step added."""
     home = tmp_path_factory.mktemp("reported")
     val = f"{digits}/val-000000.tar"
@@ -37,9 +27,7 @@ def run_dir(experiment, digits, tmp_path_factory) -> Path:
         eval={"every_steps": 3, "train": val, "val": val},
     )
     (home / "config.yaml").write_text(yaml.safe_dump(tree))
-    command = [sys.executable, "-c", TRAIN, str(home / "config.yaml"), str(home / "night")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch(WORKER, 1, home / "config.yaml", home / "night", timeout=280)
     skip = {"key": "a<b", "shard": "x.tar", "reason": "truncated", "position": 7}
     (home / "night" / "skipped.jsonl").write_text(json.dumps(skip) + "\n")
     lines = (home / "night" / "metrics.jsonl").read_text().splitlines()

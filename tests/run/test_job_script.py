@@ -4,6 +4,8 @@ import os
 import re
 import shutil
 import subprocess
+import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -174,3 +176,26 @@ def test_both_recipes_of_a_container_take_the_same_steps_and_know_both_wheels_of
     assert set(wheels) == {"cuda120", "cuda130"}
     assert all(wheel in docker + apptainer + steps for wheel in wheels)
     subprocess.run(["bash", "-n", folder / "install.sh"], check=True)
+
+
+def test_what_the_recipes_of_a_container_copy_is_enough_to_install_from(tmp_path):
+    folder = ROOT / "slurm" / "container"
+    docker, apptainer = ((folder / name).read_text() for name in ("Dockerfile", "poa.def"))
+    copied = {name for line in re.findall(r"^COPY (.+) \S+$", docker, re.MULTILINE) for name in line.split()}
+    assert copied == {name for name, _ in re.findall(r"^    (\S+) /src/(\S+)$", apptainer, re.MULTILINE)}
+    for name in copied:
+        target = tmp_path / "src" / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, target, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(ROOT / name, target)
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", ".", "-w", tmp_path],
+        cwd=tmp_path / "src",
+        check=True,
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert any(name.endswith("poa_safe_path.pth") for name in names)
+    assert "pipeline/cli.py" in names

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +21,7 @@ pytestmark = pytest.mark.timeout(600)
 
 ROOT = Path(__file__).parents[2]
 WORKER = ROOT / "tests" / "workers" / "run_with_fault.py"
+FORKED = ROOT / "tests" / "workers" / "forked_torchrun.py"
 WATCHED = ROOT / "tests" / "workers" / "watched.py"
 
 
@@ -32,29 +34,35 @@ class Ended(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def ended(experiment, tmp_path_factory) -> dict[tuple[str, int], Future[Ended]]:
-    """By fault and rank, runs with a fault in the third step, side by side: they wait more than they compute."""
+def ended(launch, experiment, tmp_path_factory) -> dict[tuple[str, int], Future[Ended]]:
+    """By fault and rank, runs with a fault in the third step, side by side: they wait more than they compute.
 
-    def run(fault: str, rank: int) -> Ended:
+    One of them by the command, the others by what that calls, from a process that has imported everything.
+    """
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+    def by_command(*words: str) -> tuple[int, str]:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *words]
+        done = subprocess.run(torchrun, env=environment, capture_output=True, text=True, timeout=400, check=False)
+        return done.returncode, done.stderr
+
+    def by_forks(*words: str) -> tuple[int, str]:
+        (log,) = launch(FORKED, 1, 2, *words, timeout=400)
+        return int(log.splitlines()[-1]), log
+
+    def run(start: Callable[..., tuple[int, str]], fault: str, rank: int) -> Ended:
         directory = tmp_path_factory.mktemp(fault)
         tree = experiment(run={"dir": str(directory / "run"), "max_steps": 6, "hang_timeout_seconds": 300})
         (directory / "config.yaml").write_text(yaml.safe_dump(tree))
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-        result = subprocess.run(
-            [*torchrun, str(WORKER), str(directory / "config.yaml"), fault, str(rank), "3"],
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=400,
-            check=False,
-        )
+        code, log = start(str(WORKER), str(directory / "config.yaml"), fault, str(rank), "3")
         now = time.time()
         steps = (directory / "run" / "metrics.jsonl").stat().st_mtime  # when the last good step was logged
-        return Ended(result.returncode, result.stderr, now - steps)
+        return Ended(code, log, now - steps)
 
     with ThreadPoolExecutor(2) as pool:
         faults = [("fall_asleep", 1), ("hold_the_interpreter", 1), ("crash", 0), ("crash", 1)]
-        yield {(fault, rank): pool.submit(run, fault, rank) for fault, rank in faults}
+        ways = {("crash", 0): by_command}
+        yield {fault: pool.submit(run, ways.get(fault, by_forks), *fault) for fault in faults}
 
 
 @pytest.mark.runs

@@ -10,8 +10,10 @@ import os
 import runpy
 import socket
 import sys
+import threading
 import time
 from multiprocessing import forkserver
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from unittest import mock
 
@@ -19,6 +21,7 @@ ROOT = Path(__file__).parents[2]
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(["preloaded"])
 _FRESH = multiprocessing.get_context("spawn")
+_STARTING = threading.Lock()
 
 
 ON_CPU = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
@@ -56,30 +59,39 @@ def run_ranks(
     Raises:
         AssertionError: a rank failed, or was not done in time; with the end of what it printed.
     """
-    shared = {"WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": unused_port()}
-    shared |= {"OMP_NUM_THREADS": 1, "PYTHONPATH": ROOT, **ON_CPU}
-    # DeepSpeed chooses its device once, when it is imported there; the path is how that process finds what to import
-    with mock.patch.dict(os.environ, ON_CPU | {"PYTHONPATH": f"{Path(__file__).parent}:{ROOT}"}):
-        forkserver.ensure_running()
-    context, processes = _FRESH if fresh else _FORKS, []
-    for rank in range(ranks):
-        own = {name: str(value) for name, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()}
-        words = (script, arguments, {**os.environ, **own}, directory, directory / f"rank{rank}.out", fresh)
-        processes.append(context.Process(target=_be_rank, args=words))
+    files = [directory / f"rank{rank}.out" for rank in range(ranks)]
+    processes = start_ranks(script, arguments, directory, files, fresh)
     deadline = time.monotonic() + timeout
     try:
-        for process in processes:
-            process.start()
         for process in processes:
             process.join(max(deadline - time.monotonic(), 0.0))
     finally:
         codes = [process.exitcode for process in processes]
         for process in processes:
             process.kill()
-    outputs = [(directory / f"rank{rank}.out").read_text(errors="replace") for rank in range(ranks)]
+    outputs = [file.read_text(errors="replace") for file in files]
     failed = [f"rank {i}: exit code {code}\n{outputs[i][-4000:]}" for i, code in enumerate(codes) if code != 0]
     assert not failed, "\n".join(failed)
     return outputs
+
+
+def start_ranks(
+    script: Path, arguments: list[str], directory: Path, files: list[Path], fresh: bool = False
+) -> list[BaseProcess]:
+    """Start a rank for each file, to which it writes what it prints; the other arguments are those of `run_ranks`."""
+    ranks = len(files)
+    shared = {"WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": unused_port()}
+    shared |= {"OMP_NUM_THREADS": 1, "PYTHONPATH": ROOT, **ON_CPU}
+    # DeepSpeed chooses its device once, when it is imported there; the path is how that process finds what to import
+    with _STARTING, mock.patch.dict(os.environ, ON_CPU | {"PYTHONPATH": f"{Path(__file__).parent}:{ROOT}"}):
+        forkserver.ensure_running()
+    context, processes = _FRESH if fresh else _FORKS, []
+    for rank, file in enumerate(files):
+        own = {name: str(value) for name, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()}
+        words = (script, arguments, {**os.environ, **own}, directory, file, fresh)
+        processes.append(context.Process(target=_be_rank, args=words))
+        processes[-1].start()
+    return processes
 
 
 def _be_rank(

@@ -5,6 +5,10 @@ It starts no thread, for none would live on in the forks.
 
 import gc
 import importlib
+import os
+
+# Triton asks when it is imported whether its own functions will be compiled or interpreted; no rank compiles any
+os.environ["TRITON_INTERPRET"] = "1"
 
 import pipeline.run.loop  # noqa: F401
 from pipeline.config.data import DataConfig
@@ -23,5 +27,6 @@ for name in (  # early or late, or at ZeRO-3 and under FSDP2 only
     importlib.import_module(name)
 # DALI rewrites the code of the graph, once per process; nothing is built or run
 make_pipeline(DataConfig(train="-", batch_size=1), lambda number: ((), (), ()), device_id=None, half=False)
+del os.environ["TRITON_INTERPRET"]
 gc.collect()
 gc.freeze()  # or each fork looks for garbage among a million objects, and copies the memory that they lie in
