@@ -17,6 +17,7 @@ from pipeline.elastic.pretrained import load_pretrained
 from pipeline.engine.core import Engine
 from pipeline.engine.distributed import Ranks
 from pipeline.engine.groups import FlatGroup
+from pipeline.errors import UserError
 from pipeline.method.losses import Centering
 from pipeline.method.tri_branch import Branch
 from pipeline.models.bundle import MOMENTS, Bundle
@@ -51,10 +52,12 @@ def load_start(backbone: Backbone, source: str) -> list[str]:
     """
     if not is_bundle(source):
         load_pretrained(backbone, source)
+        _require_finite(backbone, source)
         return []
     wanted = {f"backbone.{name}": p.shape for name, p in backbone.named_parameters()}
     fit = Bundle(Path(source)).fit("teacher", wanted, backbone.config)
     backbone.load_state_dict({n.removeprefix("backbone."): w for n, w in fit.weights.items()}, strict=False)
+    _require_finite(backbone, source)
     return fit.left
 
 
@@ -109,10 +112,12 @@ def begin(student: Branch, source: str) -> Begun | None:
     """
     if not is_bundle(source):
         load_pretrained(student.backbone, source)
+        _require_finite(student, source)
         return None
     bundle = Bundle(Path(source))
     fit = bundle.fit("student", {name: p.shape for name, p in student.named_parameters()}, student.backbone.config)
     student.load_state_dict(fit.weights, strict=False)
+    _require_finite(student, source)
     complete = fit.whole and bundle.has_moments
     more = ", moments" if complete else ""
     print(
@@ -123,6 +128,13 @@ def begin(student: Branch, source: str) -> Begun | None:
     for line in [*fit.left[:_LISTED], *([f"and {len(fit.left) - _LISTED} more"] if fit.left[_LISTED:] else [])]:
         print(f"note: begins fresh: {line}", file=sys.stderr)
     return Begun(list(fit.weights), complete, bundle.block_importance(student.backbone.config))
+
+
+def _require_finite(module: torch.nn.Module, source: str) -> None:
+    for name, parameter in module.named_parameters():
+        if not parameter.isfinite().all():
+            fix = "name weights of before it diverged, or copy them again"
+            raise UserError(f"{name} is not finite", f"model.init_from={source}", fix)
 
 
 @torch.no_grad()

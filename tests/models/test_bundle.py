@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from pipeline.cli import main
 from pipeline.config import parse_config
@@ -15,6 +15,7 @@ from pipeline.elastic import Grid, build
 from pipeline.elastic.head import ProjectionHeads
 from pipeline.engine.saved import intact_checkpoint, load_named, read_manifest
 from pipeline.errors import UserError
+from pipeline.files import sha256
 from pipeline.method.tri_branch import Branch
 from pipeline.models.bundle import MOMENTS, Bundle
 from pipeline.models.bundling import write_bundle
@@ -91,6 +92,19 @@ def test_a_damaged_bundle_is_refused(bundle, tmp_path):
     (copied / "bundle.json").write_text("{}")
     with pytest.raises(UserError, match="the bundle is damaged: KeyError"):
         Bundle(copied)
+
+
+def test_weights_that_are_not_finite_are_no_beginning(trained_run, tmp_path):
+    bundle = tmp_path / "bundle"
+    write_bundle(trained_run, bundle, moments=False)
+    weights = load_file(bundle / "teacher.safetensors")
+    weights["backbone.norm.bias"][3] = float("nan")
+    save_file(weights, bundle / "teacher.safetensors")
+    manifest = json.loads((bundle / "bundle.json").read_text())
+    manifest["files"]["teacher.safetensors"]["sha256"] = sha256(bundle / "teacher.safetensors")
+    (bundle / "bundle.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"norm\.bias is not finite \(model\.init_from="):
+        load_start(build(Bundle(bundle).config.model), str(bundle))
 
 
 def test_heads_that_come_along_do_not_make_the_backbone_wait(bundle, tmp_path):
