@@ -44,7 +44,8 @@ from pipeline.files import save_tensors, sha256, sync, write_atomically
 from pipeline.method.losses import Centering
 
 _LEFTOVER = re.compile(r"\.step_\d{8}\.(tmp|old\d*)")
-_OWN = re.compile(r"shard_\d+\.safetensors|\.?manifest\.json(\.tmp)?")  # files of a checkpoint
+# files of a checkpoint, and what a write that was cut short leaves: safetensors writes to .tmpXXXXXX first
+_OWN = re.compile(r"shard_\d+\.safetensors|manifest\.json|\.manifest\.json\.tmp|\.tmp\w{6}")
 
 
 @dataclass
