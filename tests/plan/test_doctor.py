@@ -77,11 +77,11 @@ def test_offloaded_state_of_a_nodes_ranks_is_held_against_the_host(ranks, host_g
 
 
 @pytest.mark.parametrize(
-    ("offload", "host_gib", "status"), [("cpu", 40, "warn"), ("null", 40, "warn"), ("cpu", 43, "pass")]
+    ("offload", "host_gib", "status"), [("cpu", 40, "warn"), ("null", 40, "warn"), ("cpu", 44, "pass")]
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_offloading_leaves_the_state_in_the_same_memory(offload, host_gib, status, monkeypatch):
-    """A rank of a ViT-L wants 38.5 GiB in all, wherever its state lies."""
+    """A rank of a ViT-L wants 39.2 GiB in all, wherever its state lies; a tenth more passes."""
     config = load_config(ROOT / "yaml" / "vit_large.yaml", [f"engine.offload_optimizer={offload}"])
     monkeypatch.setattr("os.sysconf", {"SC_PAGE_SIZE": 1 << 10, "SC_PHYS_PAGES": host_gib << 20}.get)
     assert check_memory(config, 1).status == status
