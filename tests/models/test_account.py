@@ -60,7 +60,7 @@ def test_training_alone_costs_what_the_plan_says(family, experiment, tmp_path):
     """At the run's own FLOP/s; the plan's are a card's."""
     tree = experiment(family, optim={"epochs": 3, "steps_per_epoch": 2})
     config = parse_config(tree)
-    write(tmp_path, [start(0, 2)], global_batch=8)
+    write(tmp_path, [start(0, 2)], global_batch=2 * config.data.batch_size)
     ledger = Ledger(tmp_path, config, 6)
     subnet = ledger.grid.subnets[len(ledger.grid) // 2]
     depths = list(subnet.depths)
