@@ -284,9 +284,8 @@ class Run:
             return True
         self.watchdog.beat(f"the checkpoint of step {checkpoints.step or progress.step}")
         began = time.perf_counter()
-        retire = (
-            not self.progress.bad_in_a_row
-        )  # a streak may have its cause in the newest checkpoint: no other goes for it
+        # a streak of bad steps may have its cause in the newest checkpoint: no other goes for it
+        retire = not self.progress.bad_in_a_row
         try:
             if moves:
                 self._written(checkpoints.move_on(retire), report)
