@@ -160,8 +160,12 @@ def _probabilities(targets: Targets, rows: Tensor) -> Tensor:
         unique = rows
     total: Tensor | None = None
     for index in unique.unbind(1):
-        exponent = _scaled(targets.logits[index], targets.temperature, targets.col)
-        probability = exponent.add_(targets.row[index, None]).exp_()
+        logits = targets.logits.index_select(0, index)
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        probability = torch.add(targets.row[index, None], wide, alpha=1 / targets.temperature)
+        if targets.col is not None:
+            probability.add_(targets.col)
+        probability.exp_()
         total = probability if total is None else total.add_(probability)
     assert total is not None
     return total
