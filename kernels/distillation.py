@@ -56,7 +56,8 @@ def cross_entropy(
         student_temperature: divisor of the student's logits.
         impl: "eager" or "triton".
         inplace_backward: the backward pass of "triton" may write the gradient over `student`, whose values nobody reads
-            after the loss. ("eager" always keeps the gradient instead of the logits.)
+            after the loss. ("eager" always keeps the gradient instead of the logits, and may scale it where it lies.)
+            A second backward pass is refused then.
 
     Returns:
         `[R]` fp32.
@@ -82,7 +83,7 @@ def cross_entropy(
             inplace_backward,
         )
         return loss
-    return _CrossEntropy.apply(student, targets, rows, student_temperature)
+    return _CrossEntropy.apply(student, targets, rows, student_temperature, inplace_backward)
 
 
 @torch.no_grad()
@@ -122,7 +123,7 @@ class _CrossEntropy(torch.autograd.Function):
     """The loss row by row; the forward pass keeps d loss / d student instead of the student's logits."""
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, targets: Targets, rows: Tensor, temperature: float) -> Tensor:
+    def forward(ctx: Any, student: Tensor, targets: Targets, rows: Tensor, temperature: float, inplace: bool) -> Tensor:
         dtype = torch.promote_types(student.dtype, torch.float32)
         loss = student.new_empty(student.shape[0], dtype=dtype)
         gradient = torch.empty(student.shape, dtype=student.dtype, device=student.device)
@@ -141,13 +142,16 @@ class _CrossEntropy(torch.autograd.Function):
             if student.dtype != dtype:
                 gradient[part] = exponential.view(-1, student.shape[1])
         ctx.save_for_backward(gradient)
+        ctx.inplace = inplace
         return loss
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return (gradient * grad_loss[:, None]).to(gradient.dtype), None, None, None
+        scale = grad_loss[:, None]
+        scaled = gradient.mul_(scale) if ctx.inplace else (gradient * scale).to(gradient.dtype)
+        return scaled, None, None, None, None
 
 
 def _probabilities(targets: Targets, rows: Tensor) -> Tensor:
@@ -160,8 +164,12 @@ def _probabilities(targets: Targets, rows: Tensor) -> Tensor:
         unique = rows
     total: Tensor | None = None
     for index in unique.unbind(1):
-        exponent = _scaled(targets.logits[index], targets.temperature, targets.col)
-        probability = exponent.add_(targets.row[index, None]).exp_()
+        logits = targets.logits.index_select(0, index)
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        probability = torch.add(targets.row[index, None], wide, alpha=1 / targets.temperature)
+        if targets.col is not None:
+            probability.add_(targets.col)
+        probability.exp_()
         total = probability if total is None else total.add_(probability)
     assert total is not None
     return total

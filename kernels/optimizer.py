@@ -132,7 +132,8 @@ class AdamWEma:
         """Update the shard, or, if the flag is down, leave it as it is to the bit.
 
         Args:
-            gradients: vectors that make up the gradient of the shard, or of its beginning, one after the other.
+            gradients: vectors that make up the gradient of the shard, or of its beginning, one after the other. They
+                may be overwritten.
             factors: fp32 `[parts]`, what the gradients of a part are multiplied by.
             good: fp32 scalar, 1 or 0.
             update: of this step.
@@ -181,13 +182,15 @@ class AdamWEma:
         return tables(self.segments, self.shard.master.device)
 
     def _eagerly(self, gradients: Sequence[Tensor], factors: Tensor, good: Tensor, update: Update) -> None:
-        shard, is_good, bad = self.shard, good > 0, (1 - good).float()
+        """By torch's fused steps, which look at the flag themselves: of AdamW, and of SGD on the way to the average."""
+        shard, bad, divisors = self.shard, (1 - good).float(), factors.float().reciprocal()
         starts = [0, *accumulate(map(torch.Tensor.numel, gradients))]
         for index, place, segment in _runs(self.segments, starts, len(self._scratch)):
             lr, weight_decay = update.of(segment)
-            here = slice(place.start - starts[index], place.stop - starts[index])
-            gradient = self._scratch[: place.stop - place.start]
-            gradient.copy_(gradients[index].view(-1)[here]).mul_(factors[segment.part])
+            gradient = gradients[index].view(-1)[place.start - starts[index] : place.stop - starts[index]]
+            scratch = self._scratch[: place.stop - place.start]
+            if gradient.dtype != torch.float32 or gradient.stride() != (1,):
+                gradient = scratch.copy_(gradient)
             master, ema = shard.master[place], shard.ema[place]
             torch._fused_adamw_(
                 [master],
@@ -203,10 +206,22 @@ class AdamWEma:
                 eps=update.eps,
                 amsgrad=False,
                 maximize=False,
+                grad_scale=divisors[segment.part],
                 found_inf=bad,
             )
-            moved = torch.lerp(ema, master, 1 - update.momentum, out=gradient)
-            torch.where(is_good, moved, ema, out=ema)
+            torch._fused_sgd_(
+                [ema],
+                [torch.sub(ema, master, out=scratch)],
+                [],
+                weight_decay=0.0,
+                momentum=0.0,
+                lr=1 - update.momentum,
+                dampening=0.0,
+                nesterov=False,
+                maximize=False,
+                is_first_step=False,
+                found_inf=bad,
+            )
             if shard.student is not None:
                 shard.student[place].copy_(master)
             if shard.teacher is not None:

@@ -1,6 +1,6 @@
 """Projection heads: an MLP on the unit sphere, compared with prototypes."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -14,42 +14,95 @@ if TYPE_CHECKING:
     from pipeline.config import HeadsConfig
 
 
+_CACHED = 1 << 18
+"""Elements of prototypes that a CPU takes at a time: so few that they stay in its cache meanwhile."""
+
+
+def _products(
+    rows: Tensor, prototypes: Tensor, gain: Tensor | None, eps: float, sizes: Sequence[int]
+) -> tuple[tuple[Tensor, ...], Tensor, Tensor | None]:
+    """Parts of rows `[R, D]` times prototypes `[K, D]`, divided by their lengths and times their gain `[K, 1]`.
+
+    Returns:
+        Logits per part, the lengths `[K, 1]`, and what the rows were multiplied by if not the prototypes themselves.
+        With few rows the logits are fewer than the prototypes and take the factor, in a dtype that does not mind one
+        rounding more.
+    """
+    parts = rows.split(list(sizes))
+    logits = tuple(rows.new_empty(len(part), len(prototypes)) for part in parts)
+    lengths = prototypes.new_empty(len(prototypes), 1)
+    scaled = _few(rows) and rows.dtype.itemsize >= 4
+    matrix = None if scaled else torch.empty_like(prototypes)
+    for some in _chunks(prototypes):
+        own, length = prototypes[some], lengths[some]
+        torch.linalg.vector_norm(own, dim=-1, keepdim=True, out=length).clamp_min_(eps)
+        if matrix is not None:
+            own = torch.div(own, length, out=matrix[some])
+            if gain is not None:
+                own.mul_(gain[some])
+        for part, found in zip(parts, logits, strict=True):
+            torch.mm(part, own.mT, out=found[:, some])
+            if scaled:
+                found[:, some].mul_((length.reciprocal() if gain is None else gain[some] / length).mT)
+    return logits, lengths, matrix
+
+
+def _few(rows: Tensor) -> bool:
+    """Whether matrices of prototypes are what costs."""
+    return len(rows) <= 2 * rows.shape[1]
+
+
 class _Logits(torch.autograd.Function):
-    """Parts of rows `[R, D]` times prototypes `[K, D]` of length 1, or of that of their gain `[K, 1]`.
+    """`_products` per part.
 
     The prototypes' gradient is added up within the products, and takes its way through the division by their lengths
-    where it lies; autograd would write a `[K, D]` per part and add them, and then a dozen more. With few rows these
-    matrices are what costs, and to join the parts' gradients `[R_p, K]` for one product is cheaper.
+    where it lies, on a CPU while it is in the cache; autograd would write a `[K, D]` per part and add them, and then a
+    dozen more. With few rows to join the parts' gradients `[R_p, K]` for one product is cheaper.
     """
 
     @staticmethod
     def forward(
         ctx: Any, rows: Tensor, prototypes: Tensor, gain: Tensor | None, eps: float, sizes: list[int]
     ) -> tuple[Tensor, ...]:
-        lengths = torch.linalg.vector_norm(prototypes, dim=-1, keepdim=True).clamp_min_(eps)
-        units = prototypes / lengths
-        matrix = units if gain is None else units * gain
-        ctx.save_for_backward(rows, units, lengths, gain, matrix)
+        parts, lengths, matrix = _products(rows, prototypes, gain, eps, sizes)
+        ctx.save_for_backward(rows, prototypes, lengths, gain, matrix)
         ctx.sizes = sizes
-        return tuple(F.linear(part, matrix) for part in rows.split(sizes))
+        return parts
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        rows, units, lengths, gain, matrix = ctx.saved_tensors
+        rows, prototypes, lengths, gain, matrix = ctx.saved_tensors
         parts = rows.split(ctx.sizes)
-        if len(rows) <= 2 * rows.shape[1]:
+        if _few(rows):
             parts, gradients = (rows,), (torch.cat(gradients),)
-        total = torch.mm(gradients[0].mT, parts[0])
-        for gradient, part in zip(gradients[1:], parts[1:], strict=True):
-            if len(part):
-                torch.addmm(total, gradient.mT, part, out=total)
-        to_rows = torch.cat([gradient @ matrix for gradient in gradients])
-        along = (total * units).sum(1, keepdim=True)
-        total.addcmul_(units, along, value=-1).div_(lengths)
-        if gain is None:
-            return to_rows, total, None, None, None
-        return to_rows, total.mul_(gain), along, None, None
+        if matrix is None:
+            gradients[0].div_(lengths.mT)
+        total, along = torch.empty_like(prototypes), torch.empty_like(lengths)
+        for some in _chunks(prototypes):
+            found, own = total[some], prototypes[some]
+            torch.mm(gradients[0][:, some].mT, parts[0], out=found)
+            for gradient, part in zip(gradients[1:], parts[1:], strict=True):
+                if len(part):
+                    torch.addmm(found, gradient[:, some].mT, part, out=found)
+            if matrix is not None:
+                found.div_(lengths[some])
+            torch.sum(found * own, 1, keepdim=True, out=along[some])
+            found.addcmul_(own, along[some] / lengths[some].square(), value=-1)
+            if gain is not None:
+                found.mul_(gain[some])
+        if matrix is not None:
+            to_rows = torch.cat([gradient @ matrix for gradient in gradients])
+        else:
+            to_rows = (gradients[0] if gain is None else gradients[0].mul_(gain.mT)) @ prototypes
+        return to_rows, total, None if gain is None else along, None, None
+
+
+def _chunks(prototypes: Tensor) -> Iterator[slice]:
+    """On a CPU by `_CACHED` elements, elsewhere all at once."""
+    count, length = prototypes.shape
+    size = max(_CACHED // length, 1) if prototypes.device.type == "cpu" else max(count, 1)
+    return (slice(start, start + size) for start in range(0, count, size))
 
 
 class ProjectionHead(nn.Module):
@@ -86,12 +139,12 @@ class ProjectionHead(nn.Module):
         projections = F.normalize(self.mlp(x), dim=-1, eps=eps)
         if torch.is_grad_enabled():
             return _Logits.apply(projections, self.prototypes, self.prototypes_gain, eps, list(sizes))
-        prototypes = F.normalize(self.prototypes, dim=-1, eps=eps)
-        if x.dtype == torch.bfloat16:
-            projections, prototypes = projections.half(), prototypes.half()
+        if x.dtype != torch.bfloat16:
+            return _products(projections, self.prototypes, self.prototypes_gain, eps, sizes)[0]
+        prototypes = F.normalize(self.prototypes, dim=-1, eps=eps).half()
         if self.prototypes_gain is not None:
-            prototypes = prototypes * self.prototypes_gain.to(prototypes.dtype)
-        return tuple(F.linear(part, prototypes) for part in projections.split(list(sizes)))
+            prototypes = prototypes * self.prototypes_gain.half()
+        return tuple(F.linear(part, prototypes) for part in projections.half().split(list(sizes)))
 
 
 class ProjectionHeads(nn.Module):

@@ -3,6 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from pipeline.config import HeadsConfig
+from pipeline.elastic import head as head_module
 from pipeline.elastic.head import ProjectionHead, ProjectionHeads
 
 CONFIG = HeadsConfig(prototypes=[12, 20], hidden_dim=24, bottleneck_dim=6)
@@ -39,8 +40,10 @@ def test_logits_are_cosines_of_an_mlp_whose_input_is_cut_and_scaled(heads, width
 
 @pytest.mark.parametrize("gain", ["unit", "learned"])
 @pytest.mark.parametrize("rows", [(3, 0, 2, 4), (0, 7, 0, 12)])  # gradients in one product, and in one per part
-def test_gradients_of_all_parts_reach_features_and_prototypes(gain, rows):
+@pytest.mark.parametrize("at_once", [5, 1000])  # prototypes, of 12 and 20
+def test_gradients_of_all_parts_reach_features_and_prototypes(gain, rows, at_once, monkeypatch):
     """Against a loss over cosines by autograd alone; a part may be empty, and a part's cosines unused."""
+    monkeypatch.setattr(head_module, "_CACHED", at_once * CONFIG.bottleneck_dim)
     heads = some_heads(prototype_gain=gain)
     parts = [torch.randn(count, 16, dtype=torch.double, requires_grad=True) for count in rows]
     weights = [[torch.randn(len(part), k, dtype=torch.double) for k in CONFIG.prototypes] for part in parts[:3]]

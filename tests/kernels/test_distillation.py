@@ -149,8 +149,10 @@ def test_gradient_may_take_the_place_of_the_logits(impl: str, device: str) -> No
     seen = []
     logits.register_hook(lambda g: seen.append(g.data_ptr()))
     loss = cross_entropy(logits, targets, rows, STUDENT_TEMPERATURE, impl=impl, inplace_backward=True)
-    loss.sum().backward()
+    loss.sum().backward(retain_graph=True)
     assert torch.equal(root.grad, leaf.grad)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.sum().backward()
     if impl == "triton":
         assert seen == [logits.data_ptr()]
 

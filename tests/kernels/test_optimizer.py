@@ -131,6 +131,18 @@ def test_a_gradient_in_pieces_is_that_gradient(impl: str, device: str) -> None:
     assert all(map(torch.equal, shards[0].vectors, shards[1].vectors))
 
 
+def test_a_gradient_may_be_one_number_for_many_weights_and_is_then_only_read(impl: str, device: str) -> None:
+    """What a parameter has that no sub-network of the step used: one zero, which others have too."""
+    shards = [made(device, None) for _ in range(2)]
+    one = torch.full((1,), 0.5, device=device)
+    for shard, gradient in zip(shards, (one.expand(SIZE), torch.full((SIZE,), 0.5, device=device)), strict=True):
+        AdamWEma(shard, SEGMENTS, impl=impl)(
+            [gradient], torch.tensor(FACTORS, device=device), flag(True, device), UPDATES[0]
+        )
+    assert one == 0.5
+    assert all(map(torch.equal, shards[0].vectors, shards[1].vectors))
+
+
 def test_momentum_near_one_still_moves_the_average(impl: str, device: str) -> None:
     """Where an average kept in bf16 would stall."""
     shard = Shard.of(torch.full((100,), 2.0, device=device), torch.ones(100, device=device))
