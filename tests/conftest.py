@@ -70,7 +70,8 @@ FAMILIES = {
         "depth": {"min": [1, 1, 1, 1], "max": [1, 2, 3, 1], "step": 1},
     },
 }
-BATCH = {"resnet": 2}  # its narrowest network is forty times a ViT of these; elsewhere 4
+FAMILIES["thin_resnet"] = FAMILIES["resnet"] | {"width": {"min": 4, "max": 8, "step": 4}}  # of `thin_resnets.py` alone
+BATCH = {"resnet": 2, "thin_resnet": 2}  # its narrowest network is forty times a ViT of these; elsewhere 4
 
 
 def _sources() -> list[Any]:
