@@ -1,7 +1,9 @@
 """What tests of several areas share."""
 
 import copy
+import fcntl
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -70,7 +72,8 @@ FAMILIES = {
         "depth": {"min": [1, 1, 1, 1], "max": [1, 2, 3, 1], "step": 1},
     },
 }
-BATCH = {"resnet": 2}  # its narrowest network is forty times a ViT of these; elsewhere 4
+FAMILIES["thin_resnet"] = FAMILIES["resnet"] | {"width": {"min": 4, "max": 8, "step": 4}}  # of `thin_resnets.py` alone
+BATCH = {"resnet": 2, "thin_resnet": 2}  # its narrowest network is forty times a ViT of these; elsewhere 4
 
 
 def _sources() -> list[Any]:
@@ -184,14 +187,26 @@ def trained_runs(
     labelled: dict[str, list[str]],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Callable[[str], Path]:
-    """Train a tiny network of a family for eight real steps, once; gives the run directory, to be left as it is."""
+    """Train a tiny network of a family for eight real steps, once; gives the run directory, to be left as it is.
+
+    The workers of xdist share it, and the one that needs it first trains it.
+    """
+    base = tmp_path_factory.getbasetemp()
+    place = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "trained"
+    place.mkdir(exist_ok=True)
 
     @cache
     def trained(family: str) -> Path:
-        directory = tmp_path_factory.mktemp(family)
-        tree = experiment(family, data=labelled, run={"dir": str(directory / "run"), "max_steps": 8})
-        (directory / "config.yaml").write_text(yaml.safe_dump(tree))
-        launch(ROOT / "tests" / "workers" / "train.py", 1, directory / "config.yaml")
+        directory = place / family
+        with (place / f"{family}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (directory / "done").exists():
+                shutil.rmtree(directory, ignore_errors=True)  # of a worker that failed
+                directory.mkdir()
+                tree = experiment(family, data=labelled, run={"dir": str(directory / "run"), "max_steps": 8})
+                (directory / "config.yaml").write_text(yaml.safe_dump(tree))
+                launch(ROOT / "tests" / "workers" / "train.py", 1, directory / "config.yaml")
+                (directory / "done").touch()
         return directory / "run"
 
     return trained

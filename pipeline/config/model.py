@@ -41,6 +41,8 @@ LARGEST_GRID = 100_000
 """Sub-networks; the paper's largest grid has 465. Far beyond it lies a typing error that would fill the memory."""
 SWIGLU_ALIGN = 8
 """Hidden units of a SwiGLU come in multiples of it, as in DINOv3."""
+GROUPS = 32
+"""Of ResNet's norms, each of which has whole channels."""
 MLP_RATIO = {"min": 4, "max": 4, "step": 1}
 UNUSED_KEYS = {
     "vit": ("window_size", "swiglu"),
@@ -186,8 +188,8 @@ class ModelConfig(Section):
                         f"width.{name}={width} is not a multiple of head_dim={self.head_dim}: "
                         "every sub-network keeps whole heads, so change one of the two"
                     )
-        elif self.width.min % 32 or self.width.max % 32 or (self.width.max > self.width.min and self.width.step % 32):
-            raise ValueError("ResNet widths must be multiples of 32 (groups of its GroupNorm): change width")
+        elif self.width.min % GROUPS or (len(self.width) > 1 and self.width.step % GROUPS):
+            raise ValueError(f"ResNet widths must be multiples of {GROUPS} (groups of its GroupNorm): change width")
         stages = len(self.depth_ranges)
         if stages != (1 if self.one_stage else 4):
             raise ValueError(f"depth has {stages} stages: {self.family} wants {1 if self.one_stage else 4}")

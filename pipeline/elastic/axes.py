@@ -15,9 +15,8 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from pipeline.config.model import GROUPS
 from pipeline.elastic.backbone import Backbone
-
-GROUPS = 32  # of ResNet's norms
 
 
 class Place(NamedTuple):

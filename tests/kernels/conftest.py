@@ -14,6 +14,11 @@ from torch import Tensor
 
 from kernels.dispatch import interpreted
 
+if interpreted():
+    from interpreting import patch_once
+
+    patch_once()
+
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "impl" in metafunc.fixturenames:

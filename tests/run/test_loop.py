@@ -42,7 +42,7 @@ def to(run, step, **more):
 
 
 @pytest.mark.parametrize(
-    ("family", "stage"), [("vit", 0), ("vit", 2), ("vit", 3), ("eva", 1), ("swin", 1), ("resnet", 1)]
+    ("family", "stage"), [("vit", 0), ("vit", 2), ("vit", 3), ("eva", 1), ("swin", 1), ("thin_resnet", 1)]
 )
 def test_a_stopped_and_resumed_run_writes_the_same_metrics(train, tmp_path, experiment, family, stage):
     tree = experiment(family, engine={"zero_stage": stage}, model={"drop_path": 0.3}, loss={"centering": "softmax"})

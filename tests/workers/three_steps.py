@@ -19,8 +19,10 @@ from unittest import mock
 import deepspeed
 import torch
 import torch.nn.functional as F
+from thin_resnets import thin_resnets
 from torch import Tensor, nn
 
+from kernels.dispatch import interpreted
 from kernels.fused import optimizer
 from pipeline.bench.plain import Inputs, Plain
 from pipeline.config import EngineConfig, ExperimentConfig, load_config
@@ -150,10 +152,15 @@ def main() -> None:
     # smooth, since it is chance on which side of ReLU's kink a rounding falls, and one that falls on the other changes
     # the gradients of a whole block; the real one is held against timm's networks
     nn.ReLU.forward = lambda self, x: F.silu(x)
+    thin_resnets()
     if mode != "inductor":
         Backbone.compile_blocks = partialmethod(Backbone.compile_blocks, backend="eager")
     # the interpreter takes a program's time whatever its width; the kernel's own width is tested where the kernel is
     optimizer.BLOCK = 1 << 16
+    if interpreted():
+        from interpreting import patch_once
+
+        patch_once()
     zero.BUCKET = 30_000  # several of them
     ranks = distributed.initialize() if mode in ("engine", "inductor") else None
     if ranks:  # as if nodes had two of them

@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 import torch
+from thin_resnets import thin_resnets
 
 import pipeline.run.loop
 from pipeline.config import load_config
@@ -84,4 +85,5 @@ def lines(run: Path) -> int:
 
 
 if __name__ == "__main__":
+    thin_resnets()
     print(json.dumps([attempt(sys.argv[1], plan) for plan in json.loads(sys.argv[2])]))
