@@ -29,7 +29,7 @@ def device_peak(device: torch.device, dtype: torch.dtype) -> Peak:
 
 
 def _measure(device: torch.device, dtype: torch.dtype) -> float:
-    """The best product with a transpose, as layers multiply: some CPU libraries take five times as long for bf16 without it.
+    """The best product with a transpose, as layers multiply: some CPU libraries take five times as long for bf16 else.
 
     A CPU whose libraries multiply a dtype number by number is known by the small products.
     """
