@@ -10,6 +10,7 @@ from pipeline.data.catalog import CATALOG, ROWS, Catalog
 from pipeline.data.remote.patience import SourceError
 from pipeline.data.remote.store import PART, Store
 from pipeline.errors import UserError
+from pipeline.files import put_in_place
 
 
 class RemoteFolder:
@@ -61,14 +62,9 @@ class RemoteFolder:
         return path
 
     def _fetch(self, path: Path, size: int) -> None:
-        aside = path.with_name(f"{path.name}.{os.getpid()}")
-        try:
-            with open(aside, "wb") as file:
-                for start in range(0, size, PART):  # it may not fit into memory as one
-                    file.write(self.store.read(ROWS, start, min(PART, size - start)))
-            os.replace(aside, path)
-        finally:
-            aside.unlink(missing_ok=True)
+        with put_in_place(path) as aside, open(aside, "wb") as file:
+            for start in range(0, size, PART):  # it may not fit into memory as one
+                file.write(self.store.read(ROWS, start, min(PART, size - start)))
 
 
 class RemoteShard:
