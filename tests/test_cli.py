@@ -153,6 +153,7 @@ def test_output_that_nobody_reads_or_nothing_holds():
         assert done.returncode == code, done.stderr
         assert "Traceback" not in done.stderr
         assert "Exception ignored" not in done.stderr
+        assert ("No space left on device (standard output)" in done.stderr) == (code == 2)
 
 
 def test_missing_shard_names_the_shard(refused, config):
