@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("shards", metavar="SHARDS", type=path, nargs="+", help="of images, labelled or not")
     parser.add_argument("--out", metavar="DIR", type=path, required=True, help="a new folder, or one to go on with")
     parser.add_argument("--subnet", metavar="NAME", help="of a run; default: the largest")
-    parser.add_argument("--branch", choices=("teacher", "student"), default="teacher", help="default: %(default)s")
+    parser.add_argument("--branch", choices=("teacher", "student"), help="of a run; default: teacher")
     parser.add_argument(
         "--features", choices=("cls", "patch", "both"), default="cls", help="patch: the mean of them (default: cls)"
     )

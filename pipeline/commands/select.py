@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=512,
         help="of label-free scores (default: %(default)s)",
     )
-    quality.add_argument("--branch", choices=("teacher", "student"), default="teacher", help="default: %(default)s")
+    quality.add_argument("--branch", choices=("teacher", "student"), help="of a run; default: teacher")
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     machine.add_argument("--threads", metavar="N", type=whole(1, 4096), help="of a CPU; default: torch's own choice")
@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
 
         write_atomically(Path(args.out), page(selection))
     if args.best:
-        print(selection.best.name)
+        print(json.dumps({"best": selection.best.name}) if args.json else selection.best.name)
     elif args.json:
         print(json.dumps(selection.as_json()))
     else:
