@@ -11,8 +11,8 @@ from pipeline.elastic import build
 from pipeline.engine.checkpoint import list_checkpoints
 from pipeline.errors import UserError
 from pipeline.files import require_writable
-from pipeline.monitor.sinks import require_packages
 from pipeline.models.start import load_start
+from pipeline.monitor.sinks import require_packages
 from pipeline.plan.check import Check
 from pipeline.plan.check_directory import existing
 
