@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-from pipeline.commands.arguments import add_json, path, whole
+from pipeline.commands.arguments import add_json, local, path, whole
 from pipeline.commands.eval import launched_ranks
 
 HELP = "the network that fits a budget of parameters, GFLOPs, memory or milliseconds"
@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     machine.add_argument("--batch", metavar="N", type=whole(1, 65536), default=1, help="images (default: %(default)s)")
     machine.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="default: %(default)s")
     parser.add_argument("--best", action="store_true", help="print the best network's name and nothing else")
-    parser.add_argument("--out", metavar="HTML", type=path, help="write a page with plots")
+    parser.add_argument("--out", metavar="HTML", type=local, help="write a page with plots")
     add_json(parser)
 
 

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pipeline.commands.arguments import add_config, add_json, path
+from pipeline.commands.arguments import add_config, add_json, local
 from pipeline.commands.signals import Stopped
 from pipeline.data.aside import kept_of
 from pipeline.data.names import escape
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SRC",
         help="a folder, tars, .parquet, a .txt of URLs, sklearn:digits, torchvision:CLASS[:ROOT]",
     )
-    build.add_argument("destination", metavar="DST", help="a new folder")
+    build.add_argument("destination", metavar="DST", type=local, help="a new folder")
     build.add_argument("--per-shard", type=int, default=1000, metavar="N", help="samples (default: %(default)s)")
     build.add_argument("--shorter-side", type=int, metavar="PX", help="shrink larger images (default: keep)")
     build.add_argument("--seed", type=int, default=0, metavar="S", help="of the shuffling (default: %(default)s)")
@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             add_json(command)
     show = commands.add_parser("show", help="one HTML page of what a model sees of its first images")
     add_config(show)
-    show.add_argument("--out", metavar="HTML", type=path, help="default: the config's name with .html, here")
+    show.add_argument("--out", metavar="HTML", type=local, help="default: the config's name with .html, here")
     show.set_defaults(action=_show)
 
 
