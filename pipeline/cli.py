@@ -55,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             args, extra = _parser().parse_known_args(argv)
             _take_overrides(args, extra)
+            _require_place()
             code = args.run(args)
             sys.stdout.flush()
             return code
@@ -75,6 +76,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         except Stopped as stop:
             print(f"stopped by {stop.name}", file=sys.stderr)
             return int(stop.code or 0)
+
+
+def _require_place() -> None:
+    """A working directory that is gone ends libraries in ways of their own (MKL's says that torch cannot be loaded)."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        what = f"the working directory cannot be used: {error.strerror}"
+        raise UserError(what, os.environ.get("PWD", "."), "change to one that is there") from error
 
 
 def _of_the_system(error: OSError) -> UserError:

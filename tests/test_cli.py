@@ -159,6 +159,13 @@ def test_output_that_nobody_reads_or_nothing_holds():
         assert ("No space left on device (standard output)" in done.stderr) == (code == 2)
 
 
+def test_a_working_directory_that_is_gone_is_one_line(refused, config, tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert "the working directory cannot be used: No such file or directory" in refused("subnets", config)
+
+
 def test_missing_shard_names_the_shard(refused, config):
     assert "train-000003.tar" in refused("train", config, "data.train=none/train-{000003..000004}.tar")
 
