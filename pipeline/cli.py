@@ -26,6 +26,7 @@ from pipeline.commands import (
     train,
     watch,
 )
+from pipeline.commands.signals import Stopped, ended_by_signals
 from pipeline.commands.streams import stdout_is_broken, steady_streams
 from pipeline.errors import UserError, short
 from pipeline.run.slurm_job import speaks_for_all
@@ -50,10 +51,11 @@ _FIXES = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the result is the process's exit code."""
     speaks = speaks_for_all()  # asked now: a command may change the environment
-    with steady_streams():
+    with steady_streams(), ended_by_signals():
         try:
             args, extra = _parser().parse_known_args(argv)
             _take_overrides(args, extra)
+            _require_place()
             code = args.run(args)
             sys.stdout.flush()
             return code
@@ -71,6 +73,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return 130
+        except Stopped as stop:
+            print(f"stopped by {stop.name}", file=sys.stderr)
+            return int(stop.code or 0)
+
+
+def _require_place() -> None:
+    """A working directory that is gone ends libraries in ways of their own (MKL's says that torch cannot be loaded)."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        what = f"the working directory cannot be used: {error.strerror}"
+        raise UserError(what, os.environ.get("PWD", "."), "change to one that is there") from error
 
 
 def _of_the_system(error: OSError) -> UserError:

@@ -5,13 +5,18 @@ is left out by name instead of ending the reader.
 """
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
+import re
+import socket
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import lru_cache
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,19 +26,76 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write aside, flush to disk, rename. What is not UTF-8 (names of files may be so) is escaped."""
-    aside = path.with_name(f".{path.name}.tmp")  # the same every time: what a crash leaves, the next write replaces
+ASIDE = re.compile(r"\.poa\.(?P<host>.+)\.(?P<process>\d+)\.\d+\.tmp")
+"""Name of a file that is being written, or of what a killed process left of it."""
+
+_numbers = count()
+
+
+@contextmanager
+def put_in_place(path: Path) -> Iterator[Path]:
+    """Give the name of a file to write beside `path`; it becomes `path` if the block ends well, else it goes.
+
+    No other process has that name, so that two may write one file at once: the later one stays.
+
+    Raises:
+        OSError: it cannot be renamed.
+    """
+    _sweep(path.parent)
+    aside = path.with_name(f".poa.{socket.gethostname()}.{os.getpid()}.{next(_numbers)}.tmp")
     try:
-        with open(aside, "w", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        yield aside
         os.replace(aside, path)
-    except OSError:
+    except BaseException as error:
         with suppress(OSError):
             aside.unlink()
+        if isinstance(error, OSError) and error.filename in (None, str(aside)):  # a write that fails names no file
+            error.filename = str(path)
         raise
+
+
+@lru_cache(1024)
+def _sweep(folder: Path) -> None:
+    """Remove what processes of this machine left that were killed while they wrote; once for each folder."""
+    with suppress(OSError):
+        for name in os.listdir(folder):
+            match = ASIDE.fullmatch(name)
+            if match and match["host"] == socket.gethostname() and not is_alive(int(match["process"])):
+                (folder / name).unlink()
+
+
+def is_alive(process: int) -> bool:
+    """Whether a process of this machine is there, whoever it belongs to."""
+    try:
+        os.kill(process, 0)
+    except OSError as error:
+        return error.errno != errno.ESRCH
+    return True
+
+
+@contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """Keep others out of a block that writes into a folder what it has read there; on a file system without locks for
+    folders (NFS) it keeps out nobody.
+
+    Raises:
+        OSError: there is no such folder, or it cannot be read.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write aside, flush to disk, rename. What is not UTF-8 (names of files may be so) is escaped."""
+    with put_in_place(path) as aside, open(aside, "w", encoding="utf-8", errors="backslashreplace") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     sync(path.parent)
 
 
@@ -51,7 +113,10 @@ def save_tensors(tensors: Mapping[str, "Tensor"], path: Path, metadata: dict[str
     try:
         save_file(dict(tensors), path, metadata=metadata)
     except SafetensorError as error:
-        raise OSError(str(error)) from error
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise OSError(str(error)) from error
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
     path.chmod(mode)
     sync(path)
 

@@ -86,6 +86,9 @@ def test_braces_that_the_shell_filled_in_are_refused(refused, config):
         ("report", "RUN", "--out", "TMP/none/x.html"),
         ("report", "RUN", "--out", "TMP"),
         ("report", "RUN", "--out", "/dev/null"),
+        ("report", "RUN", "--out", "s3://bucket/report.html"),
+        ("train", "CONFIG", "--run-dir", "s3://bucket/run"),
+        ("shards", "build", "TMP", "s3://bucket/shards"),
         ("report", "RUN", "--out", "/proc/x.html"),
         ("extract", "RUN", "--subnet", "32x2", "--out", "/proc/models"),
         ("extract", "RUN", "--subnet", "32x2", "--out="),
@@ -153,6 +156,14 @@ def test_output_that_nobody_reads_or_nothing_holds():
         assert done.returncode == code, done.stderr
         assert "Traceback" not in done.stderr
         assert "Exception ignored" not in done.stderr
+        assert ("No space left on device (standard output)" in done.stderr) == (code == 2)
+
+
+def test_a_working_directory_that_is_gone_is_one_line(refused, config, tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert "the working directory cannot be used: No such file or directory" in refused("subnets", config)
 
 
 def test_missing_shard_names_the_shard(refused, config):

@@ -1,7 +1,12 @@
 """Files: the umask, whole or not at all, and what a crash cut short."""
 
+import errno
 import json
 import os
+import resource
+import signal
+import socket
+import threading
 
 import pytest
 import torch
@@ -10,6 +15,8 @@ from safetensors.torch import load_file
 from pipeline.errors import UserError
 from pipeline.files import (
     Journal,
+    one_at_a_time,
+    put_in_place,
     read_json,
     read_json_lines,
     require_writable,
@@ -33,9 +40,74 @@ def test_every_kind_of_file_follows_the_umask(tmp_path, mask, mode):
 
 def test_a_file_that_cannot_be_put_in_place_leaves_nothing_behind(tmp_path):
     (tmp_path / "name").mkdir()
-    with pytest.raises(OSError, match="name"):
+    with pytest.raises(OSError, match="name") as raised:
         write_atomically(tmp_path / "name", "a")
+    assert raised.value.filename == str(tmp_path / "name")
     assert [path.name for path in tmp_path.iterdir()] == ["name"]
+
+
+def test_a_write_that_fails_names_its_file(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space") as raised:
+        write_atomically(tmp_path / "a", "a")
+    assert raised.value.filename == str(tmp_path / "a")
+    assert not any(tmp_path.iterdir())
+    with pytest.raises(OSError, match="large") as raised:
+        with_small_files(lambda: save_tensors({"a": torch.ones(10_000)}, tmp_path / "b"))
+    assert (raised.value.errno, raised.value.filename) == (errno.EFBIG, str(tmp_path / "b"))
+
+
+def with_small_files(act):
+    """Run it while no file may become larger than a disk block, as a stand-in for a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (512, before[1]))
+    try:
+        act()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+
+
+def test_two_that_write_one_file_do_not_mix(tmp_path):
+    with put_in_place(tmp_path / "a") as first, put_in_place(tmp_path / "a") as second:
+        first.write_text("first")
+        second.write_text("second")
+        write_atomically(tmp_path / "a", "third")
+        assert (tmp_path / "a").read_text() == "third"
+    assert (tmp_path / "a").read_text() == "first"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_an_interrupted_write_leaves_nothing_and_a_killed_one_is_swept(tmp_path):
+    here = socket.gethostname()
+    stays = {f".poa.{here}.{os.getpid()}.7.tmp", f".poa.{here}-2.99999999.0.tmp", f".b.{here}.99999999.0.tmp"}
+    for name in {f".poa.{here}.99999999.0.tmp", *stays}:
+        (tmp_path / name).touch()
+    with pytest.raises(KeyboardInterrupt), put_in_place(tmp_path / "a") as aside:  # noqa: PT012
+        aside.write_text("half")
+        raise KeyboardInterrupt
+    assert {path.name for path in tmp_path.iterdir()} == stays
+
+
+def test_one_waits_until_the_other_has_written(tmp_path):
+    order = []
+
+    def other():
+        with one_at_a_time(tmp_path):
+            order.append("other")
+
+    thread = threading.Thread(target=other)
+    with one_at_a_time(tmp_path):
+        thread.start()
+        thread.join(0.1)
+        order.append("one")
+    thread.join()
+    assert order == ["one", "other"]
+    assert not any(tmp_path.iterdir())
 
 
 def test_names_that_are_no_utf_8_can_be_written_about(tmp_path):

@@ -22,8 +22,19 @@ def path(text: str) -> str:
     """A path: as it is if it exists, else with `~` and `$NAME` filled in, which no shell does behind `--out=`."""
     from pipeline.config.section import expand_path
 
+    return _filled_in(text, expand_path)
+
+
+def local(text: str) -> str:
+    """As `path`, for what is written: no address."""
+    from pipeline.config.section import expand_local
+
+    return _filled_in(text, expand_local)
+
+
+def _filled_in(text: str, expand: Callable[[str], str]) -> str:
     try:
-        return text if Path(text).exists() and text else expand_path(text)
+        return text if Path(text).exists() and text else expand(text)
     except (ValueError, OSError) as error:
         raise argparse.ArgumentTypeError(getattr(error, "strerror", None) or str(error)) from error
 

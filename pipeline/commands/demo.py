@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from pipeline.commands.arguments import path
+from pipeline.commands.arguments import local
 
 HELP = "the whole job on embedded images, in a few minutes"
 
@@ -11,7 +11,7 @@ HELP = "the whole job on embedded images, in a few minutes"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `poa demo`."""
     parser.add_argument(
-        "--dir", type=path, default="runs/demo", metavar="DIR", help="where to put it (default: %(default)s)"
+        "--dir", type=local, default="runs/demo", metavar="DIR", help="where to put it (default: %(default)s)"
     )
 
 

@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from pipeline.commands.arguments import add_json, path
+from pipeline.commands.arguments import add_json, local, path
 from pipeline.commands.eval import launched_ranks
 
 HELP = "features of shards as files, and a map of them with pictures"
@@ -16,9 +16,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "path", metavar="RUN|MODEL_DIR", type=path, help="run directory, or a directory that timm can load"
     )
     parser.add_argument("shards", metavar="SHARDS", type=path, nargs="+", help="of images, labelled or not")
-    parser.add_argument("--out", metavar="DIR", type=path, required=True, help="a new folder, or one to go on with")
+    parser.add_argument("--out", metavar="DIR", type=local, required=True, help="a new folder, or one to go on with")
     parser.add_argument("--subnet", metavar="NAME", help="of a run; default: the largest")
-    parser.add_argument("--branch", choices=("teacher", "student"), default="teacher", help="default: %(default)s")
+    parser.add_argument("--branch", choices=("teacher", "student"), help="of a run; default: teacher")
     parser.add_argument(
         "--features", choices=("cls", "patch", "both"), default="cls", help="patch: the mean of them (default: cls)"
     )

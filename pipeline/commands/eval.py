@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         sub.add_argument("--train", metavar="SHARDS", type=path, nargs="+", help=f"{kind} shards; default: the run's")
         sub.add_argument("--val", metavar="SHARDS", type=path, nargs="+", help=f"{kind} shards; default: the run's")
         sub.add_argument("--subnets", metavar="NAME,...|all", nargs="+", help="default: smallest, largest, paper's")
-        sub.add_argument("--branch", choices=("teacher", "student"), default="teacher", help="default: %(default)s")
+        sub.add_argument("--branch", choices=("teacher", "student"), help="of a run; default: teacher")
         sub.add_argument("--untrained", action="store_true", help="also the same networks before training")
         if method != "segment":
             sub.add_argument("--pixels", action="store_true", help="also raw 32x32 pixels, as a yardstick")

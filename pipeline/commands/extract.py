@@ -5,7 +5,7 @@ import json
 import sys
 from pathlib import Path
 
-from pipeline.commands.arguments import add_json, path, whole
+from pipeline.commands.arguments import add_json, local, path, whole
 from pipeline.errors import UserError, printable
 
 HELP = "cut sub-networks out as plain timm models"
@@ -21,13 +21,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     which.add_argument(
         "--bundle",
         metavar="DIR",
-        type=path,
+        type=local,
         nargs="?",
         const=True,
         help="student, teacher, heads, centers and moments instead, for model.init_from of another run",
     )
     parser.add_argument("--branch", choices=("teacher", "student"), help="default: teacher")
-    parser.add_argument("--out", metavar="DIR", type=path, help="each model goes to DIR/NAME; a bundle becomes DIR")
+    parser.add_argument("--out", metavar="DIR", type=local, help="each model goes to DIR/NAME; a bundle becomes DIR")
     parser.add_argument("--no-moments", action="store_true", help="leave AdamW's moments out of the bundle")
     parser.add_argument(
         "--proof-images",

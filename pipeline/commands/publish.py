@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from pipeline.commands.arguments import path
+from pipeline.commands.arguments import local, path
 from pipeline.errors import UserError, printable
 
 HELP = "upload an extracted model to the Hugging Face hub"
@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--license", default="other", help="of the weights, as the hub names it (default: %(default)s)")
     parser.add_argument("--private", action="store_true", help="if the repository is new")
     parser.add_argument("--dry-run", action="store_true", help="write the folder that would be uploaded, and stop")
-    parser.add_argument("--out", metavar="FOLDER", type=path, help="with --dry-run; default: USER/NAME under publish/")
+    parser.add_argument("--out", metavar="FOLDER", type=local, help="with --dry-run; default: USER/NAME under publish/")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from pipeline.commands.arguments import path
+from pipeline.commands.arguments import local, path
 from pipeline.errors import UserError
 
 HELP = "one HTML file about a run"
@@ -12,7 +12,7 @@ HELP = "one HTML file about a run"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `poa report`."""
     parser.add_argument("directory", metavar="RUN", type=path, help="run directory, finished or not")
-    parser.add_argument("--out", metavar="FILE", type=path, help="default: RUN/report.html")
+    parser.add_argument("--out", metavar="FILE", type=local, help="default: RUN/report.html")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-from pipeline.commands.arguments import add_json, path, whole
+from pipeline.commands.arguments import add_json, local, path, whole
 from pipeline.commands.eval import launched_ranks
 
 HELP = "the network that fits a budget of parameters, GFLOPs, memory or milliseconds"
@@ -49,14 +49,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=512,
         help="of label-free scores (default: %(default)s)",
     )
-    quality.add_argument("--branch", choices=("teacher", "student"), default="teacher", help="default: %(default)s")
+    quality.add_argument("--branch", choices=("teacher", "student"), help="of a run; default: teacher")
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     machine.add_argument("--threads", metavar="N", type=whole(1, 4096), help="of a CPU; default: torch's own choice")
     machine.add_argument("--batch", metavar="N", type=whole(1, 65536), default=1, help="images (default: %(default)s)")
     machine.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="default: %(default)s")
     parser.add_argument("--best", action="store_true", help="print the best network's name and nothing else")
-    parser.add_argument("--out", metavar="HTML", type=path, help="write a page with plots")
+    parser.add_argument("--out", metavar="HTML", type=local, help="write a page with plots")
     add_json(parser)
 
 
@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
 
         write_atomically(Path(args.out), page(selection))
     if args.best:
-        print(selection.best.name)
+        print(json.dumps({"best": selection.best.name}) if args.json else selection.best.name)
     elif args.json:
         print(json.dumps(selection.as_json()))
     else:

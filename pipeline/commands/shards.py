@@ -3,15 +3,14 @@
 import argparse
 import json
 import os
-import signal
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from pipeline.commands.arguments import add_config, add_json, path
+from pipeline.commands.arguments import add_config, add_json, local
+from pipeline.commands.signals import Stopped
 from pipeline.data.aside import kept_of
 from pipeline.data.names import escape
 from pipeline.errors import UserError
@@ -29,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SRC",
         help="a folder, tars, .parquet, a .txt of URLs, sklearn:digits, torchvision:CLASS[:ROOT]",
     )
-    build.add_argument("destination", metavar="DST", help="a new folder")
+    build.add_argument("destination", metavar="DST", type=local, help="a new folder")
     build.add_argument("--per-shard", type=int, default=1000, metavar="N", help="samples (default: %(default)s)")
     build.add_argument("--shorter-side", type=int, metavar="PX", help="shrink larger images (default: keep)")
     build.add_argument("--seed", type=int, default=0, metavar="S", help="of the shuffling (default: %(default)s)")
@@ -60,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             add_json(command)
     show = commands.add_parser("show", help="one HTML page of what a model sees of its first images")
     add_config(show)
-    show.add_argument("--out", metavar="HTML", type=path, help="default: the config's name with .html, here")
+    show.add_argument("--out", metavar="HTML", type=local, help="default: the config's name with .html, here")
     show.set_defaults(action=_show)
 
 
@@ -72,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
 def _build(args: argparse.Namespace) -> int:
     from pipeline.data.shards import build
 
-    with _signals_that_clean_up(args.destination):
+    try:
         report = build(
             args.source,
             args.destination,
@@ -85,6 +84,9 @@ def _build(args: argparse.Namespace) -> int:
             processes=args.jobs or len(os.sched_getaffinity(0)),
             download=args.download,
         )
+    except (Stopped, KeyboardInterrupt):
+        print(f"stopped: {_of_kept(kept_of(args.destination))}", file=sys.stderr)
+        raise
     if args.json:
         _print_json(asdict(report))
         return 0
@@ -103,32 +105,8 @@ def _build(args: argparse.Namespace) -> int:
     return 0
 
 
-@contextmanager
-def _signals_that_clean_up(destination: str) -> Iterator[None]:
-    """A time limit or a lost terminal ends a build as an error does: no shard that is half done stays behind."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
-    ours = [number for number, handler in before.items() if handler is signal.SIG_DFL]
-    for number in ours:
-        signal.signal(number, _stop)
-    try:
-        yield
-    except (SystemExit, KeyboardInterrupt):
-        kept = kept_of(destination)
-        print(f"stopped: {_of_kept(kept)}", file=sys.stderr)
-        raise
-    finally:
-        for number in ours:
-            signal.signal(number, before[number])
-
-
 def _of_kept(shards: int) -> str:
     return f"{shards} complete shards are kept, the same command goes on from there" if shards else "nothing is kept"
-
-
-def _stop(number: int, _frame: Any) -> NoReturn:
-    for again in (signal.SIGTERM, signal.SIGHUP):  # a second one would end the cleaning up half way
-        signal.signal(again, signal.SIG_IGN)
-    sys.exit(128 + number)
 
 
 def _index(args: argparse.Namespace) -> int:

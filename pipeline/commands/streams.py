@@ -15,17 +15,17 @@ def steady_streams() -> Iterator[None]:
     """While it lasts no message fails to be printed: not for a closed stream, a full disk, a reader that left, or a
     name that the encoding lacks."""
     _fill_descriptors()
-    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115 - lives as long as the process
+    out = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115 - lives as long as the process
     before = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
-    for stream in (sys.stdout, before):
+    for stream in (out, before):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    sys.stderr = _Unfailing(before)
+    sys.stdout, sys.stderr = _Named(out), _Unfailing(before)
     try:
         yield
     finally:
         sys.stderr.flush()
-        sys.stderr = before
+        sys.stdout, sys.stderr = out, before
 
 
 def stdout_is_broken() -> bool:
@@ -42,6 +42,33 @@ def stdout_is_broken() -> bool:
     if broken:
         _to_nowhere(sys.stdout)
     return broken
+
+
+class _Named:
+    """A text stream whose errors say that they are of standard output."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with _named():
+            return self._stream.write(text)
+
+    def flush(self) -> None:
+        with _named():
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def _named() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        error.filename = "standard output"
+        raise
 
 
 class _Unfailing:

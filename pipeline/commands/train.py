@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.commands.arguments import add_config, path
+from pipeline.commands.arguments import add_config, local, path
 
 if TYPE_CHECKING:
     from pipeline.config import ExperimentConfig
@@ -18,7 +18,7 @@ HELP = "train a run, or resume it"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `poa train`."""
     add_config(parser)
-    parser.add_argument("--run-dir", metavar="DIR", type=path, help="instead of run.dir of the config")
+    parser.add_argument("--run-dir", metavar="DIR", type=local, help="instead of run.dir of the config")
     parser.add_argument(
         "--fork-from", metavar="RUN[@STEP]", type=path, help="begin in a new --run-dir from a checkpoint of another run"
     )

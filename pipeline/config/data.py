@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from pipeline.config.section import Changeable, Free, PathText, Section, Shards
+from pipeline.config.section import Changeable, Free, LocalPath, PathText, Section, Shards
 
 Fraction = tuple[float, float]
 
@@ -39,7 +39,7 @@ class SourceConfig(Section):
 class CacheConfig(Section):
     """Where a node keeps what its ranks read from stores."""
 
-    folder: PathText | None = Field(None, description="on a local disk of every node; null: nothing is kept")
+    folder: LocalPath | None = Field(None, description="on a local disk of every node; null: nothing is kept")
     gb: float = Field(100, gt=0, description="of 10^9 bytes, for all ranks of a node together")
     patience_s: float = Field(600, gt=0, description="for which a read is tried again, in a store or on a disk")
 

@@ -165,6 +165,9 @@ def _user_error(error: ValidationError, where: str) -> UserError:
         )
     if unknown:
         return UserError(f"unknown key {short(key)}{more}", where, f"did you mean {_nearest_key(key)!r}?")
+    if first["type"] == "string_unicode":
+        fix = "rename it, or set LC_ALL=C.UTF-8 if it is UTF-8 and this shell's locale is not"
+        return UserError(f"{key}: {short(first['input'])} is not UTF-8{more}", where, fix)
     message = first["msg"].removeprefix("Value error, ")
     what, colon, fix = message.rpartition(": ")
     if first["type"] == "value_error":

@@ -8,7 +8,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from pipeline.config.data import DataConfig
 from pipeline.config.engine import EngineConfig, KernelsConfig
 from pipeline.config.model import ModelConfig, is_bundle
-from pipeline.config.section import Changeable, Free, PathText, Section, Shards, expand_path
+from pipeline.config.section import Changeable, Free, LocalPath, Section, Shards, expand_path
 from pipeline.errors import short
 
 Fraction = tuple[float, float]
@@ -138,7 +138,7 @@ class OptimConfig(Section):
 
 
 class RunConfig(Section):
-    dir: PathText = "runs/vit_large"
+    dir: LocalPath = "runs/vit_large"
     max_steps: int | None = Field(None, gt=0, description="stop early; schedules unchanged")
     checkpoint_every_steps: int = Field(1000, gt=0)
     keep: int = Field(3, gt=0)
@@ -167,10 +167,10 @@ class MetricsConfig(Section):
         None, description="address to serve on; none: 127.0.0.1, but all addresses where targets_dir tells other nodes"
     )
     port: int = Field(19400, ge=0, le=65535)
-    cert_file: PathText | None = Field(None, description="PEM certificate: serve HTTPS")
-    key_file: PathText | None = Field(None, description="PEM key of cert_file")
-    client_ca_file: PathText | None = Field(None, description="PEM authority that scrapers must be certified by")
-    targets_dir: PathText | None = None
+    cert_file: LocalPath | None = Field(None, description="PEM certificate: serve HTTPS")
+    key_file: LocalPath | None = Field(None, description="PEM key of cert_file")
+    client_ca_file: LocalPath | None = Field(None, description="PEM authority that scrapers must be certified by")
+    targets_dir: LocalPath | None = None
     health_every_steps: int = Field(50, gt=0, description="how often to look at targets and features")
     tensorboard: bool = True
     wandb: str | None = Field(None, min_length=1, description="project of Weights & Biases to log to as well")

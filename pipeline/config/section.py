@@ -16,6 +16,7 @@ from pipeline.errors import short
 
 _LARGEST = (1 << 63) - 1
 _VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})", re.ASCII)
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _TEMPLATE = re.compile(r"\{\{(?:(?!\.\.)[^{},])*\}\}|\{%")  # braces within braces are a pattern of shards
 
 
@@ -122,6 +123,17 @@ def expand_path(text: str) -> str:
     return expanded
 
 
+def expand_local(text: str) -> str:
+    """As `expand_path`, for what is written or has to lie on a disk.
+
+    Raises:
+        ValueError: also for an address, of which a folder called `s3:` would be made.
+    """
+    if _ADDRESS.match(text):
+        raise ValueError(f"{short(text)} is an address, and only shards are read from one: name a path")
+    return expand_path(text)
+
+
 def _variable(match: re.Match[str]) -> str:
     name = match[1] or match[2]
     value = os.environ.get(name)
@@ -135,6 +147,7 @@ def _paths(value: str | list[str]) -> str | list[str]:
 
 
 PathText = Annotated[str, AfterValidator(expand_path)]
+LocalPath = Annotated[str, AfterValidator(expand_local)]
 """A path; `~` and variables are filled in."""
 
 Shards = Annotated[str | Annotated[list[str], Field(min_length=1)], AfterValidator(_paths)]

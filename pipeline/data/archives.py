@@ -23,6 +23,7 @@ from pipeline.data.labels import CLASSES, class_names, parse_label
 from pipeline.data.mask_files import MASK
 from pipeline.data.names import escape
 from pipeline.errors import UserError
+from pipeline.files import put_in_place
 
 ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 LISTS = (".txt", ".tsv")
@@ -169,10 +170,8 @@ def _spooled(spool: Path, number: int, write: Any) -> Path:
     """A plain tar that is written once, also over several starts."""
     path = spool / f".spool-{number:06d}.tar"
     if not path.exists():
-        aside = path.with_suffix(".part")
-        with open(aside, "wb") as file:
+        with put_in_place(path) as aside, open(aside, "wb") as file:
             write(file)
-        os.replace(aside, path)
     return path
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from pipeline.data.names import escape
 from pipeline.errors import UserError
+from pipeline.files import is_alive
 
 _IDENTITY = ".identity"
 
@@ -40,14 +41,12 @@ def new_folder(destination: str | Path, identity: str | None = None) -> Iterator
         if identity is not None:
             (aside / _IDENTITY).write_text(identity, encoding="utf-8")
     except OSError as error:
-        _remove_empty(made)
+        _remove_unfinished(aside, made)
         raise UserError(f"cannot write there: {error.strerror}", shown, "check rights and space") from error
     try:
         yield aside
     except BaseException as error:
-        if not complete_parts(aside):
-            shutil.rmtree(aside, ignore_errors=True)
-            _remove_empty(made)
+        _remove_unfinished(aside, made)
         if isinstance(error, OSError):
             raise UserError(f"cannot write: {error.strerror or error}", shown, "check rights and space") from error
         raise
@@ -56,6 +55,23 @@ def new_folder(destination: str | Path, identity: str | None = None) -> Iterator
     except OSError as error:
         fix = f"move the files yourself from {escape(str(aside))}, where they are all complete"
         raise UserError(f"cannot be put in place: {error.strerror}", shown, fix) from error
+
+
+@contextmanager
+def folder_aside(target: Path) -> Iterator[Path]:
+    """Give an empty folder beside `target`, of this process alone, to be filled and renamed; what is left of it when
+    the block ends goes, and so does what killed processes of this machine left.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    aside = _beside(target, below=False)
+    _sweep(aside.parent, target.name, aside, None)
+    aside.mkdir()
+    try:
+        yield aside
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def complete_parts(aside: Path) -> int:
@@ -75,9 +91,15 @@ def kept_of(destination: str | Path) -> int:
     return sum(complete_parts(_beside(target, below)) for below in (False, True))
 
 
-def _remove_empty(folders: list[Path]) -> None:
-    """The nearest first; one that others use by now is not empty, nor are those above it."""
-    for folder in folders:
+def _remove_unfinished(aside: Path, above: list[Path]) -> None:
+    """Remove a folder of which no part is complete, and the folders above it that were made for it.
+
+    The nearest first; one that others use by now is not empty, nor are those above it.
+    """
+    if os.path.isdir(aside) and complete_parts(aside):
+        return
+    shutil.rmtree(aside, ignore_errors=True)
+    for folder in above:
         try:
             folder.rmdir()
         except OSError:
@@ -127,15 +149,6 @@ def _sweep(folder: Path, target: str, aside: Path, identity: str | None) -> None
                 os.rename(folder / name, aside)
                 continue
         shutil.rmtree(folder / name, ignore_errors=True)
-
-
-def is_alive(process: int) -> bool:
-    """Whether a process of this machine is there, whoever it belongs to."""
-    try:
-        os.kill(process, 0)
-    except OSError as error:
-        return error.errno != errno.ESRCH
-    return True
 
 
 def _put_in_place(aside: Path, target: Path, there: bool) -> None:

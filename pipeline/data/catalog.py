@@ -22,7 +22,7 @@ from pipeline.data import indexes, tars
 from pipeline.data.labels import BEYOND, LONGEST, NO_NUMBER, class_names, parse_label
 from pipeline.data.tars import BLOCK, Sample
 from pipeline.errors import UserError
-from pipeline.files import write_atomically
+from pipeline.files import one_at_a_time, put_in_place, write_atomically
 
 _log = logging.getLogger(__name__)
 
@@ -247,6 +247,11 @@ def write_catalog(folder: Path, shards: Sequence[Path], image: str | None = None
         UserError: a shard or an index cannot be read.
         OSError: the catalog cannot be written; an older one is still there then.
     """
+    with one_at_a_time(folder):
+        _write_catalog(folder, shards, image)
+
+
+def _write_catalog(folder: Path, shards: Sequence[Path], image: str | None) -> None:
     old = None
     with suppress(UserError):  # one that cannot be used is what this one replaces
         old = open_catalog(folder)
@@ -256,30 +261,25 @@ def write_catalog(folder: Path, shards: Sequence[Path], image: str | None = None
     image = image or (old.image if old else None)
     kept = [name for name in old.names if name not in new and (folder / name).exists()] if old else []
     columns: dict[str, list[Any]] = {column: [] for column in _COLUMNS}
-    aside = folder / f".{ROWS}.{os.getpid()}"
-    try:
-        with open(aside, "wb") as file:
-            file.write(bytes(_HEADER))
-            for name in sorted([*kept, *new]):
-                if name in new:
-                    shard = new[name]
-                    samples = [] if tars.is_empty(shard) else indexes.read_index(shard, image)
-                    rows, size = rows_of(shard, samples), shard.stat().st_size
-                else:
-                    assert old is not None
-                    number = old.number(name)
-                    assert number is not None
-                    rows = old.of(number) if old.is_sound(number) else None
-                    size = int(old.sizes[number])
-                if rows is None:
-                    continue
-                file.write(rows.tobytes())
-                for column, value in zip(_COLUMNS, (name, size, len(rows), zlib.crc32(rows.data)), strict=True):
-                    columns[column].append(value)
-            _write_header(file, sum(columns["samples"]))
-        os.replace(aside, folder / ROWS)
-    finally:
-        aside.unlink(missing_ok=True)
+    with put_in_place(folder / ROWS) as aside, open(aside, "wb") as file:
+        file.write(bytes(_HEADER))
+        for name in sorted([*kept, *new]):
+            if name in new:
+                shard = new[name]
+                samples = [] if tars.is_empty(shard) else indexes.read_index(shard, image)
+                rows, size = rows_of(shard, samples), shard.stat().st_size
+            else:
+                assert old is not None
+                number = old.number(name)
+                assert number is not None
+                rows = old.of(number) if old.is_sound(number) else None
+                size = int(old.sizes[number])
+            if rows is None:
+                continue
+            file.write(rows.tobytes())
+            for column, value in zip(_COLUMNS, (name, size, len(rows), zlib.crc32(rows.data)), strict=True):
+                columns[column].append(value)
+        _write_header(file, sum(columns["samples"]))
     classes = class_names(folder / "any")
     tree: dict[str, Any] = {"format": _FORMAT, **columns, "classes": classes} | ({"image": image} if image else {})
     if old and old.pixels and old.lists(columns, image):
@@ -300,8 +300,9 @@ def write_pixels(folder: Path, pixels: Pixels) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    tree = json.loads((folder / CATALOG).read_bytes()) | {"pixels": pixels._asdict()}
-    write_atomically(folder / CATALOG, json.dumps(tree, separators=(",", ":")) + "\n")
+    with one_at_a_time(folder):
+        tree = json.loads((folder / CATALOG).read_bytes()) | {"pixels": pixels._asdict()}
+        write_atomically(folder / CATALOG, json.dumps(tree, separators=(",", ":")) + "\n")
 
 
 def _write_header(file: IO[bytes], samples: int) -> None:

@@ -32,6 +32,7 @@ from pipeline.files import sha256
 
 _AHEAD = 4  # samples in work per thread
 _LOOKED_AT = 1000  # images of a folder whose values are measured
+_BY_VALUES = "read only with data.value_range, or with model.in_chans other than 3"
 _PERCENTILES = (0, 5, 50, 95, 100)
 
 
@@ -41,7 +42,8 @@ class ShardVerdict:
 
     Attributes:
         problems: a sample's key (empty: the shard itself) with what is wrong.
-        left_out: names of members that are in no sample, with why; nothing is wrong with these.
+        left_out: names of members that are in no sample, or not read by every training, with why; nothing is wrong
+            with these.
     """
 
     shard: str
@@ -124,14 +126,19 @@ def _verify(
         (verdict.problems if lost else verdict.left_out).append((name, why))
     by_values = bool(listing and listing.pixels and not listing.pixels.is_rgb)
     problems_of = partial(_sample_problems, descriptor, classes=classes, by_values=by_values)
-    for sample, problems in in_order(pool, problems_of, samples, _AHEAD * (os.cpu_count() or 1)):
+    valued: list[tuple[str, str]] = []
+    for sample, (problems, values) in in_order(pool, problems_of, samples, _AHEAD * (os.cpu_count() or 1)):
         bar.update()
+        if values and not by_values:
+            valued.append((escape(sample.key), f"a {values}: {_BY_VALUES}"))
         verdict.samples += sample.image is not None
         if sample.key in keys:
             problems = [*problems, f"the key appears in {keys[sample.key]} as well"]
         keys[sample.key] = shard.name
         verdict.problems += [(escape(sample.key), problem) for problem in problems]
         verdict.left_out += [(escape(member.name), tars.OTHER) for member in sample.others if sample.image]
+    # beside images of 8-bit RGB they are lost; by themselves they are meant to be read by their values
+    (verdict.problems if len(valued) < verdict.samples else verdict.left_out).extend(valued)
     if not verdict.samples:
         verdict.problems.append(("", "no image"))
 
@@ -180,13 +187,18 @@ def _manifest_problems(shard: Path) -> Iterator[str]:
         yield f"another checksum than in {MANIFEST}"
 
 
-def _sample_problems(descriptor: int, sample: tars.Sample, classes: list[str] | None, by_values: bool) -> list[str]:
+def _sample_problems(
+    descriptor: int, sample: tars.Sample, classes: list[str] | None, by_values: bool
+) -> tuple[list[str], str | None]:
+    """What is wrong with a sample, and the format of its image if 8-bit RGB training does not read it."""
     if sample.image is None:
-        return [f"no image: {sample.why_no_image}" if sample.images else "no image"]
+        return [f"no image: {sample.why_no_image}" if sample.images else "no image"], None
     problems = []
+    values = None
     try:
         data = os.pread(descriptor, sample.image.size, sample.image.offset)
-        if by_values or has_values(data):
+        values = name_of(data) if has_values(data) else None
+        if by_values or values:
             decode_values(data, NO_LIMIT)
         else:
             check(data)
@@ -196,7 +208,7 @@ def _sample_problems(descriptor: int, sample: tars.Sample, classes: list[str] | 
         problems.append(f"cannot be read: {error.strerror}")
     if sample.label is not None:
         problems += _label_problems(descriptor, sample.label, classes)
-    return problems
+    return problems, values
 
 
 def _label_problems(descriptor: int, member: tars.Member, classes: list[str] | None) -> Iterator[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pipeline.data.tars import BLOCK, Member, Sample, first_byte, image_places, walk
 from pipeline.errors import UserError
+from pipeline.files import put_in_place
 
 _CODEC = ("utf-8", "surrogateescape")  # names are bytes; what is no UTF-8 comes back as it was
 _BLANK = re.compile(rb"\s")  # what separates fields for DALI
@@ -56,12 +57,8 @@ def write_index(shard: Path, samples: Sequence[Sample]) -> Path:
         ]
         lines.append(b" ".join(fields))
     path = index_path(shard)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with put_in_place(path) as aside:
         aside.write_bytes(b"\n".join(lines) + b"\n")
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
     return path
 
 

@@ -60,7 +60,7 @@ def list_shards(shards: Shards) -> list[str]:
     happens to lie there, so that a lost shard is missed.
 
     Raises:
-        UserError: a shard is not there or cannot be one, or there is none.
+        UserError: a shard is not there or cannot be one, is named twice, or there is none.
     """
     parts = [shards] if isinstance(shards, str) else shards
     names: list[str] = []
@@ -70,6 +70,11 @@ def list_shards(shards: Shards) -> list[str]:
         names += _matched(expanded) if globs else expanded
     if not names:
         raise UserError("no shards", "data", "name at least one .tar file")
+    places = Counter(name if is_remote(name) else os.path.abspath(name) for name in names)
+    if len(places) < len(names):
+        twice = next(place for place, count in places.items() if count > 1)
+        fix = "name it once, or its images would count more than others"
+        raise UserError("a shard is named twice", twice, fix)
     listed = _listed(names)
     missing = [name for name in names if name not in listed and not _is_there(name)]
     if missing:

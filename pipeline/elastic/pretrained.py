@@ -2,6 +2,7 @@
 
 import difflib
 import logging
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,6 +53,9 @@ def load_pretrained(backbone: Backbone, source: str) -> None:
 
 def _way_out(source: str) -> str:
     """What to do about a source that timm cannot load."""
+    if Path(source, "checkpoints").is_dir():
+        run = shlex.quote(source)
+        return f"this is a run: poa extract {run} --bundle DIR, then set model.init_from=DIR"
     architecture = source.partition(".")[0]
     if "/" in source and ":" not in source:
         return "there is no such directory: name one made by timm, or a timm model"

@@ -40,12 +40,12 @@ from pipeline.engine.saved import (
 )
 from pipeline.engine.snapshot import Snapshot, Taken
 from pipeline.errors import UserError
-from pipeline.files import save_tensors, sha256, sync, write_atomically
+from pipeline.files import ASIDE, save_tensors, sha256, sync, write_atomically
 from pipeline.method.losses import Centering
 
 _LEFTOVER = re.compile(r"\.step_\d{8}\.(tmp|old\d*)")
 # files of a checkpoint, and what a write that was cut short leaves: safetensors writes to .tmpXXXXXX first
-_OWN = re.compile(r"shard_\d+\.safetensors|manifest\.json|\.manifest\.json\.tmp|\.tmp\w{6}")
+_OWN = re.compile(rf"shard_\d+\.safetensors|manifest\.json|\.manifest\.json\.tmp|{ASIDE.pattern}|\.tmp\w{{6}}")
 
 
 @dataclass

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d, rendezvous
 
 from pipeline.engine import private
-from pipeline.engine.interface import VARIABLE, choose_interface, require_named_interface
+from pipeline.engine.interface import VARIABLE, choose_interface, require_master, require_named_interface
 from pipeline.engine.launch import launch
 from pipeline.errors import UserError
 
@@ -101,7 +101,8 @@ def initialize(timeout_seconds: float = 1800, collective_seconds: float | None =
         collective_seconds: how long a collective may take; as long if None.
 
     Raises:
-        UserError: the rank variables are incomplete, GLOO_SOCKET_IFNAME names no interface, or ranks share a GPU.
+        UserError: the rank variables are incomplete, GLOO_SOCKET_IFNAME names no interface, MASTER_ADDR nothing, the
+            ranks have not met in time, or share a GPU.
     """
     rank, world_size, local_rank, together = launch()
     index, device = _device(local_rank)
@@ -117,8 +118,9 @@ def initialize(timeout_seconds: float = 1800, collective_seconds: float | None =
         store: dist.Store = dist.HashStore()
         if together:
             require_named_interface()
-            store, _, _ = next(rendezvous("env://", rank, world_size, timeout=timeout))
             master = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+            require_master(*master)
+            store = _meet(rank, world_size, timeout)
             interface = choose_interface(dist.PrefixStore("interface", store), rank, world_size, master)
             _set_variables({VARIABLE: interface} if interface else {})
         else:
@@ -130,6 +132,17 @@ def initialize(timeout_seconds: float = 1800, collective_seconds: float | None =
     if device.type == "cuda":
         _require_own_devices(ranks)
     return ranks
+
+
+def _meet(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
+    try:
+        store, _, _ = next(rendezvous("env://", rank, world_size, timeout=timeout))
+        return store
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        what = f"rank {rank} of {world_size} has not met the others: {str(error).splitlines()[0]}"
+        fix = "start all ranks, and look whether that address and port are the first node's and can be reached"
+        raise UserError(what, where, fix) from error
 
 
 def collectives_begun() -> int:

@@ -3,12 +3,14 @@
 import os
 import platform
 import socket
+import time
 
 import torch.distributed as dist
 
 from pipeline.errors import UserError
 
 VARIABLE = "GLOO_SOCKET_IFNAME"
+_NAME_SECONDS = 60.0  # for a name server that is away for a moment
 
 
 def choose_interface(store: dist.Store, rank: int, world_size: int, master: tuple[str, int]) -> str | None:
@@ -32,6 +34,30 @@ def choose_interface(store: dist.Store, rank: int, world_size: int, master: tupl
     if host == rows[0][0]:  # the master's own name may be that of its loopback, here alone
         address = local_address(elsewhere[0], master[1])
     return interface_of(address)
+
+
+def require_master(address: str, port: int) -> None:
+    """Look whether the ranks can meet where the launcher says; torch would try an unknown name for half an hour.
+
+    Raises:
+        UserError: the name is unknown on this machine, or the port is none.
+    """
+    fix = "launch with torchrun or a script of slurm/, which set it"
+    if not 0 <= port < 1 << 16:
+        raise UserError(f"MASTER_PORT={port} is no port", "environment", fix)
+    if not address:
+        raise UserError("MASTER_ADDR is empty", "environment", fix)
+    deadline = time.monotonic() + _NAME_SECONDS
+    while True:
+        try:
+            socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)
+            return
+        except (OSError, UnicodeError) as error:
+            if getattr(error, "errno", None) != socket.EAI_AGAIN or time.monotonic() >= deadline:
+                what = f"{platform.node()} cannot find MASTER_ADDR={address}: {getattr(error, 'strerror', error)}"
+                fix = "set it to a name or an address of the first node that every node knows"
+                raise UserError(what, "environment", fix) from error
+        time.sleep(1)
 
 
 def require_named_interface() -> None:

@@ -23,7 +23,16 @@ from pipeline.errors import UserError
 from pipeline.evaluate.features import BATCH_SIZE, batches, require_finite
 from pipeline.evaluate.spread import decoding_threads, device_of, everywhere, on_one
 from pipeline.evaluate.targets import Target, directory_target, is_run, run_target
-from pipeline.files import read_json, require_writable, save_tensors, sha256, sync, write_atomically
+from pipeline.files import (
+    ASIDE,
+    put_in_place,
+    read_json,
+    require_writable,
+    save_tensors,
+    sha256,
+    sync,
+    write_atomically,
+)
 from pipeline.models.loading import RunModels, run_config
 
 MANIFEST = "manifest.json"
@@ -41,7 +50,7 @@ class Wanted:
         shards: of images; labels are kept where there are some.
         out: the folder to write to.
         subnet: of a run, the largest if None.
-        branch: "teacher" or "student" of a run.
+        branch: "teacher" or "student" of a run, the teacher if None.
         kind: key of `KINDS`.
         format: of `FORMATS`.
         progress: show progress bars.
@@ -51,7 +60,7 @@ class Wanted:
     shards: Shards
     out: Path
     subnet: str | None = None
-    branch: str = "teacher"
+    branch: str | None = None
     kind: str = "cls"
     format: str = "safetensors"
     progress: bool = False
@@ -125,10 +134,11 @@ def embed(wanted: Wanted, ranks: Ranks | None = None) -> dict[str, Any]:
 def _target(wanted: Wanted) -> tuple[Target, int]:
     if is_run(wanted.path):
         config = run_config(wanted.path)
-        models = RunModels.open(wanted.path, wanted.branch)
-        return run_target(models, [wanted.subnet or models.grid.largest.name], wanted.branch), config.data.max_pixels
-    if wanted.subnet:
-        raise UserError("this is one model, not a run", str(wanted.path), "leave out --subnet")
+        branch = wanted.branch or "teacher"
+        models = RunModels.open(wanted.path, branch)
+        return run_target(models, [wanted.subnet or models.grid.largest.name], branch), config.data.max_pixels
+    if wanted.subnet or wanted.branch:
+        raise UserError("this is one model, not a run", str(wanted.path), "leave out --subnet and --branch")
     return directory_target(wanted.path), MAX_PIXELS
 
 
@@ -157,7 +167,7 @@ def _claim(out: Path, identity: dict[str, Any]) -> None:
         if differs:
             raise UserError(f"it holds features with another value of {differs!r}", str(out), "choose another --out")
         return
-    if any(out.iterdir()):
+    if any(not ASIDE.fullmatch(path.name) for path in out.iterdir()):
         raise UserError("the folder is not empty and no features of ours", str(out), "choose another --out")
     write_atomically(path, json.dumps(identity, indent=1) + "\n")
 
@@ -228,9 +238,8 @@ def _write(wanted: Wanted, number: int, shard: str, made: tuple[dict[str, Tensor
 
 
 def _place(path: Path, write: Callable[[Path], None]) -> None:
-    aside = path.with_name(f".{path.name}.tmp")
-    write(aside)
-    aside.replace(path)
+    with put_in_place(path) as aside:
+        write(aside)
 
 
 def _save_array(array: np.ndarray, path: Path) -> None:

@@ -24,7 +24,7 @@ from pipeline.evaluate.linear import linear_accuracy, warn_of_edge
 from pipeline.evaluate.segmentation import Segmentation
 from pipeline.evaluate.spread import decoding_threads, device_of, everywhere, number, sum_counts, total
 from pipeline.evaluate.targets import PIXELS, UNTRAINED, Target, directory_target, is_run, pixels_target, run_target
-from pipeline.files import require_writable, write_atomically
+from pipeline.files import one_at_a_time, require_writable, write_atomically
 from pipeline.models.loading import RunModels, run_config
 from pipeline.models.results import Results, read_results
 
@@ -146,7 +146,7 @@ class Request:
         method: "knn", "linear" or "segment".
         train, val: shards with labels or masks; a run's own eval.train (data.train) and eval.val (data.val) by default.
         subnets: names, "all", or None for the smallest, the largest and the paper's sizes.
-        branch: "teacher" or "student".
+        branch: "teacher" or "student" of a run, the teacher if None.
         untrained: add `untrained_accuracy`, of the same architectures as the run initialised them.
         pixels: add `pixels_accuracy`, of raw 32 x 32 pixels less their mean.
         resume: take what the run's file holds of the same checkpoint and data, and evaluate the rest.
@@ -157,7 +157,7 @@ class Request:
     train: Shards | None = None
     val: Shards | None = None
     subnets: Iterable[str | Subnet] | str | None = None
-    branch: str = "teacher"
+    branch: str | None = None
     untrained: bool = False
     pixels: bool = False
     resume: bool = False
@@ -228,15 +228,17 @@ def warn_of_doubt(evaluation: Evaluation) -> None:
 def _prepare(request: Request, ranks: Ranks | None, progress: bool) -> tuple[Evaluation | Segmentation, Target]:
     path, train, val = request.path, request.train, request.val
     if not is_run(path):
-        if request.subnets is not None or request.untrained:
-            raise UserError("this is one model, not a run", str(path), "leave out --subnets and --untrained")
+        if request.subnets is not None or request.untrained or request.branch:
+            fix = "leave out --subnets, --untrained and --branch"
+            raise UserError("this is one model, not a run", str(path), fix)
         return _judge(request.method, *_shards(train, val), ranks, progress), directory_target(path)
     config = run_config(path)
     shards = _shards(train, val, config.eval.train or config.data.train, config.eval.val or config.data.val)
-    target = run_target(RunModels.open(path, request.branch), request.subnets, request.branch)
+    branch = request.branch or "teacher"
+    target = run_target(RunModels.open(path, branch), request.subnets, branch)
     if request.untrained:
         same = [candidate.name for candidate in target.candidates]
-        fresh = run_target(RunModels.untrained(config, path), same, request.branch)
+        fresh = run_target(RunModels.untrained(config, path), same, branch)
         target = Target([*target.candidates, *fresh.candidates], target.preprocessing, target.intake)
     return _judge(request.method, *shards, ranks, progress, config.data.max_pixels), target
 
@@ -274,14 +276,15 @@ def _record(path: Path, results: Results) -> None:
     The results are on their way to whoever asked: a file that cannot be written costs a warning.
     """
     try:
-        old = read_results(path)
-    except UserError as error:
-        print(f"warning: {error.what} and is written anew ({path})", file=sys.stderr)
-        old = {}
-    kept = _same(old, next(iter(results.values())))
-    try:
         path.parent.mkdir(exist_ok=True)
-        write_atomically(path, json.dumps(kept | results, indent=1) + "\n")
+        with one_at_a_time(path.parent):
+            try:
+                old = read_results(path)
+            except UserError as error:
+                print(f"warning: {error.what} and is written anew ({path})", file=sys.stderr)
+                old = {}
+            kept = _same(old, next(iter(results.values())))
+            write_atomically(path, json.dumps(kept | results, indent=1) + "\n")
     except OSError as error:
         print(f"warning: the results are not kept in {path}: {error.strerror}", file=sys.stderr)
 

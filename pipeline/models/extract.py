@@ -1,11 +1,11 @@
 """Sub-networks of a run as plain timm directories, each with the proof that it is the sub-network."""
 
+import errno
 import json
 import os
 import shutil
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from pipeline.config import ExperimentConfig
+from pipeline.data.aside import folder_aside
 from pipeline.data.patterns import Shards
 from pipeline.elastic import Subnet
 from pipeline.errors import UserError
@@ -189,10 +190,8 @@ def _extract_one(
     known: _Known,
     formats: Sequence[str],
 ) -> Extracted:
-    final, aside = out / subnet.name, out / f".{subnet.name}.tmp"
-    _remove_own(aside)
-    aside.mkdir(exist_ok=True)
-    try:
+    final = out / subnet.name
+    with folder_aside(final) as aside:
         export = models.backbone.export(subnet)
         hub = hub_config(models.config, export)
         write_atomically(aside / CONFIG, json.dumps(hub, indent=2) + "\n")
@@ -217,19 +216,20 @@ def _extract_one(
         proof["account"] = known.account.as_json()
         proof["files"] = {name: sha256(aside / name) for name in FILES if (aside / name).is_file()}
         write_atomically(aside / PROOF, json.dumps(proof, indent=2) + "\n")
-        _publish(aside, final)
+        try:
+            aside.rename(final)
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
+            _require_free(final, models, subnet, branch, formats)  # again: another command may have been faster
+            _replace(aside, final)
         sync(out)
-    finally:
-        _remove_own(aside)
     return extracted
 
 
-def _publish(aside: Path, final: Path) -> None:
-    """Give a model its name. Where it stands already it is replaced file by file: what else lies there is its owner's,
-    and a crash in between mixes files of one and the same model. A format that was not asked for this time goes."""
-    if not final.exists():
-        aside.rename(final)
-        return
+def _replace(aside: Path, final: Path) -> None:
+    """Replace a model file by file: what else lies there is its owner's, and a crash in between mixes files of one and
+    the same model. A format that was not asked for this time goes."""
     written = read_json(final / PROOF, "remove the directory").get("files", {})
     for name in FILES:
         if (aside / name).is_file():
@@ -237,13 +237,3 @@ def _publish(aside: Path, final: Path) -> None:
         elif name in written:
             (final / name).unlink(missing_ok=True)
     sync(final)
-
-
-def _remove_own(aside: Path) -> None:
-    """Remove what an extraction put there; anything else stays, and with it the directory."""
-    for name in FILES:
-        for path in (aside / name, aside / f".{name}.tmp"):
-            with suppress(OSError):
-                path.unlink()
-    with suppress(OSError):
-        aside.rmdir()

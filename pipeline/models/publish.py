@@ -1,10 +1,12 @@
 """An extracted model on a model hub: the folder that goes there, and the upload by huggingface_hub itself."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
+from pipeline.data.aside import new_folder
 from pipeline.errors import UserError, short
 from pipeline.files import read_json, sha256, write_atomically
 from pipeline.models.extract import CARD, FILES, PROOF
@@ -36,15 +38,14 @@ def prepare(directory: Path, repo: str, out: Path, license_: str) -> Path:
     for name, digest in files.items():
         if not (directory / name).is_file() or sha256(directory / name) != digest:
             raise UserError("the file is not the one that was proven", str(directory / name), _FIX)
-    try:
-        out.mkdir(parents=True)
-    except FileExistsError as error:
-        raise UserError("something is in the way", str(out), "remove it, or name another --out") from error
-    for name in files:
-        shutil.copyfile(directory / name, out / name)
-    write_atomically(out / CARD, hub_card(directory, repo, proof, license_))
-    proof["files"] = {**files, CARD: sha256(out / CARD)}
-    write_atomically(out / PROOF, json.dumps(proof, indent=2) + "\n")
+    if os.path.lexists(out):
+        raise UserError("something is in the way", str(out), "remove it, or name another --out")
+    with new_folder(out) as aside:
+        for name in files:
+            shutil.copyfile(directory / name, aside / name)
+        write_atomically(aside / CARD, hub_card(directory, repo, proof, license_))
+        proof["files"] = {**files, CARD: sha256(aside / CARD)}
+        write_atomically(aside / PROOF, json.dumps(proof, indent=2) + "\n")
     return out
 
 

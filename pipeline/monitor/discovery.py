@@ -7,6 +7,8 @@ import time
 from hashlib import sha256
 from pathlib import Path
 
+from pipeline.files import put_in_place
+
 HEARTBEAT_SECONDS = 30.0
 STALE_SECONDS = 3600.0
 """An entry that nobody touched for so long belongs to a node that died; until then its silence raises an alert."""
@@ -33,9 +35,9 @@ class TargetFile:
             OSError: the directory cannot be written.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        aside = self.path.with_name(f".{self.path.name}.{os.getpid()}")  # hidden and without .json: no glob takes it
-        aside.write_text(json.dumps([{"targets": [address], "labels": self.labels}], indent=1) + "\n", encoding="utf-8")
-        os.replace(aside, self.path)
+        with put_in_place(self.path) as aside:  # hidden and without .json: no glob takes it
+            entry = json.dumps([{"targets": [address], "labels": self.labels}], indent=1)
+            aside.write_text(entry + "\n", encoding="utf-8")
 
     def touch(self, address: str) -> None:
         """Say that this node is still there; an entry that was swept while the node slept is written again.

@@ -27,7 +27,7 @@ LARGEST_SNAPSHOT = 1 << 20
 
 
 def main(descriptor: int, settings: dict[str, Any]) -> None:
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # they are meant for training; this process ends with it
     os.nice(10)
     inbox = socket.socket(fileno=descriptor)

@@ -32,10 +32,10 @@ def check_caches(config: ExperimentConfig) -> Check:
     that others are still writing, and wait for its locks."""
     places = {}
     if config.engine.compile:
-        default = Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}"
+        default = Path(tempfile.gettempdir()) / f"torchinductor_{_user()}"
         places["TORCHINDUCTOR_CACHE_DIR"] = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or default)
     if config.uses_triton():
-        places["TRITON_CACHE_DIR"] = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache")
+        places["TRITON_CACHE_DIR"] = Path(os.environ.get("TRITON_CACHE_DIR") or os.path.expanduser("~/.triton/cache"))
     if not places:
         return Check("caches", "pass", "nothing is compiled")
     kinds = {variable: file_system(existing(place, variable)) for variable, place in places.items()}
@@ -44,6 +44,14 @@ def check_caches(config: ExperimentConfig) -> Check:
         fix = f"set {' and '.join(remote)} to a disk of the node, as slurm/common.sh does"
         return Check("caches", "warn", f"{finding}: on a network", fix)
     return Check("caches", "pass", finding)
+
+
+def _user() -> str:
+    """As torch names this user, whom the system may not know (a container that was given a number)."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return f"uid_{os.getuid()}"
 
 
 def is_shared(kind: str) -> bool:

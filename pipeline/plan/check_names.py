@@ -12,6 +12,7 @@ from pipeline.engine.checkpoint import list_checkpoints
 from pipeline.errors import UserError
 from pipeline.files import require_writable
 from pipeline.models.start import load_start
+from pipeline.monitor.sinks import require_packages
 from pipeline.plan.check import Check
 from pipeline.plan.check_directory import existing
 
@@ -57,6 +58,7 @@ def check_pretrained(config: ExperimentConfig) -> Check:
 def check_metrics(config: ExperimentConfig) -> Check:
     """Can the metrics be served, and Prometheus be told where? Training goes on without, but nobody sees it."""
     metrics = config.metrics
+    require_packages(metrics)
     for key, file in (("cert_file", metrics.cert_file), ("key_file", metrics.key_file)):
         if file and not os.access(file, os.R_OK):
             return Check("metrics", "fail", f"metrics.{key}: cannot read {file}", "name a PEM file")

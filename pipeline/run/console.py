@@ -136,7 +136,14 @@ class Console:
         )
 
     def ended(
-        self, end: End, progress: Progress, saved_step: int, bad: list[str], signals: list[int], checkpoints: Path
+        self,
+        end: End,
+        progress: Progress,
+        saved_step: int,
+        bad: list[str],
+        signals: list[int],
+        checkpoints: Path,
+        precision: str,
     ) -> None:
         """Why the run ends, if it is not complete; `signals` are those that this rank received."""
         if end is End.GIVE_UP:
@@ -144,10 +151,11 @@ class Console:
             earlier = (
                 "; if it ends so again, begin from an earlier checkpoint (--fork-from RUN@STEP and a new --run-dir)"
             )
+            finer = "" if precision == "fp32" else " or use engine.precision=fp32"
             self.say(
                 f"error: {progress.bad_in_a_row} steps in a row were not finite ({', '.join(bad)}), the last of them "
-                f"step {progress.step}; none of them is saved, {last} ({checkpoints}): lower optim.base_lr or use "
-                f"engine.precision=fp32, and start again{earlier if saved_step else ''}"
+                f"step {progress.step}; none of them is saved, {last} ({checkpoints}): lower optim.base_lr{finer}, "
+                f"and start again{earlier if saved_step else ''}"
             )
         elif end is End.STOPPED:
             which = signal.Signals(signals[0]).name if signals else "sent to another rank"

@@ -54,8 +54,8 @@ def train(
         fork: where the run comes from, if it does not begin at step 0; a checkpoint in its own directory goes before.
 
     Returns:
-        0 when the run is complete, 75 when it stopped on SIGTERM, SIGUSR1 or SIGINT after saving, 1 after too many bad
-        steps or when a checkpoint cannot be written.
+        0 when the run is complete, 75 when it stopped on SIGTERM, SIGUSR1, SIGINT or SIGHUP after saving, 1 after too
+        many bad steps or when a checkpoint cannot be written.
 
     Raises:
         UserError: the directory, the data or the launch is not usable.
@@ -203,7 +203,13 @@ class Run:
                 return End.TRY_AGAIN
             if decision.end is not None:
                 self.console.ended(
-                    decision.end, progress, self.saved_step, report.agreed.bad, stop_requested, self.checkpoints.root
+                    decision.end,
+                    progress,
+                    self.saved_step,
+                    report.agreed.bad,
+                    stop_requested,
+                    self.checkpoints.root,
+                    self.config.engine.precision,
                 )
                 return decision.end
         return End.DONE

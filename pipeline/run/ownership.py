@@ -1,6 +1,5 @@
 """Who may write into a run directory: one process at a time, and a later attempt of a job before an earlier one."""
 
-import errno
 import fcntl
 import json
 import os
@@ -19,7 +18,6 @@ from pipeline.run.slurm_job import Job
 
 _TAKE_OVER_SECONDS = 120.0
 _LOOK_SECONDS = 5.0  # between two looks at who owns the run; the file may be on a busy shared file system
-_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 STALE_SECONDS = 60.0
 """An owner file that nobody renews for so long, while another process watches, is of a process that is gone."""
 
@@ -129,16 +127,17 @@ def open_lock(directory: Path) -> Lock:
 def locks_work(directory: Path) -> bool:
     """Whether `flock` works in a directory (Lustre wants a mount option for it, NFS a daemon).
 
+    Nobody else knows the file that is tried, so any refusal means that there are no locks; file systems have many words
+    for it.
+
     Raises:
         OSError: nothing can be written there.
     """
     with tempfile.NamedTemporaryFile(dir=directory, prefix=".lock.") as probe:
         try:
             fcntl.flock(probe, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in _NO_LOCKS:
-                return False
-            raise
+        except OSError:
+            return False
     return True
 
 
@@ -153,7 +152,7 @@ class Flock:
     def acquire(self) -> bool:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        except (BlockingIOError, PermissionError):  # the latter on network file systems that make byte ranges of it
             return False
         return True
 

@@ -14,7 +14,8 @@ from pipeline.files import write_atomically
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Collect SIGTERM, SIGUSR1 and SIGINT instead of dying of them; the list is empty until one arrives.
+    """Collect SIGTERM, SIGUSR1, SIGINT and SIGHUP (a terminal that is gone) instead of dying of them; the list is empty
+    until one arrives.
 
     Enter it before the slow imports, so that no signal is lost to them. Python runs handlers in the main thread only,
     between two of its instructions, so whatever is being written is finished first, however many signals come. Only a
@@ -22,8 +23,9 @@ def stop_signals() -> Iterator[list[int]]:
     """
     received: list[int] = []
     numbers = [signal.SIGTERM, signal.SIGUSR1]
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as a shell sets it for what it starts in the background
-        numbers.append(signal.SIGINT)
+    for number in (signal.SIGINT, signal.SIGHUP):  # a shell ignores one for what it starts in the background, nohup one
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            numbers.append(number)
 
     def receive(number: int, _frame: object) -> None:
         received.append(number)

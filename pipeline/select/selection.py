@@ -39,7 +39,7 @@ class Wanted:
         machine: where latencies are taken.
         quality: key of `QUALITIES`; None for k-NN where there are labels, else agreement with the teacher.
         train, val: labelled shards; a run's own by default. Label-free scores take images of `val`.
-        branch: "teacher" or "student".
+        branch: "teacher" or "student" of runs, the teacher if None.
         label_free: add the label-free scores, and how they rank the networks against `quality`.
         images: of the label-free scores.
         timed: whether latencies are wanted without a limit on them.
@@ -52,7 +52,7 @@ class Wanted:
     quality: str | None = None
     train: Shards | None = None
     val: Shards | None = None
-    branch: str = "teacher"
+    branch: str | None = None
     label_free: bool = False
     images: int = 512
     timed: bool = True
@@ -221,7 +221,7 @@ def _look(wanted: Wanted, source: Source, chosen: list[str], ranks: Ranks | None
     device = ranks.device if ranks else wanted.machine.device
     scores = unlabelled_scores(
         source.models,
-        open_heads(source.path, wanted.branch),
+        open_heads(source.path, wanted.branch or "teacher"),
         [source.subnets[name] for name in chosen],
         images.images,
         ranks=ranks,

@@ -41,18 +41,20 @@ class Source:
     models: RunModels | None = None
 
 
-def open_sources(paths: Sequence[Path], branch: str, machine: Machine) -> list[Source]:
+def open_sources(paths: Sequence[Path], branch: str | None, machine: Machine) -> list[Source]:
     """Open runs and model directories, runs first. A model that is called like another bears its folder's name too.
 
     Raises:
-        UserError: a path is neither, or two networks have one name.
+        UserError: a path is neither, two networks have one name, or a branch is named and no run.
     """
     runs = [path for path in paths if is_run(path)]
+    if branch and not runs:
+        raise UserError("no run is named, and models have no branches", "--branch", "leave it out")
     sources: list[Source] = []
     taken: set[str] = set()
     for path in sorted(paths, key=lambda path: path not in runs):
         if path in runs:
-            sources.append(_run(path, branch, machine, f"{path.resolve().name}/" if len(runs) > 1 else ""))
+            sources.append(_run(path, branch or "teacher", machine, f"{path.resolve().name}/" if len(runs) > 1 else ""))
         else:
             name = path.resolve().name
             sources.append(_model(path, machine, name if name not in taken else f"{path.resolve().parent.name}/{name}"))

@@ -115,6 +115,11 @@ def test_a_name_is_taken_as_it_is(tmp_path, name):
         assert load_config(write(tmp_path, dump_config(config))) == config
 
 
+def test_a_name_that_is_no_utf_8_is_said_to_be_none(tmp_path):
+    with pytest.raises(UserError, match=r"data\.train: '.*' is not UTF-8 .*LC_ALL=C\.UTF-8"):
+        load_config(write(tmp_path, "{}"), ["data.train=sh\udcc3\udcbc/train-{000000..000009}.tar"])
+
+
 def test_names_in_a_file_need_no_quotes(tmp_path):
     config = load_config(write(tmp_path, "run: {dir: 2024-01-01}\ndata: {train: [010, no], seed: 010}"))
     assert (config.run.dir, config.data.train, config.data.seed) == ("2024-01-01", ["010", "no"], 10)

@@ -3,9 +3,11 @@
 import os
 
 import pytest
+from pydantic import ValidationError
 
 from pipeline.config import DataConfig, MetricsConfig, RunConfig
-from pipeline.config.section import expand_path, is_section, takes_text
+from pipeline.config.data import CacheConfig
+from pipeline.config.section import expand_local, expand_path, is_section, takes_text
 
 
 def test_home_and_variables_are_filled_in_and_all_else_is_left(monkeypatch):
@@ -27,6 +29,17 @@ def test_home_and_variables_are_filled_in_and_all_else_is_left(monkeypatch):
 def test_paths_that_cannot_be_meant_are_refused(text, part):
     with pytest.raises(ValueError, match=part):
         expand_path(text)
+
+
+@pytest.mark.parametrize("text", ["s3://bucket/run", "file:///runs/a", "gs://b/{a}", "hdfs://node/x"])
+def test_nothing_is_written_to_an_address(text):
+    with pytest.raises(ValueError, match="is an address, and only shards are read from one"):
+        expand_local(text)
+    for section, key in ((RunConfig, "dir"), (MetricsConfig, "targets_dir"), (CacheConfig, "folder")):
+        with pytest.raises(ValidationError, match="is an address"):
+            section.model_validate({key: text})
+    for same in ("a:b", "C:/x", "runs//a", "s3:/x"):
+        assert expand_local(same) == same
 
 
 def test_every_path_key_fills_in(monkeypatch):

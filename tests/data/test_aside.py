@@ -43,6 +43,17 @@ def test_failure_leaves_nothing_not_even_the_folders_above(tmp_path: Path) -> No
     assert os.listdir(tmp_path) == []
 
 
+def test_a_disk_that_is_full_from_the_start_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Path, text: str, encoding: str) -> int:
+        self.touch()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(UserError, match="cannot write there: No space left"), new_folder(tmp_path / "a" / "out", "id"):
+        pytest.fail("there is nothing to fill")
+    assert not any(tmp_path.iterdir())
+
+
 def test_error_of_the_system_while_filling_is_one_for_the_user(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot write: No space left on device"):
         fill(tmp_path / "out", fail(OSError(28, "No space left on device")))

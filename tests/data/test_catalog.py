@@ -1,5 +1,6 @@
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +74,16 @@ def test_indexing_some_shards_keeps_what_is_known_of_the_others(shards: list[Pat
     shards[0].unlink()
     index(str(shards[2]))
     assert open_catalog(shards[0].parent).names == [p.name for p in shards[1:]]  # type: ignore[union-attr]
+
+
+def test_shards_that_are_indexed_at_the_same_time_are_all_listed(shards: list[Path]) -> None:
+    with ThreadPoolExecutor(len(shards)) as pool:
+        for _ in pool.map(lambda shard: index([str(shard)]), shards):
+            pass
+    listing = open_catalog(shards[0].parent)
+    assert listing is not None
+    assert list(listing.names) == [shard.name for shard in shards]
+    assert sorted(path.suffix for path in shards[0].parent.iterdir()) == [*[".idx"] * 3, ".json", ".npy", *[".tar"] * 3]
 
 
 def test_shard_or_rows_that_do_not_fit_are_refused_when_they_are_read(shards: list[Path]) -> None:

@@ -53,6 +53,17 @@ def test_slips_of_the_keyboard_are_refused_at_once() -> None:
         expand_shards("train-{0..9.tar")
 
 
+def test_a_shard_that_is_named_twice_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    for patterns in (
+        ["train-000000.tar", "train-{000000..000001}.tar"],
+        ["train-000000.tar", "./train-000000.tar"],
+        ["train-000000.tar", str(folder / "train-000000.tar")],
+    ):
+        with pytest.raises(UserError, match=r"named twice \(.*train-000000\.tar\)"):
+            expand_shards(patterns)
+
+
 def test_home_and_variables_mean_what_a_shell_means(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = [folder / "train-000000.tar", folder / "train-000001.tar"]
     monkeypatch.setenv("HOME", str(folder))

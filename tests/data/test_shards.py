@@ -21,6 +21,7 @@ from pipeline.data.images import BadImage, decode
 from pipeline.data.reader import Dataset
 from pipeline.data.shards import build, index
 from pipeline.data.sources import open_source
+from pipeline.data.values import has_values
 from pipeline.errors import UserError
 
 
@@ -322,6 +323,26 @@ def test_verify_knows_what_is_passed_over(make_shard: Callable[..., Path], pictu
     assert verdict.left_out == [("README", "no extension"), ("b", "no extension")]
     assert [key for key, _ in verdict.problems] == ["d.jpg", "c"]
     assert verdict.problems[1][1] == "no image"
+
+
+def test_verify_names_what_8_bit_rgb_training_does_not_read(
+    make_shard: Callable[..., Path], pictures: list[bytes]
+) -> None:
+    tiff, values = io.BytesIO(), io.BytesIO()
+    Image.new("RGB", (40, 40)).save(tiff, "TIFF")
+    np.save(values, np.zeros((40, 40, 3), np.uint8))
+    valued = {"a.tif": tiff.getvalue(), "b.npy": values.getvalue()}
+    whys = [("a", "a tif: read only with data.value_range"), ("b", "a npy: read only with data.value_range")]
+    for files, lost in (({**valued, "c.jpg": pictures[0]}, True), (valued, False)):
+        shard = make_shard(files)
+        index(str(shard))
+        (verdict,) = verify(str(shard), progress=False)
+        found, nothing = (verdict.problems, verdict.left_out) if lost else (verdict.left_out, verdict.problems)
+        assert [(key, why.partition(",")[0]) for key, why in found] == whys
+        assert nothing == []
+        dataset = Dataset([str(shard)])
+        readable = [key for r, key in enumerate("abc"[: len(dataset)]) if not has_values(dataset.image(r))]
+        assert readable == ["c"] * lost
 
 
 def test_second_image_of_a_sample_is_named(make_shard: Callable[..., Path], pictures: list[bytes]) -> None:

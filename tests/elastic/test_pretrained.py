@@ -92,6 +92,12 @@ def test_a_checkpoint_with_a_missing_weight_is_refused(tiny_config, save):
         load_pretrained(backbone, folder)
 
 
+def test_a_run_is_said_to_be_one(tiny_config, tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(UserError, match=rf"this is a run: poa extract {tmp_path} --bundle DIR, then set"):
+        load_pretrained(build(tiny_config("vit")), str(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("source", "fix"),
     [

@@ -2,11 +2,16 @@
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+
+from pipeline.engine import distributed, interface
+from pipeline.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 WORKER = ROOT / "tests" / "workers" / "sum_ranks.py"
@@ -65,3 +70,55 @@ def test_an_interface_that_is_not_there_is_named(tmp_path, hosts):
     process = start(tmp_path, "a", hosts["a"], 0, GLOO_SOCKET_IFNAME="ib0")
     _, err = process.communicate(timeout=240)
     assert "host-a has no interface ib0 (GLOO_SOCKET_IFNAME): name one of lo, cable-a" in err
+
+
+@pytest.mark.parametrize(
+    ("address", "port", "message"),
+    [
+        ("127.0.0.1", 70000, "MASTER_PORT=70000 is no port"),
+        ("127.0.0.1", -1, "MASTER_PORT=-1 is no port"),
+        ("", 20001, "MASTER_ADDR is empty"),
+        ("a..b", 20001, "cannot find MASTER_ADDR=a..b"),
+        ("nowhere", 20001, "cannot find MASTER_ADDR=nowhere: Name or service not known"),
+    ],
+)
+def test_a_place_where_ranks_cannot_meet_is_refused_at_once(address, port, message, monkeypatch):
+    ask = socket.getaddrinfo
+
+    def answer(name, *words, **options):  # no name server is asked by a test
+        if name == "nowhere":
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return ask(name, *words, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", answer)
+    with pytest.raises(UserError, match=message):
+        interface.require_master(address, port)
+
+
+def test_a_name_server_that_is_away_for_a_moment_is_asked_again(monkeypatch):
+    answers = [socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")] * 2
+    slept = []
+
+    def answer(*words, **options):
+        if answers:
+            raise answers.pop()
+        return []
+
+    monkeypatch.setattr(socket, "getaddrinfo", answer)
+    monkeypatch.setattr(interface.time, "sleep", slept.append)
+    interface.require_master("node-1", 20001)
+    assert slept == [1, 1]
+    answers += [socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")] * 2
+    monkeypatch.setattr(interface, "_NAME_SECONDS", 0.0)
+    with pytest.raises(UserError, match="cannot find MASTER_ADDR=node-1: Temporary failure"):
+        interface.require_master("node-1", 20001)
+
+
+def test_ranks_that_do_not_meet_are_one_line(monkeypatch):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(port))
+    with pytest.raises(UserError, match=rf"rank 0 of 2 has not met the others: .*\(127\.0\.0\.1:{port}\): start all"):
+        distributed._meet(0, 2, timedelta(seconds=1))

@@ -195,7 +195,7 @@ def test_what_others_put_into_a_checkpoint_outlives_it(tmp_path, capsys):
         (2, 6), ("shard_00000.safetensors", "shard_00001.safetensors", "manifest.json")
     ):
         (tmp_path / f"step_{step:08d}" / name).touch()
-    for name in (".manifest.json.tmp", ".tmpA1b2C3"):  # as a write that was killed leaves them
+    for name in (".manifest.json.tmp", ".poa.node-1.77.0.tmp", ".tmpA1b2C3"):  # as a write that was killed leaves them
         (tmp_path / "step_00000006" / name).touch()
     (tmp_path / "step_00000002" / "notes.txt").write_text("the best so far")
     checkpoints = Checkpoints(tmp_path, 1, None)

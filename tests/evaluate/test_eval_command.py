@@ -11,12 +11,15 @@ from shapes import write_masked
 
 from pipeline.commands import eval
 from pipeline.errors import UserError
+from pipeline.evaluate.embed import Wanted, embed
 from pipeline.evaluate.evaluation import Request, evaluate
 from pipeline.evaluate.table import table
 from pipeline.models.extract import extract
 from pipeline.models.loading import RunModels, run_config
 from pipeline.report.page import report
 from pipeline.run.step import build_student
+from pipeline.select.latency import machine_here
+from pipeline.select.sources import open_sources
 
 
 def command(*words: object) -> int:
@@ -108,8 +111,13 @@ def test_mistakes_are_user_errors(run, labelled, tmp_path):
     path = extract(run, ["32x2"], tmp_path / "models")[0].path
     with pytest.raises(UserError, match="no train shards are named"):
         evaluate(Request(path))
-    with pytest.raises(UserError, match="one model, not a run"):
-        evaluate(Request(path, subnets=["32x2"], train=labelled["train"], val=labelled["val"]))
+    for ignored in ({"subnets": ["32x2"]}, {"branch": "student"}):
+        with pytest.raises(UserError, match=r"one model, not a run.*--branch"):
+            evaluate(Request(path, train=labelled["train"], val=labelled["val"], **ignored))
+    with pytest.raises(UserError, match=r"one model, not a run.*--branch"):
+        embed(Wanted(path, labelled["val"], tmp_path / "features", branch="teacher"))
+    with pytest.raises(UserError, match=r"models have no branches \(--branch\)"):
+        open_sources([path], "teacher", machine_here("cpu", 1, "fp32", 1))
 
 
 def test_table_names_what_was_left_out():

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from argparse import ArgumentParser
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -248,6 +249,25 @@ def test_what_its_owner_put_beside_a_model_stays(trained_run, tmp_path):
     assert (tmp_path / "32x2" / "model.onnx").read_text() == "mine"
     assert [path.name for path in (tmp_path / ".32x2.tmp").iterdir()] == ["notes"]
     assert load_subnet(tmp_path / "32x2").num_features == 32
+
+
+@pytest.mark.parametrize("branch", ["teacher", "student"])
+def test_a_model_that_another_command_put_there_meanwhile_is_replaced_only_if_it_is_the_same(
+    trained_run, tmp_path, monkeypatch, branch
+):
+    (faster,) = extract(trained_run, ["32x2"], tmp_path / "faster", branch)
+    out = tmp_path / "out"
+
+    def meanwhile(models, subnet, aside, images):
+        shutil.copytree(faster.path, out / "32x2")
+        return largest_difference(models, subnet, aside, images)
+
+    largest_difference = extraction.largest_difference
+    monkeypatch.setattr(extraction, "largest_difference", meanwhile)
+    with nullcontext() if branch == "teacher" else pytest.raises(UserError, match="in the way"):
+        extract(trained_run, ["32x2"], out)
+    assert [path.name for path in out.iterdir()] == ["32x2"]
+    assert proof_of(out / "32x2")["branch"] == branch
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "README.md"])

@@ -136,3 +136,14 @@ def test_what_cannot_be_published_is_one_line(model, tmp_path, capsys, monkeypat
         assert main(["publish", *map(str, words)]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert part in line
+
+
+def test_a_folder_that_could_not_be_filled_is_not_there(model, tmp_path, capsys, monkeypatch):
+    def full(source, target):
+        Path(target).touch()
+        raise OSError(28, "No space left on device", str(target))
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    assert main(["publish", str(model), "--repo", "ann/tiny", "--dry-run", "--out", str(tmp_path / "a" / "b")]) == 2
+    assert capsys.readouterr().err.startswith("error: cannot write: No space left on device")
+    assert not any(tmp_path.iterdir())

@@ -211,7 +211,7 @@ def test_signals_of_the_job_do_not_end_the_endpoint_early(start):
     exporter = start()
     port = port_of(exporter)
     until(lambda: scrape(port))
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         os.kill(exporter._process.pid, number)
     assert "poa_step" in scrape(port)
 

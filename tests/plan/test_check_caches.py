@@ -1,5 +1,6 @@
 """The doctor on the compilers' caches."""
 
+import os
 from types import SimpleNamespace
 
 import psutil
@@ -49,3 +50,15 @@ def test_caches_on_a_network_are_warned_of_with_the_variable_that_moves_them(exp
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(home))
     assert check_caches(config(kernels="triton", compile=True)).status == "warn"
     assert check_caches(config(kernels="eager", compile=False)).finding == "nothing is compiled"
+
+
+def test_a_user_whom_the_system_does_not_know_has_caches_too(experiment, tmp_path, monkeypatch):
+    def unknown(number):
+        raise KeyError(f"getpwuid(): uid not found: {number}")
+
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    for name in ("HOME", "LOGNAME", "USER", "LNAME", "USERNAME", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(experiment(engine={"kernels": "triton", "compile": True})))
+    check = check_caches(load_config(tmp_path / "config.yaml"))
+    assert f"torchinductor_uid_{os.getuid()} (" in check.finding

@@ -190,6 +190,13 @@ def test_what_the_metrics_name_is_looked_at(write, metrics, status, part, monkey
     assert (check.status, part in check.finding) == (status, True)
 
 
+def test_a_package_that_training_would_miss_is_missed_by_the_doctor(write, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for key, package in (("wandb", "wandb"), ("mlflow", "mlflow-skinny")):
+        with pytest.raises(UserError, match=rf"{key} is not installed \(metrics.{key}\): pip install {package}"):
+            check_metrics(load_config(write(metrics={key: "project"})))
+
+
 @pytest.mark.parametrize("key", ["metrics.targets_dir", "run.dir"])
 @pytest.mark.parametrize("place", ["/proc/self/x", "setup.py", "setup.py/x"])
 def test_a_directory_that_cannot_be_made_fails(write, key, place, monkeypatch, capsys):

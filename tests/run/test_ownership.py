@@ -1,5 +1,6 @@
 """Who owns a run directory where `flock` does not work: a file that its owner renews."""
 
+import errno
 import json
 import os
 import shutil
@@ -9,6 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from pipeline.run.ownership import Flock, locks_work
 
 ROOT = Path(__file__).parents[2]
 WORKER = ROOT / "tests" / "workers" / "own_directory.py"
@@ -112,3 +115,23 @@ def test_locks_are_used_where_they_work(tmp_path):
     assert not (tmp_path / ".lock.owner").exists()
     assert Process(tmp_path).says().startswith("another process is training here (")
     first.end()
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EINVAL, errno.EIO, errno.EBADF, errno.EACCES, errno.ENOSYS])
+def test_whatever_a_file_system_says_of_locks_it_has_none(number, tmp_path, monkeypatch):
+    def refuse(file, operation):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    assert not locks_work(tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_lock_that_is_denied_is_held_by_another(tmp_path, monkeypatch):
+    def deny(file, operation):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    lock = Flock(tmp_path / ".lock")
+    assert lock.acquire()
+    monkeypatch.setattr("fcntl.flock", deny)
+    assert not Flock(tmp_path / ".lock").acquire()

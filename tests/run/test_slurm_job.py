@@ -11,13 +11,13 @@ import pytest
 import yaml
 
 from pipeline.config import load_config
-from pipeline.engine.checkpoint import Written
+from pipeline.engine.checkpoint import Progress, Written
 from pipeline.errors import UserError
 from pipeline.monitor.report import Timing
 from pipeline.run import loop
 from pipeline.run.console import Console
 from pipeline.run.policy import Decision, End, Save
-from pipeline.run.slurm_job import Job
+from pipeline.run.slurm_job import Job, stop_signals
 
 STEP_SECONDS = 10.0
 
@@ -125,6 +125,18 @@ with stop_signals() as received:
     assert err == "\ninterrupted: saving after this step; once more ends it at once\n"
 
 
+def test_a_lost_terminal_is_a_request_to_stop_unless_it_is_ignored():
+    before = signal.getsignal(signal.SIGHUP)
+    try:
+        for handler, received in ((signal.SIG_DFL, [signal.SIGHUP]), (signal.SIG_IGN, [])):
+            signal.signal(signal.SIGHUP, handler)
+            with stop_signals() as collected:
+                signal.raise_signal(signal.SIGHUP)
+                assert collected == received
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_a_job_script_that_cannot_be_told_ends_no_run(tmp_path, capsys):
     Job("7", 0, tmp_path / "gone").saved(3)
     assert "cannot tell the job script '3'" in capsys.readouterr().err
@@ -140,3 +152,13 @@ def test_count_of_requeues_may_be_empty_and_must_be_a_number(monkeypatch: pytest
     monkeypatch.setenv("SLURM_RESTART_COUNT", "x")
     with pytest.raises(UserError, match="SLURM_RESTART_COUNT=x is no number"):
         Job.from_environment()
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_a_run_that_gives_up_is_told_what_it_has_not_tried(precision, capsys):
+    console = Console(speaks=True, last_step=9, first_step=0)
+    progress = Progress(step=7, samples=56, bad_steps={"dino/intact": 3}, bad_in_a_row=3, skipped_samples={})
+    console.ended(End.GIVE_UP, progress, 4, ["dino/intact"], [], Path("c"), precision)
+    err = capsys.readouterr().err
+    assert "lower optim.base_lr" in err
+    assert ("engine.precision=fp32" in err) == (precision == "bf16")

@@ -94,6 +94,8 @@ def test_best_alone_is_a_name_and_nothing_is_timed_without_a_limit_on_time(run, 
     assert models.params(models.grid.parse(name.strip())) <= 40_000
     assert name.count("\n") == 1
     assert steady == []
+    assert main(["select", str(run), "--best", "--json", "--max-params", "40K"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"best": name.strip()}
 
 
 def test_a_limit_on_time_is_kept_by_what_was_measured(run, steady, capsys):

@@ -10,6 +10,7 @@ from pipeline.data.catalog import CATALOG, ROWS, Catalog
 from pipeline.data.remote.patience import SourceError
 from pipeline.data.remote.store import PART, Store
 from pipeline.errors import UserError
+from pipeline.files import put_in_place
 
 
 class RemoteFolder:
@@ -46,7 +47,7 @@ class RemoteFolder:
     def _rows_here(self) -> Path:
         """Fetch `rows.npy`, by one process of this node for all."""
         size, version = self.store.size(ROWS), self.store.version(ROWS)
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "poa"
+        folder = _cache_home() / "poa"
         name = hashlib.sha256(repr((self.store.url, version, size)).encode()).hexdigest()[:24]
         path = folder / f"{name}.npy"
         try:
@@ -61,14 +62,19 @@ class RemoteFolder:
         return path
 
     def _fetch(self, path: Path, size: int) -> None:
-        aside = path.with_name(f"{path.name}.{os.getpid()}")
-        try:
-            with open(aside, "wb") as file:
-                for start in range(0, size, PART):  # it may not fit into memory as one
-                    file.write(self.store.read(ROWS, start, min(PART, size - start)))
-            os.replace(aside, path)
-        finally:
-            aside.unlink(missing_ok=True)
+        with put_in_place(path) as aside, open(aside, "wb") as file:
+            for start in range(0, size, PART):  # it may not fit into memory as one
+                file.write(self.store.read(ROWS, start, min(PART, size - start)))
+
+
+def _cache_home() -> Path:
+    if place := os.environ.get("XDG_CACHE_HOME"):
+        return Path(place)
+    try:
+        return Path.home() / ".cache"
+    except RuntimeError as error:  # a user whom the system does not know, as in some containers
+        fix = "set HOME, or XDG_CACHE_HOME to a folder on a local disk"
+        raise UserError(f"this user has no home, and {ROWS} is kept there", "environment", fix) from error
 
 
 class RemoteShard:

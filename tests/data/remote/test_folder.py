@@ -11,7 +11,7 @@ from pipeline.data.keys import keys_of
 from pipeline.data.loader import Loader
 from pipeline.data.patterns import list_shards
 from pipeline.data.reader import Dataset
-from pipeline.data.remote.folder import open_remote
+from pipeline.data.remote.folder import _cache_home, open_remote
 from pipeline.data.remote.patience import WEATHER, SourceError
 from pipeline.data.shards import index
 from pipeline.data.stream import SampleStream
@@ -188,3 +188,16 @@ def test_loader_gives_the_same_crops_from_a_store_through_a_cache(
         loader.close()
     assert WEATHER.hits + WEATHER.misses >= 60, "those of the disk are not looked for"
     assert sorted(p.name for p in (tmp_path / "node").iterdir() if p.suffix == ".part") == []
+
+
+def test_a_user_without_a_home_is_told_what_to_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def unknown(number: int) -> None:
+        raise KeyError(f"getpwuid(): uid not found: {number}")
+
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    with pytest.raises(UserError, match=r"this user has no home.*XDG_CACHE_HOME"):
+        _cache_home()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert _cache_home() == tmp_path
