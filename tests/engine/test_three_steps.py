@@ -50,6 +50,7 @@ class Case(NamedTuple):
     def tree(self, experiment):
         return experiment(
             "thin_resnet" if self.family == "resnet" else self.family,
+            data={"batch_size": 2} if self.family == "swin" else {},  # whose many small operations take longest
             # the two groups of crops keep different shares of their images
             model={"drop_path": 0.3} | ({"mlp_ratio": {"min": 2, "max": 4, "step": 1}} if self.family == "eva" else {}),
             loss={"centering": self.centering, "ibot_start_epoch": 0.5},  # the first step without masked patches

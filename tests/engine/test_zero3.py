@@ -18,9 +18,10 @@ WORKERS = Path(__file__).parents[1] / "workers"
 
 def test_no_weight_stays_gathered_between_forward_and_backward(launch, tmp_path, experiment):
     configs = []
-    for family in ("vit", "eva", "swin", "resnet"):
+    for family in ("vit", "eva", "swin", "thin_resnet"):
         for name, engine in (("zero3", {"zero_stage": 3}), ("fsdp2", FSDP2)):
-            tree = experiment(family, engine=engine, sampling={"assignment": "independent"})
+            data = {"batch_size": 2}
+            tree = experiment(family, engine=engine, data=data, sampling={"assignment": "independent"})
             configs.append(tmp_path / f"{family}-{name}.yaml")
             configs[-1].write_text(yaml.safe_dump(tree))
     launch(WORKERS / "gathered_weights.py", 2, tmp_path / "alive.json", *configs)

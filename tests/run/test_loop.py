@@ -12,6 +12,11 @@ import yaml
 from pipeline.files import read_json_lines
 
 WORKER = Path(__file__).parents[1] / "workers" / "training.py"
+LEAST = {  # to compute, for what is not about networks
+    "model": {"depth": {"min": 2, "max": 3, "step": 1}},
+    "heads": {"prototypes": [48]},
+    "data": {"local_crops": {"count": 1, "size": 16}},
+}
 MEASURED = {"images_per_second", "time", "mfu", "memory_bytes", "slowest_rank"}
 
 
@@ -87,7 +92,7 @@ def test_a_complete_run_goes_on_and_others_begin_from_its_checkpoints(train, tmp
 @pytest.mark.slow
 def test_twenty_kills_lose_and_double_nothing(train, tmp_path, experiment):
     steps, kills = 80, 20
-    tree = experiment(optim={"epochs": 40}, run={"checkpoint_every_steps": 2, "keep": 2})
+    tree = experiment(**LEAST, optim={"epochs": 40}, run={"checkpoint_every_steps": 2, "keep": 2})
     chance = random.Random(1)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     attempts = [to(whole, steps)]
@@ -106,7 +111,7 @@ def test_twenty_kills_lose_and_double_nothing(train, tmp_path, experiment):
 def test_sigterm_and_ctrl_c_save_and_exit_75_and_the_run_goes_on_until_it_is_complete(train, tmp_path, experiment):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     codes, output = train(
-        experiment(run={"checkpoint_every_steps": 1000}),
+        experiment(**LEAST, run={"checkpoint_every_steps": 1000}),
         to(whole, 18),
         to(stopped, 18, kill="signal"),
         to(stopped, 18, kill="interrupt"),
@@ -122,7 +127,7 @@ def test_sigterm_and_ctrl_c_save_and_exit_75_and_the_run_goes_on_until_it_is_com
 
 
 def test_a_damaged_checkpoint_is_passed_over_loudly(train, tmp_path, experiment):
-    tree = experiment()
+    tree = experiment(**LEAST)
     run, flipped = tmp_path / "run", tmp_path / "flipped"
     train(tree, to(run, 10))
     shutil.copytree(run, flipped)
@@ -143,7 +148,7 @@ def test_steps_go_on_while_a_checkpoint_is_written_and_one_rank_that_cannot_writ
     whole, held = tmp_path / "whole", tmp_path / "held"
     for run in (whole, held):
         keys = {"dir": str(run), "checkpoint_every_steps": 2, "max_steps": 12, "keep": 1}
-        run.with_suffix(".yaml").write_text(yaml.safe_dump(experiment(run=keys)))
+        run.with_suffix(".yaml").write_text(yaml.safe_dump(experiment(**LEAST, run=keys)))
     worker = Path(__file__).parents[1] / "workers" / "held_saves.py"
     outputs = launch(worker, 2, tmp_path / "out.json", whole.with_suffix(".yaml"), held.with_suffix(".yaml"))
     result = json.loads((tmp_path / "out.json").read_text())

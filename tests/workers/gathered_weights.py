@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from thin_resnets import thin_resnets
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -60,6 +61,7 @@ def watch(path: Path, ranks: distributed.Ranks) -> list[list[str]]:
 
 
 if __name__ == "__main__":
+    thin_resnets()
     world = distributed.initialize()
     results = {Path(path).stem: watch(Path(path), world) for path in sys.argv[2:]}
     if world.is_main:

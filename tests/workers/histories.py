@@ -23,17 +23,6 @@ from pipeline.run import loop
 compile_blocks, is_compiled = Backbone.compile_blocks, loop.is_compiled
 
 
-def few_programs() -> None:
-    """The interpreter takes a program's time whatever its width; the kernels' own widths are tested where they are."""
-    from interpreting import patch_once
-
-    from kernels.fused import optimizer, reduce, residual
-
-    patch_once()
-    optimizer.BLOCK = 1 << 16
-    residual.ROWS = reduce.ROWS = reduce.COLUMN_ROWS = 32
-
-
 def train(config: str, overrides: list[str], ranks: int, port: int, backend: str) -> None:
     os.environ |= {"WORLD_SIZE": str(ranks), "MASTER_PORT": str(port)}
     Backbone.compile_blocks = partialmethod(compile_blocks, backend=backend)
@@ -44,6 +33,8 @@ def train(config: str, overrides: list[str], ranks: int, port: int, backend: str
 if __name__ == "__main__":
     torch.set_num_threads(1)
     if interpreted():
+        from interpreting import few_programs
+
         few_programs()
     for run in json.loads(sys.argv[1]):
         if int(os.environ["RANK"]) < run["ranks"]:

@@ -23,7 +23,6 @@ from thin_resnets import thin_resnets
 from torch import Tensor, nn
 
 from kernels.dispatch import interpreted
-from kernels.fused import optimizer
 from pipeline.bench.plain import Inputs, Plain
 from pipeline.config import EngineConfig, ExperimentConfig, load_config
 from pipeline.data.loader import Loader
@@ -155,12 +154,10 @@ def main() -> None:
     thin_resnets()
     if mode != "inductor":
         Backbone.compile_blocks = partialmethod(Backbone.compile_blocks, backend="eager")
-    # the interpreter takes a program's time whatever its width; the kernel's own width is tested where the kernel is
-    optimizer.BLOCK = 1 << 16
     if interpreted():
-        from interpreting import patch_once
+        from interpreting import few_programs
 
-        patch_once()
+        few_programs()
     zero.BUCKET = 30_000  # several of them
     ranks = distributed.initialize() if mode in ("engine", "inductor") else None
     if ranks:  # as if nodes had two of them
