@@ -2,11 +2,9 @@
 
 import argparse
 import difflib
-import errno
 import os
 import re
 import sys
-import traceback
 from collections.abc import Sequence
 from io import UnsupportedOperation
 from typing import Any, NoReturn
@@ -28,7 +26,7 @@ from pipeline.commands import (
 )
 from pipeline.commands.signals import Stopped, ended_by_signals
 from pipeline.commands.streams import stdout_is_broken, steady_streams
-from pipeline.errors import UserError, short
+from pipeline.errors import UserError, of_the_system, short
 from pipeline.run.slurm_job import speaks_for_all
 
 EXIT_USER_ERROR = 2
@@ -37,15 +35,6 @@ COMMANDS: dict[str, Any] = {
     for module in (train, doctor, plan, shards, subnets, select, extract, publish, eval, embed, report, watch, demo)
 }
 """In the order of `poa --help`."""
-_FIXES = {
-    errno.ENOENT: "name a path that exists",
-    errno.EACCES: "choose another path, or ask its owner for rights",
-    errno.EPERM: "choose another path, or ask its owner for rights",
-    errno.EROFS: "choose another file system",
-    errno.ENOSPC: "make room, or choose another file system",
-    errno.EDQUOT: "make room within the quota, or choose another file system",
-    errno.ENAMETOOLONG: "choose a shorter name",
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except OSError as error:
             if stdout_is_broken() and isinstance(error, BrokenPipeError):  # `poa subnets ... | head`
                 return 0
-            print(f"error: {_of_the_system(error)}", file=sys.stderr)
+            print(f"error: {of_the_system(error)}", file=sys.stderr)
             return EXIT_USER_ERROR
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
@@ -85,16 +74,6 @@ def _require_place() -> None:
     except OSError as error:
         what = f"the working directory cannot be used: {error.strerror}"
         raise UserError(what, os.environ.get("PWD", "."), "change to one that is there") from error
-
-
-def _of_the_system(error: OSError) -> UserError:
-    """What the operating system refused, with the file; without one, with the place in the code that asked for it."""
-    frames = traceback.extract_tb(error.__traceback__)
-    where = f"{frames[-1].filename}, line {frames[-1].lineno}"
-    if error.filename is not None:
-        where = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else str(error.filename)
-    fix = _FIXES.get(error.errno or 0, "check the path, its rights and the file system")
-    return UserError(error.strerror or str(error) or type(error).__name__, where, fix)
 
 
 class _Parser(argparse.ArgumentParser):

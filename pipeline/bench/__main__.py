@@ -11,7 +11,7 @@ from typing import Any
 
 from pipeline.bench.gpu import STAGES
 from pipeline.config import ExperimentConfig, load_config
-from pipeline.errors import UserError
+from pipeline.errors import UserError, of_the_system
 
 
 def main() -> int:
@@ -33,8 +33,8 @@ def main() -> int:
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
         result = _measure(args, config, device)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (UserError, OSError) as error:
+        print(f"error: {of_the_system(error) if isinstance(error, OSError) else error}", file=sys.stderr)
         return 2
     machine = {
         "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine(),

@@ -60,3 +60,10 @@ def test_a_start_that_fails_is_reported_with_its_reason(run, experiment, tmp_pat
     assert code == 2
     assert err.startswith("error: a start failed (")
     assert "nothing-000000.tar" in err
+
+
+def test_what_the_system_refuses_is_one_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("sys.argv", ["bench", "gpu", "a", "--tiny", "--out", str(tmp_path / "file" / "report")])
+    assert bench.main() == 2
+    assert capsys.readouterr().err.startswith(f"error: Not a directory ({tmp_path / 'file' / 'report'}): check")
