@@ -1,4 +1,4 @@
-"""The one error a user is meant to read, that of the system among them, and how names are written in what users read."""
+"""The one error a user is meant to read, the system's among them, and how names are written in what users read."""
 
 import errno
 import os
