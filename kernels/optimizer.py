@@ -159,7 +159,7 @@ class AdamWEma:
         correction = 1 - self._betas**self.shard.steps
         flags = torch.stack([good.double(), correction[0].reciprocal(), correction[1].rsqrt()]).float()
         frozen = sum(1 << part for part in set(update.frozen))
-        whole = gradients[0] if len(gradients) == 1 else torch.cat(list(gradients))
+        whole = gradients[0].contiguous() if len(gradients) == 1 else torch.cat(list(gradients))
         shard = self.shard
         update_(
             (shard.master, shard.first, shard.second, shard.ema),
