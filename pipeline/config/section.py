@@ -147,8 +147,10 @@ def _paths(value: str | list[str]) -> str | list[str]:
 
 
 PathText = Annotated[str, AfterValidator(expand_path)]
+"""A path, or an address; `~` and variables are filled in."""
+
 LocalPath = Annotated[str, AfterValidator(expand_local)]
-"""A path; `~` and variables are filled in."""
+"""A path; an address is refused."""
 
 Shards = Annotated[str | Annotated[list[str], Field(min_length=1)], AfterValidator(_paths)]
 """A pattern of shards, or a list of them."""
