@@ -227,7 +227,7 @@ class StepBench:
         return {
             "share": union([(e.time_range.start, e.time_range.end) for e in kernels]) / 1e6 / wall,
             "kernels_per_step": len(kernels) / _PROFILED,
-            "longest_ms": {name[:120]: micros / 1e3 / _PROFILED for micros, name in sorted(totals, reverse=True)[:20]},
+            "longest_ms": {name[:120]: micros / 1e3 / _PROFILED for micros, name in sorted(totals, reverse=True)[:40]},
         }
 
     def close(self) -> None:
