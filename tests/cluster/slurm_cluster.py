@@ -263,7 +263,7 @@ class Job:
 
     def ends(self, state: str, restarts: int, seconds: float = 900) -> None:
         """Wait for the end, which must be in this state after so many requeues."""
-        self.until(lambda: self.field("JobState") in FINAL, seconds)
+        self.until(lambda: self.field("JobState") in FINAL, seconds, every=1.0)
         found = self.field("JobState"), int(self.field("Restarts"))
         assert found == (state, restarts), f"{found}\n{self.log[-6000:]}\n{self.cluster.says_of(self.id)}"
 
