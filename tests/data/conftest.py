@@ -9,6 +9,14 @@ import pytest
 from PIL import Image
 
 
+@pytest.fixture(scope="session", autouse=True)
+def untraced() -> None:
+    """DALI need not note where in the code each operator was asked for: half of what making a graph takes."""
+    from nvidia.dali._utils import dali_trace
+
+    dali_trace.set_tracing(enabled=False)
+
+
 @pytest.fixture(scope="session")
 def encoded() -> Callable[..., bytes]:
     """Encode a Pillow image: `encoded(image, "PNG", **options)`."""

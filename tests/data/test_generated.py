@@ -4,6 +4,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 LOADED_AND_KILLED = """
 import os, signal, sys
 from pipeline.config import DataConfig
@@ -17,6 +19,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
+@pytest.mark.runs
 def test_killed_training_leaves_no_file_of_dali(
     make_shard: Callable[..., Path], pictures: list[bytes], tmp_path: Path
 ) -> None:

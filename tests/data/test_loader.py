@@ -1,8 +1,5 @@
 import gc
 import json
-import os
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +19,7 @@ from pipeline.data.stream import Skip
 from pipeline.errors import UserError
 from pipeline.run.directory import RunDirectory
 
-ROOT = Path(__file__).parents[2]
+WORKERS = Path(__file__).parents[1] / "workers"
 
 
 def data_config(shard: Path | list[Path], **keys: Any) -> DataConfig:
@@ -346,33 +343,9 @@ def test_closing_leaves_no_thread_behind(shards: list[Path]) -> None:
     assert set(threading.enumerate()) <= before
 
 
-SIGNALLED = """
-import os, signal, sys
-from pipeline.config import DataConfig
-from pipeline.data.loader import Loader
-caught = []
-for number in (signal.SIGTERM, signal.SIGUSR1):
-    signal.signal(number, lambda number, frame: caught.append(number))
-crops = {"global_crops": {"size": 32}, "local_crops": {"count": 1, "size": 16}}
-loader = Loader(DataConfig.model_validate({"train": sys.argv[1:], "batch_size": 4, "threads": 2, **crops}))
-for i in range(10):
-    next(loader)
-    os.kill(os.getpid(), (signal.SIGTERM, signal.SIGUSR1)[i % 2])
-loader.close()
-print(len(caught), loader.next_sample)
-"""
-
-
-def test_signals_reach_the_main_thread_and_disturb_no_batch(shards: list[Path]) -> None:
-    output = subprocess.run(
-        [sys.executable, "-c", SIGNALLED, *map(str, shards)],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
-    assert output.stdout.split() == ["10", "40"]
+def test_signals_reach_the_main_thread_and_disturb_no_batch(launch: Callable, shards: list[Path]) -> None:
+    (output,) = launch(WORKERS / "signalled.py", 1, *shards)
+    assert output.splitlines()[-1] == "10 40"
 
 
 @pytest.mark.gpu

@@ -50,26 +50,19 @@ def hosts(tmp_path: Path):
             ip("netns", "delete", name, check=False)
 
 
-def start(tmp_path: Path, host: str, namespace: str, rank: int, **variables: str) -> subprocess.Popen:
-    own = {"RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "host-a", "MASTER_PORT": 20001}
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables}
-    environment |= {name: str(value) for name, value in own.items()}
-    script = f'hostname host-{host}; mount --bind {tmp_path}/hosts-{host} /etc/hosts; exec "$@"'
-    command = ["ip", "netns", "exec", namespace, "unshare", "--uts", "--mount", "sh", "-c", script, "host"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([*command, sys.executable, str(WORKER)], env=environment, **pipes)
+def test_ranks_meet_by_the_interface_that_reaches_the_other_host(launch, tmp_path, hosts):
+    places = [f"host-{host},{name},{tmp_path}/hosts-{host}" for host, name in hosts.items()]
+    assert [output.splitlines()[-1] for output in launch(WORKER, 2, *places)] == ["3 cable-a", "3 cable-b"]
 
 
-def test_ranks_meet_by_the_interface_that_reaches_the_other_host(tmp_path, hosts):
-    ranks = [start(tmp_path, host, name, rank) for rank, (host, name) in enumerate(hosts.items())]
-    outputs = [process.communicate(timeout=240) for process in ranks]
-    assert [out.strip() for out, _ in outputs] == ["3 cable-a", "3 cable-b"], outputs
-
-
+@pytest.mark.runs
 def test_an_interface_that_is_not_there_is_named(tmp_path, hosts):
-    process = start(tmp_path, "a", hosts["a"], 0, GLOO_SOCKET_IFNAME="ib0")
-    _, err = process.communicate(timeout=240)
-    assert "host-a has no interface ib0 (GLOO_SOCKET_IFNAME): name one of lo, cable-a" in err
+    words = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "host-a", "MASTER_PORT": "20001"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **words, "GLOO_SOCKET_IFNAME": "ib0"}
+    script = f'hostname host-a; mount --bind {tmp_path}/hosts-a /etc/hosts; exec "$@"'
+    command = ["ip", "netns", "exec", hosts["a"], "unshare", "--uts", "--mount", "sh", "-c", script, "host"]
+    done = subprocess.run([*command, sys.executable, WORKER], env=environment, capture_output=True, text=True)
+    assert "host-a has no interface ib0 (GLOO_SOCKET_IFNAME): name one of lo, cable-a" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -104,18 +104,15 @@ def test_wrong_arguments_are_refused(impl: str, device: str) -> None:
         sinkhorn([logits], TEMPERATURE, 0, impl=impl)
 
 
+@pytest.mark.runs
 def test_two_ranks_equal_one_process(impl: str, tmp_path: Path) -> None:
     """Rows divided 5 to 3, 4 to 0 and 0 to 0; one all-reduce per iteration for all of them."""
     if impl == "triton" and not interpreted():
         pytest.skip("the ranks are on the CPU: test_interpreter.py runs this")
     command = [sys.executable, str(RANKS), impl, str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": str(RANKS.parents[2]), "CUDA_VISIBLE_DEVICES": ""}
-    ranks = [
-        subprocess.Popen([*command, str(rank)], env=environment, stderr=subprocess.PIPE, text=True) for rank in (0, 1)
-    ]
-    for process in ranks:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     entries = [torch.cat(parts) for parts in zip(first["logits"], second["logits"], strict=True)]
     expected = sinkhorn(entries, TEMPERATURE, impl=impl)
