@@ -3,12 +3,12 @@
 import io
 import math
 import tarfile
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sklearn.neighbors import KNeighborsClassifier
 
 from pipeline.evaluate import knn
 from pipeline.evaluate.evaluation import Evaluation
@@ -24,7 +24,9 @@ def clusters(samples: int, seed: int, classes: int = 7, dim: int = 12) -> tuple[
     return centers[labels] + 2 * torch.randn(samples, dim, generator=generator), labels
 
 
-def sklearn_classifier(neighbours: int = 20) -> KNeighborsClassifier:
+def sklearn_classifier(neighbours: int = 20) -> Any:
+    from sklearn.neighbors import KNeighborsClassifier
+
     return KNeighborsClassifier(
         neighbours, metric="cosine", algorithm="brute", weights=lambda d: torch.tensor((1 - d) / 0.07).exp().numpy()
     )

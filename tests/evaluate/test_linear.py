@@ -3,19 +3,21 @@
 import numpy as np
 import pytest
 import torch
-from sklearn.datasets import load_digits
-from sklearn.linear_model import LogisticRegression
 
 from pipeline.evaluate.linear import STRENGTHS, edge, linear_accuracy, warn_of_edge
 
 
 @pytest.fixture(scope="module")
 def digits_pixels() -> tuple[torch.Tensor, torch.Tensor]:
+    from sklearn.datasets import load_digits
+
     x, y = load_digits(return_X_y=True)
     return torch.tensor(x, dtype=torch.float32), torch.tensor(y)
 
 
 def test_probe_of_digits_agrees_with_plain_sklearn(digits_pixels):
+    from sklearn.linear_model import LogisticRegression
+
     x, y = digits_pixels
     score = linear_accuracy(x[:1200], y[:1200], x[1200:], y[1200:])
     spread = x[:1200].std(0, correction=0)
