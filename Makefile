@@ -16,7 +16,7 @@ test: $(VENV)/.installed-dev lint
 
 # for the inner loop: what trains in processes of its own, or wants more than the package, is left to `make test`
 check: $(VENV)/.installed-dev lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m "not slow and not slurm and not prometheus and not runs"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m "not slow and not slurm and not prometheus and not runs and not wide"
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

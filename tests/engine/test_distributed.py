@@ -79,6 +79,7 @@ def test_another_rank_is_lost_only_if_the_error_says_so(error, lost):
     assert distributed._lost_peer(error) is lost
 
 
+@pytest.mark.runs
 def test_the_traceback_is_shown_whatever_the_error_is_taken_for():
     script = """
 import pipeline.engine.distributed as d, types

@@ -22,6 +22,7 @@ def test_this_repository_is_loaded_and_not_another_package_named_kernels() -> No
     assert Path(kernels.__file__) == ROOT / "kernels" / "__init__.py"
 
 
+@pytest.mark.runs
 def test_eager_needs_neither_triton_nor_the_pipeline() -> None:
     program = """
 import sys, torch

@@ -34,6 +34,7 @@ def test_a_spilling_kernel_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not aot.Report("", "", 80, 4, 40, 0, spills).fits
 
 
+@pytest.mark.runs
 def test_the_command_prints_and_stores_its_table(tmp_path: Path) -> None:
     table = tmp_path / "aot.json"
     script = """
