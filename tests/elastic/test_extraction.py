@@ -57,7 +57,9 @@ def test_full_network_equals_timm(backbone, family):
     assert difference(backbone, backbone.grid.largest, model, images) <= bound(family)
 
 
-def test_every_extracted_model_equals_its_subnet_in_place(backbone, family):
+def test_every_extracted_model_equals_its_subnet_in_place(backbone, family, monkeypatch):
+    for draw in ("uniform_", "normal_"):  # weights that are loaded afterwards, without exception, need not be drawn
+        monkeypatch.setattr(torch.Tensor, draw, lambda weight, *_, **__: weight)
     size = backbone.config.image_size
     images = torch.randn(2, 3, size, size)
     seen = set()
