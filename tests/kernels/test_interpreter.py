@@ -1,11 +1,10 @@
 """All kernel tests once more with `impl="triton"`, run by Triton's interpreter on the CPU.
 
-The interpreter has to be chosen before Triton is imported, so they get a process of their own.
+The interpreter has to be chosen before Triton is imported, so they get a process of their own, forked from one that has
+imported it so.
 """
 
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -14,19 +13,21 @@ import pytest
 from kernels.dispatch import interpreted
 
 HERE = Path(__file__).parent
+WORKER = HERE.parent / "workers" / "run_tests.py"
 
 
 @pytest.fixture(scope="module")
-def cases(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list]:
+def cases(
+    launch: Callable[..., list[str]], request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, list]:
     """By file, what became of its tests; of the files that the selected tests ask for."""
     own = [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
     names = [item.callspec.params["name"] for item in own]
     report = tmp_path_factory.mktemp("interpreted") / "report.xml"
     files = [str(HERE / f"test_{name}.py") for name in names]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *files]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    run = subprocess.run(command, env=environment, cwd=HERE.parents[1], capture_output=True, text=True)
-    assert run.returncode in (0, 1), run.stdout[-6000:] + run.stderr[-2000:]  # 1: a test failed, which is told below
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        launch(WORKER, 1, "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *files, timeout=1700)
     found: dict[str, list] = {name: [] for name in names}
     for case in ElementTree.parse(report).iter("testcase"):
         found[case.get("classname", "").rpartition(".test_")[2]].append(case)
