@@ -216,7 +216,7 @@ class StepBench:
             return None
         from torch.profiler import ProfilerActivity, profile
 
-        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as found:
             self._wait()
             began = time.perf_counter()
             self.warm([subnet] * _PROFILED)
