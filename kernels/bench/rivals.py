@@ -339,15 +339,14 @@ def _optimizer(size: int, device: torch.device, dtype: torch.dtype) -> Case:
 
     def plain(kind: str) -> Contender:
         def run(master: Tensor, gradient: Tensor, ema: Tensor, student: Tensor, teacher: Tensor) -> Tensor:
-            optimizer = kept.setdefault(
-                id(master),
-                torch.optim.AdamW(
+            if id(master) not in kept:
+                kept[id(master)] = torch.optim.AdamW(
                     [{"params": [master[s.start : s.stop]]} for s in segments],
                     lr=1e-3,
                     foreach=kind == "foreach",
                     fused=kind == "fused",
-                ),
-            )
+                )
+            optimizer = kept[id(master)]
             for group, segment in zip(optimizer.param_groups, segments, strict=True):
                 group["params"][0].grad = gradient[segment.start : segment.stop]
             optimizer.step()
@@ -360,10 +359,9 @@ def _optimizer(size: int, device: torch.device, dtype: torch.dtype) -> Case:
 
     def named(impl: str) -> Contender:
         def run(master: Tensor, gradient: Tensor, ema: Tensor, student: Tensor, teacher: Tensor) -> Tensor:
-            one_pass = kept.setdefault(
-                id(master), AdamWEma(Shard.of(master, ema, student, teacher), segments, impl=impl)
-            )
-            one_pass([gradient], factors, good, Update(1e-3, 0.04, 0.992))
+            if id(master) not in kept:  # the moments are made once, as in training
+                kept[id(master)] = AdamWEma(Shard.of(master, ema, student, teacher), segments, impl=impl)
+            kept[id(master)]([gradient], factors, good, Update(1e-3, 0.04, 0.992))
             return teacher
 
         kept: dict[int, AdamWEma] = {}

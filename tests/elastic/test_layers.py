@@ -2,15 +2,18 @@
 
 import pytest
 import torch
+from timm.layers import PatchEmbed
 from torch import nn
 
 from pipeline.elastic.layers import (
+    ELASTIC,
     ElasticConv2d,
     ElasticGroupNorm,
     ElasticLayerNorm,
     ElasticLinear,
     ElasticMergedNorm,
     ElasticMlp,
+    ElasticPatchEmbed,
     ElasticQKV,
     ElasticReduction,
     leading,
@@ -65,6 +68,20 @@ def test_convolution_scales_where_its_input_is_cut():
     x = torch.randn(2, 2, 5, 5, dtype=torch.double)
     expected = nn.functional.conv2d(x, layer.weight[:3, :2] * 3, layer.bias[:3], stride=2, padding=1)
     torch.testing.assert_close(layer(x, 3), expected)
+
+
+@pytest.mark.parametrize("width", [4, 6])
+def test_patches_by_a_matrix_product_are_those_of_the_convolution(width):
+    """As on a GPU: rows and columns of patches, channels and pixels in the order of the weight; gradients too."""
+    embed = double(PatchEmbed(None, (2, 3), 5, 6, flatten=False))
+    make_elastic(embed, ELASTIC)
+    assert isinstance(embed, ElasticPatchEmbed)
+    images = torch.randn(2, 5, 8, 9, dtype=torch.double)
+    results = [way(images, width) for way in (embed.convolution, embed.product)]
+    above = torch.randn_like(results[0])
+    gradients = [torch.autograd.grad(result, list(embed.proj.parameters()), above) for result in results]
+    torch.testing.assert_close(results[1], results[0])
+    torch.testing.assert_close(gradients[1], gradients[0])
 
 
 def test_layer_norm_runs_over_the_active_channels():

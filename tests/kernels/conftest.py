@@ -78,7 +78,13 @@ def poisoned_buffers() -> Iterator[None]:
 
 class Check(Protocol):
     def __call__(
-        self, result: Tensor, plain: Tensor, oracle: Tensor, exponent: float = 1.0, terms: int = 1
+        self,
+        result: Tensor,
+        plain: Tensor,
+        oracle: Tensor,
+        exponent: float = 1.0,
+        terms: int = 1,
+        cancelled: float = 0.0,
     ) -> None: ...
 
 
@@ -89,13 +95,21 @@ def earned() -> Check:
     The floor is what plain PyTorch may be spared by chance, in an order of summing that is another on every processor:
     one step of the output's dtype at the largest value (the interpreter truncates bf16), or in fp32 the error of exp(x)
     for |x| up to `exponent` after sums of `terms` numbers, whose roundings add up like the steps of a random walk.
+    Where the result is nothing but the difference of equal numbers, `cancelled` is how large these are.
     """
 
-    def check(result: Tensor, plain: Tensor, oracle: Tensor, exponent: float = 1.0, terms: int = 1) -> None:
+    def check(
+        result: Tensor,
+        plain: Tensor,
+        oracle: Tensor,
+        exponent: float = 1.0,
+        terms: int = 1,
+        cancelled: float = 0.0,
+    ) -> None:
         assert result.shape == oracle.shape
         oracle = oracle.double()
         step = max(torch.finfo(result.dtype).eps, exponent * terms**0.5 * torch.finfo(torch.float32).eps)
-        floor = step * (oracle.abs().max() if oracle.any() else 1.0)
+        floor = step * max(float(oracle.abs().max()) if oracle.any() else 1.0, cancelled)
         earned = (plain.double() - oracle).abs().max()
         error = (result.double() - oracle).abs().max()
         assert error <= 2 * earned + floor, f"error {error:.3g}, plain PyTorch's {earned:.3g}, floor {floor:.3g}"

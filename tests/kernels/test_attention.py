@@ -53,11 +53,15 @@ def compare(
     out.backward(above)
     oracle = reference(qkv, bias, mask, above, torch.float64)
     plain = reference(qkv, bias, mask, above, qkv.dtype)
-    q, k, _ = qkv.double().permute(2, 0, 3, 1, 4)
+    q, k, v = qkv.double().permute(2, 0, 3, 1, 4)
     exponent = max(1.0, float((q @ k.mT).abs().max()) * q.shape[-1] ** -0.5)
     terms = qkv.shape[1] + qkv.shape[-1]  # a score is a sum over channels, an output and a gradient one over tokens
     earned(out.detach(), plain[0], oracle[0], exponent, terms)
-    earned(leaf.grad, plain[1], oracle[1], exponent, terms)
+    parts = 0.0
+    if qkv.shape[1] == 1:  # a probability that is always 1: the gradient of its score is a product less itself
+        products = above.double().view(*v.transpose(1, 2).shape).transpose(1, 2) * v
+        parts = float(products.sum(-1).abs().max() * max(q.abs().max(), k.abs().max())) * q.shape[-1] ** -0.5
+    earned(leaf.grad, plain[1], oracle[1], exponent, terms, parts)
     if bias_leaf is not None:  # summed over the sequences too
         earned(bias_leaf.grad, plain[2], oracle[2], exponent, terms + len(qkv))
 
@@ -91,6 +95,17 @@ def test_output_and_gradients_match_fp64(
 @pytest.mark.parametrize("tokens", [197, 257])
 def test_images_of_224_pixels(tokens: int, impl: str, device: str, earned: Callable[..., None]) -> None:
     compare(*tensors((1, tokens, 1, 64), None, torch.bfloat16, device, False), impl, earned)
+
+
+@pytest.mark.parametrize("tokens", [70, 197])
+def test_all_queries_in_one_program(
+    tokens: int, triton: str, device: str, monkeypatch: pytest.MonkeyPatch, earned: Callable[..., None]
+) -> None:
+    """As on a Hopper GPU."""
+    from kernels.fused import attention as fused
+
+    monkeypatch.setattr(fused, "_on_hopper", lambda: True)
+    compare(*tensors((2, tokens, 2, 32), None, torch.float16, device, False), triton, earned)
 
 
 @pytest.mark.parametrize("tokens", [20, 70])

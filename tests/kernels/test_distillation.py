@@ -56,7 +56,9 @@ def compare(student: Tensor, targets: Targets, rows: Tensor, impl: str, earned: 
     scales = (student / STUDENT_TEMPERATURE, targets.logits / TEMPERATURE, targets.row)
     exponent = max(float(x.abs().max()) for x in scales)
     earned(loss.detach(), plain[0], oracle[0], exponent)
-    earned(gradient, plain[1], oracle[1], exponent)
+    # with one prototype the gradient is the sum of the targets less itself
+    parts = float(weight.max()) * rows.shape[1] / STUDENT_TEMPERATURE if student.shape[1] == 1 else 0.0
+    earned(gradient, plain[1], oracle[1], exponent, cancelled=parts)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -98,7 +100,9 @@ def test_extreme_logits(dtype: torch.dtype, impl: str, device: str, earned: Chec
 
 
 def test_identical_rows_have_identical_losses(impl: str, device: str, earned: Check) -> None:
-    student, targets, _ = random_problem(device, torch.float32, (1, 1, 257, 1))
+    # torch on a GPU adds up a row that begins elsewhere within 16 bytes in another order
+    prototypes = 256 if impl == "eager" and device == "cuda" else 257
+    student, targets, _ = random_problem(device, torch.float32, (1, 1, prototypes, 1))
     rows = torch.zeros(7, 2, dtype=torch.int64, device=device)
     student = student.repeat(7, 1)
     compare(student, targets, rows, impl, earned)

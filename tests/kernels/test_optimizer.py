@@ -74,6 +74,8 @@ def test_three_steps_match_fp64_segment_by_segment(
     assert shard.steps == 3
     assert torch.equal(shard.master[8192:], padding)
     states = [oracle.optimizer.state[w] for w in oracle.weights]
+    # torch's CUDA kernel takes 1 - 0.999^n in fp32: of a first step of 0.1 that is 6e-7
+    by_torch = 1e-6 if impl == "eager" and device == "cuda" else 0.0
     for vector, exact in (
         (shard.master, oracle.weights),
         (shard.ema, oracle.average),
@@ -82,7 +84,7 @@ def test_three_steps_match_fp64_segment_by_segment(
     ):
         for segment, expected in zip(SEGMENTS, exact, strict=True):
             found = vector[segment.start : segment.stop].double()
-            torch.testing.assert_close(found, expected, rtol=1e-6, atol=3e-7)
+            torch.testing.assert_close(found, expected, rtol=1e-6, atol=3e-7 + by_torch)
     for copy, vector in ((shard.student, shard.master), (shard.teacher, shard.ema)):
         if copy is not None:  # the interpreter truncates where a GPU rounds
             torch.testing.assert_close(copy[:8192].float(), vector[:8192], rtol=torch.finfo(copy.dtype).eps, atol=0)
