@@ -26,7 +26,7 @@ from pipeline.commands import (
 )
 from pipeline.commands.signals import Stopped, ended_by_signals
 from pipeline.commands.streams import stdout_is_broken, steady_streams
-from pipeline.errors import UserError, of_the_system, short
+from pipeline.errors import UserError, of_a_package, of_the_system, short
 from pipeline.run.slurm_job import speaks_for_all
 
 EXIT_USER_ERROR = 2
@@ -58,6 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             if stdout_is_broken() and isinstance(error, BrokenPipeError):  # `poa subnets ... | head`
                 return 0
             print(f"error: {of_the_system(error)}", file=sys.stderr)
+            return EXIT_USER_ERROR
+        except ImportError as error:
+            print(f"error: {of_a_package(error)}", file=sys.stderr)
             return EXIT_USER_ERROR
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)

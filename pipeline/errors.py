@@ -1,9 +1,10 @@
-"""The one error a user is meant to read, the system's among them, and how names are written in what users read."""
+"""The one error a user is meant to read, the system's and the installation's among them, and how they write names."""
 
 import errno
 import os
 import re
 import traceback
+from importlib import metadata
 
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _FIXES = {
@@ -52,9 +53,40 @@ class UserError(Exception):
 
 def of_the_system(error: OSError) -> UserError:
     """What the operating system refused, with the file; without one, with the place in the code that asked for it."""
-    frames = traceback.extract_tb(error.__traceback__)
-    where = f"{frames[-1].filename}, line {frames[-1].lineno}"
+    where = place_of(error)
     if error.filename is not None:
         where = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else str(error.filename)
     fix = _FIXES.get(error.errno or 0, "check the path, its rights and the file system")
     return UserError(error.strerror or str(error) or type(error).__name__, where, fix)
+
+
+def of_a_package(error: ImportError) -> UserError:
+    """A package that is missing or broken, with what to install; a mistake of our own is raised again."""
+    if (error.name or "").partition(".")[0] in ("pipeline", "kernels"):
+        raise error
+    name = error.name or place_of(error)
+    wanted = _requirement(error.name or "")
+    fix = f"pip install --force-reinstall '{wanted}'" if wanted else "install this package again, with what it requires"
+    return UserError(f"a package cannot be loaded: {error}", name, fix)
+
+
+def place_of(error: BaseException) -> str:
+    """File and line that raised an error."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{frames[-1].filename}, line {frames[-1].lineno}"
+
+
+def _requirement(module: str) -> str | None:
+    """What this package requires that brings a module: `nvidia-dali-cuda130>=2.2` for `nvidia.dali.fn`."""
+    try:
+        declared = metadata.requires("poa-pretrain") or []
+    except metadata.PackageNotFoundError:  # started from its folder
+        declared = []
+    wanted = {text.partition(";")[0].strip() for text in declared}
+    parts = re.split(r"[._]", module.lower())
+    for count in range(len(parts), 0, -1):
+        name = re.compile(rf"{'-'.join(map(re.escape, parts[:count]))}(-[\w-]+)?(\W|$)")
+        found = [text for text in wanted if name.match(text.lower().replace("_", "-"))]
+        if len(found) == 1:
+            return found[0]
+    return None

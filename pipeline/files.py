@@ -134,6 +134,35 @@ def require_writable(directory: Path, fix: str) -> None:
         raise UserError(f"cannot write here: {error.strerror}", str(directory), fix) from error
 
 
+@contextmanager
+def writable_folder(directory: Path, fix: str) -> Iterator[None]:
+    """Make a folder, if need be, and find out whether it can be written. Of what was made for it nothing that is empty
+    stays if the block does not end well.
+
+    Raises:
+        UserError: it cannot; `fix` says what to do.
+    """
+    made = [folder for folder in (directory, *directory.parents) if not folder.exists()]
+    try:
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot use the directory: {error.strerror}", str(directory), fix) from error
+        require_writable(directory, fix)
+        yield
+    except BaseException:
+        remove_empty(made)
+        raise
+
+
+def remove_empty(folders: Iterable[Path]) -> None:
+    """Remove folders that hold one another, the innermost first; one that others use by now is not empty, nor are those
+    around it."""
+    with suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
+
+
 def sync(path: Path) -> None:
     """Flush a file or directory to disk."""
     descriptor = os.open(path, os.O_RDONLY)

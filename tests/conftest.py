@@ -3,10 +3,12 @@
 import copy
 import fcntl
 import os
+import resource
 import shutil
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -216,6 +218,24 @@ def trained_runs(
 def trained_run(trained_runs: Callable[[str], Path]) -> Path:
     """Run directory of a tiny ViT after eight real training steps; leave it as it is, or copy it."""
     return trained_runs("vit")
+
+
+@pytest.fixture
+def little_room() -> Callable[..., AbstractContextManager[None]]:
+    """A block in which no file of this process may become larger than that, as a stand-in for a full disk."""
+
+    @contextmanager
+    def limit(size: int = 512) -> Iterator[None]:
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+            signal.signal(signal.SIGXFSZ, ignored)
+
+    return limit
 
 
 @pytest.fixture

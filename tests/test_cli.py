@@ -131,9 +131,38 @@ def test_an_error_of_the_system_names_its_file_or_the_place_in_the_code(monkeypa
         assert all(part in err for part in parts)
 
 
-def test_an_error_of_our_own_keeps_its_traceback(monkeypatch):
-    monkeypatch.setattr("pipeline.commands.subnets.run", lambda args: {}["none"])
-    with pytest.raises(KeyError):
+def test_a_package_that_does_not_load_is_one_line_with_what_to_install(monkeypatch, capsys):
+    for name, text, parts in (
+        ("nvidia.nvimgcodec", "No module named 'nvidia.nvimgcodec'", ("(nvidia.nvimgcodec): pip install", "codec-cu1")),
+        (
+            "nvidia.dali.backend_impl",
+            "libx.so.1: cannot open\nit",
+            ("libx.so.1: cannot open\\nit", "'nvidia-dali-cuda1"),
+        ),
+        ("huggingface_hub.errors", "cannot import name 'X'", ("'huggingface_hub>=",)),
+        ("torch._C", "no", ("'torch<", "(torch._C)")),  # and not torchvision
+        ("PIL._imaging", "no", ("(PIL._imaging): install this package again",)),
+        (None, "a library's words", ("a library's words (", "test_cli.py, line")),
+    ):
+
+        def run(args, text=text, name=name):
+            raise ImportError(text, name=name)
+
+        monkeypatch.setattr("pipeline.commands.subnets.run", run)
+        assert main(["subnets", "x"]) == 2
+        err = capsys.readouterr().err
+        assert err.startswith("error: a package cannot be loaded: ")
+        assert err.count("\n") == 1
+        assert all(part in err for part in parts), err
+
+
+@pytest.mark.parametrize("error", [KeyError("none"), ImportError("no such name", name="pipeline.files")], ids=type)
+def test_an_error_of_our_own_keeps_its_traceback(monkeypatch, error):
+    def run(args):
+        raise error
+
+    monkeypatch.setattr("pipeline.commands.subnets.run", run)
+    with pytest.raises(type(error)):
         main(["subnets", "x"])
 
 

@@ -3,10 +3,9 @@
 import errno
 import json
 import os
-import resource
-import signal
 import socket
 import threading
+from contextlib import suppress
 
 import pytest
 import torch
@@ -21,6 +20,7 @@ from pipeline.files import (
     read_json_lines,
     require_writable,
     save_tensors,
+    writable_folder,
     write_atomically,
     write_json_lines,
 )
@@ -46,7 +46,7 @@ def test_a_file_that_cannot_be_put_in_place_leaves_nothing_behind(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["name"]
 
 
-def test_a_write_that_fails_names_its_file(tmp_path, monkeypatch):
+def test_a_write_that_fails_names_its_file(tmp_path, monkeypatch, little_room):
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
@@ -55,21 +55,26 @@ def test_a_write_that_fails_names_its_file(tmp_path, monkeypatch):
         write_atomically(tmp_path / "a", "a")
     assert raised.value.filename == str(tmp_path / "a")
     assert not any(tmp_path.iterdir())
-    with pytest.raises(OSError, match="large") as raised:
-        with_small_files(lambda: save_tensors({"a": torch.ones(10_000)}, tmp_path / "b"))
+    with pytest.raises(OSError, match="large") as raised, little_room():
+        save_tensors({"a": torch.ones(10_000)}, tmp_path / "b")
     assert (raised.value.errno, raised.value.filename) == (errno.EFBIG, str(tmp_path / "b"))
 
 
-def with_small_files(act):
-    """Run it while no file may become larger than a disk block, as a stand-in for a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (512, before[1]))
-    try:
-        act()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, ignored)
+def test_a_folder_that_was_made_for_nothing_goes_again(tmp_path):
+    (tmp_path / "there").mkdir()
+    for path, holds in ((tmp_path / "a" / "b", ()), (tmp_path / "there", ()), (tmp_path / "a" / "b", ("file",))):
+        with suppress(KeyError), writable_folder(path, "no"):
+            for name in holds:
+                (path / name).touch()
+            raise KeyError
+        kept = ["there", *["a"] * bool(holds)]
+        assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)
+    with writable_folder(tmp_path / "c" / "d", "no"):
+        pass
+    assert (tmp_path / "c" / "d").is_dir()
+    inside = writable_folder(tmp_path / "a" / "b" / "file" / "new", "name another")
+    with pytest.raises(UserError, match=r"cannot use the directory.*file/new\): name another"), inside:
+        pytest.fail("it cannot be")
 
 
 def test_two_that_write_one_file_do_not_mix(tmp_path):

@@ -87,11 +87,6 @@ def run(args: argparse.Namespace) -> int:
         selection = select(wanted, ranks)
     if not main:
         return 0
-    if args.out:
-        from pipeline.files import write_atomically
-        from pipeline.select.page import page
-
-        write_atomically(Path(args.out), page(selection))
     if args.best:
         print(json.dumps({"best": selection.best.name}) if args.json else selection.best.name)
     elif args.json:
@@ -100,6 +95,11 @@ def run(args: argparse.Namespace) -> int:
         from pipeline.select.text import text
 
         print(text(selection))
+    if args.out:  # last, since the choice is worth printing even if the page cannot be written
+        from pipeline.files import write_atomically
+        from pipeline.select.page import page
+
+        write_atomically(Path(args.out), page(selection))
     return 0
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pipeline.data.names import escape
 from pipeline.errors import UserError
-from pipeline.files import is_alive
+from pipeline.files import is_alive, remove_empty
 
 _IDENTITY = ".identity"
 
@@ -70,6 +70,10 @@ def folder_aside(target: Path) -> Iterator[Path]:
     aside.mkdir()
     try:
         yield aside
+    except OSError as error:  # of a name that the user never sees
+        if isinstance(error.filename, str | Path) and Path(error.filename).is_relative_to(aside):
+            error.filename = str(target / Path(error.filename).relative_to(aside))
+        raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -92,18 +96,11 @@ def kept_of(destination: str | Path) -> int:
 
 
 def _remove_unfinished(aside: Path, above: list[Path]) -> None:
-    """Remove a folder of which no part is complete, and the folders above it that were made for it.
-
-    The nearest first; one that others use by now is not empty, nor are those above it.
-    """
+    """Remove a folder of which no part is complete, and the folders above it that were made for it."""
     if os.path.isdir(aside) and complete_parts(aside):
         return
     shutil.rmtree(aside, ignore_errors=True)
-    for folder in above:
-        try:
-            folder.rmdir()
-        except OSError:
-            return
+    remove_empty(above)
 
 
 def _require_empty(target: Path, shown: str) -> bool:

@@ -69,11 +69,9 @@ def check(data: bytes, max_pixels: int = NO_LIMIT) -> None:
 
 def decode_deep(data: bytes) -> np.ndarray | None:
     """`[H, W, C]` with the depth and channels of the file, by nvImageCodec; None if it gives up."""
-    from nvidia import nvimgcodec
+    from nvidia.nvimgcodec import ColorSpec, DecodeParams
 
-    as_it_is = nvimgcodec.DecodeParams(
-        apply_exif_orientation=False, color_spec=nvimgcodec.ColorSpec.UNCHANGED, allow_any_depth=True
-    )
+    as_it_is = DecodeParams(apply_exif_orientation=False, color_spec=ColorSpec.UNCHANGED, allow_any_depth=True)
     image: Any = _decoder().decode(data, params=as_it_is)
     return None if image is None else np.asarray(image)
 
@@ -90,15 +88,13 @@ def _decoded(data: bytes) -> Any:
 
 def _decoder() -> Any:
     """One per thread."""
-    from nvidia import nvimgcodec
+    from nvidia.nvimgcodec import CPU_ONLY, NVIMGCODEC_DEVICE_CPU_ONLY, Backend, ColorSpec, DecodeParams, Decoder
 
     if not hasattr(_local, "decoder"):
-        _local.decoder = nvimgcodec.Decoder(
-            device_id=nvimgcodec.NVIMGCODEC_DEVICE_CPU_ONLY,
-            max_num_cpu_threads=1,
-            backends=[nvimgcodec.Backend(nvimgcodec.CPU_ONLY)],
+        _local.decoder = Decoder(
+            device_id=NVIMGCODEC_DEVICE_CPU_ONLY, max_num_cpu_threads=1, backends=[Backend(CPU_ONLY)]
         )
-        _local.as_rgb = nvimgcodec.DecodeParams(apply_exif_orientation=False, color_spec=nvimgcodec.ColorSpec.SRGB)
+        _local.as_rgb = DecodeParams(apply_exif_orientation=False, color_spec=ColorSpec.SRGB)
     return _local.decoder
 
 

@@ -4,6 +4,8 @@ import re
 
 _SHORT = {"\\": "\\\\", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
 _LONG = {text: char for char, text in _SHORT.items()}
+_CARRY = "surrogateescape"
+_CARRIED = re.compile("[\\udc80-\\udcff]+")
 _ESCAPED = re.compile(r"\\(?:[\\nrt]|x[0-9a-f]{2}|u[0-9a-f]{4}|U[0-9a-f]{8})")
 
 
@@ -11,8 +13,11 @@ def escape(name: str) -> str:
     r"""The name on one line that any UTF-8 file, table or terminal takes.
 
     Control characters, line separators and the backslash become `\n`, `\u2028`, `\\` and the like; bytes that are not
-    UTF-8 (which Python carries as lone surrogates) become `\xe9`. All other characters stay.
+    UTF-8 (which Python carries as lone surrogates) become `\xe9`. All other characters stay, in a shell without UTF-8
+    too, where Python carries their bytes likewise: the same folder has the same name wherever it is read.
     """
+    if _CARRIED.search(name):
+        name = _CARRIED.sub(lambda run: run[0].encode(errors=_CARRY).decode(errors=_CARRY), name)
     if name.isprintable() and "\\" not in name:  # as nearly all are
         return name
     return "".join(map(_escape, name))

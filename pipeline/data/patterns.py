@@ -70,17 +70,26 @@ def list_shards(shards: Shards) -> list[str]:
         names += _matched(expanded) if globs else expanded
     if not names:
         raise UserError("no shards", "data", "name at least one .tar file")
-    places = Counter(name if is_remote(name) else os.path.abspath(name) for name in names)
-    if len(places) < len(names):
-        twice = next(place for place, count in places.items() if count > 1)
-        fix = "name it once, or its images would count more than others"
-        raise UserError("a shard is named twice", twice, fix)
+    require_once(names)
     listed = _listed(names)
     missing = [name for name in names if name not in listed and not _is_there(name)]
     if missing:
         count = f" ({len(missing)} of {len(names)} shards missing)" if len(missing) > 1 else ""
         raise UserError(f"missing shard{count}", missing[0], _advice(missing[0]))
     return names
+
+
+def require_once(names: list[str]) -> None:
+    """Refuse a shard that is named twice, be it by two sources.
+
+    Raises:
+        UserError: one is.
+    """
+    places = Counter(name if is_remote(name) else os.path.abspath(name) for name in names)
+    if len(places) < len(names):
+        twice = next(place for place, count in places.items() if count > 1)
+        fix = "name it once, or its images would count more than others"
+        raise UserError("a shard is named twice", twice, fix)
 
 
 def _matched(names: list[str]) -> list[str]:

@@ -20,7 +20,7 @@ from pipeline.data.labels import LONGEST, parse_label
 from pipeline.data.mixing import ROWS, integer_shares
 from pipeline.data.names import escape
 from pipeline.data.order import cut
-from pipeline.data.patterns import Shards, list_shards
+from pipeline.data.patterns import Shards, list_shards, require_once
 from pipeline.data.remote.address import is_remote
 from pipeline.data.remote.cache import Cache, Piece
 from pipeline.data.remote.folder import RemoteShard
@@ -64,7 +64,9 @@ def _by_source(shards: Shards) -> dict[str, list[str]]:
     """Names of shards by source."""
     if isinstance(shards, str) or not any(isinstance(part, SourceConfig) for part in shards):
         return {"": list_shards(shards)}
-    return {part.name: list_shards([part]) for part in shards if isinstance(part, SourceConfig)}
+    named = {part.name: list_shards([part]) for part in shards if isinstance(part, SourceConfig)}
+    require_once([name for names in named.values() for name in names])
+    return named
 
 
 def _shares(shards: Shards) -> list[int]:

@@ -164,16 +164,17 @@ def _tiff(data: bytes | bytearray, max_pixels: int) -> tuple[np.ndarray, int]:
             tag = page.tags.get(_TIFF_ORIENTATION)
             orientation = int(tag.value) if tag and 1 <= tag.value <= 8 else 1
             try:
-                pixels = page.asarray()
+                pixels: np.ndarray | None = page.asarray()
             except ValueError:  # a compression that wants a further package
-                found = decode_deep(bytes(data))
-                if found is None:
-                    raise BadImage("decode") from None
-                pixels = found
+                pixels = None
     except BadImage:
         raise
     except Exception as error:
         raise BadImage("decode") from error
+    if pixels is None:
+        pixels = decode_deep(bytes(data))
+    if pixels is None:
+        raise BadImage("decode")
     return _channels_last(pixels, max_pixels), orientation
 
 

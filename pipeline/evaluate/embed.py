@@ -27,10 +27,10 @@ from pipeline.files import (
     ASIDE,
     put_in_place,
     read_json,
-    require_writable,
     save_tensors,
     sha256,
     sync,
+    writable_folder,
     write_atomically,
 )
 from pipeline.models.loading import RunModels, run_config
@@ -155,21 +155,19 @@ def _claim(out: Path, identity: dict[str, Any]) -> None:
 
     The identity stands in the manifest from the start, so that parts of something else are never taken for these.
     """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot use the folder: {error.strerror}", str(out), "choose another --out") from error
-    require_writable(out, "choose another --out")
-    path = out / MANIFEST
-    if path.exists():
-        old = read_json(path, "choose another --out")
-        differs = next((key for key, value in identity.items() if old.get(key) != value), None)
-        if differs:
-            raise UserError(f"it holds features with another value of {differs!r}", str(out), "choose another --out")
-        return
-    if any(not ASIDE.fullmatch(path.name) for path in out.iterdir()):
-        raise UserError("the folder is not empty and no features of ours", str(out), "choose another --out")
-    write_atomically(path, json.dumps(identity, indent=1) + "\n")
+    with writable_folder(out, "choose another --out"):
+        path = out / MANIFEST
+        if path.exists():
+            old = read_json(path, "choose another --out")
+            differs = next((key for key, value in identity.items() if old.get(key) != value), None)
+            if differs:
+                raise UserError(
+                    f"it holds features with another value of {differs!r}", str(out), "choose another --out"
+                )
+            return
+        if any(not ASIDE.fullmatch(path.name) for path in out.iterdir()):
+            raise UserError("the folder is not empty and no features of ours", str(out), "choose another --out")
+        write_atomically(path, json.dumps(identity, indent=1) + "\n")
 
 
 @torch.inference_mode()

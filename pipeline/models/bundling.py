@@ -10,7 +10,7 @@ from pipeline.data.aside import new_folder
 from pipeline.elastic.subnet import largest_subnet
 from pipeline.engine.saved import BRANCHES, intact_checkpoint, load_centers, load_named
 from pipeline.errors import UserError
-from pipeline.files import require_writable, save_tensors, sha256, sync, write_atomically
+from pipeline.files import save_tensors, sha256, sync, writable_folder, write_atomically
 from pipeline.models.bundle import FORMAT, MOMENTS
 from pipeline.models.loading import run_config
 
@@ -33,34 +33,34 @@ def write_bundle(run_dir: Path, out: Path, moments: bool = True) -> dict[str, An
     path, manifest = intact_checkpoint(run_dir / "checkpoints")
     if out.exists() or out.is_symlink():
         raise UserError("something is in the way", str(out), "remove it, or name another directory")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot use the directory: {error.strerror}", str(out.parent), "name another") from error
-    require_writable(out.parent, "name another directory")
-    needed = 4 * (4 if moments else 2) * sum(group["numel"] for group in manifest["groups"])
-    if needed > (free := shutil.disk_usage(out.parent).free):
-        raise UserError(
-            f"the bundle takes {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free", str(out), "name another place"
-        )
-    with new_folder(out) as aside:
-        for branch, vector in BRANCHES.items():
-            save_tensors(load_named(path, manifest, vector), aside / f"{branch}.safetensors")
-        for vector in MOMENTS if moments else ():
-            save_tensors(load_named(path, manifest, vector), aside / f"{vector}.safetensors")
-        save_tensors(load_centers(path), aside / "centers.safetensors")
-        shutil.copyfile(run_dir / "config.yaml", aside / "config.yaml")
-        files = {file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in sorted(aside.iterdir())}
-        entry = {
-            "format": FORMAT,
-            "family": config.model.family,
-            "largest": largest_subnet(config.model).name,
-            "run": str(run_dir.resolve()),
-            "step": manifest["step"],
-            "samples": manifest["samples"],
-            "optimizer_steps": manifest["optimizer_steps"],
-            "files": files,
-        }
-        write_atomically(aside / BUNDLE, json.dumps(entry, indent=1) + "\n")
+    with writable_folder(out.parent, "name another directory"):
+        needed = 4 * (4 if moments else 2) * sum(group["numel"] for group in manifest["groups"])
+        if needed > (free := shutil.disk_usage(out.parent).free):
+            raise UserError(
+                f"the bundle takes {needed / 1e9:.3g} GB and {free / 1e9:.3g} GB are free",
+                str(out),
+                "name another place",
+            )
+        with new_folder(out) as aside:
+            for branch, vector in BRANCHES.items():
+                save_tensors(load_named(path, manifest, vector), aside / f"{branch}.safetensors")
+            for vector in MOMENTS if moments else ():
+                save_tensors(load_named(path, manifest, vector), aside / f"{vector}.safetensors")
+            save_tensors(load_centers(path), aside / "centers.safetensors")
+            shutil.copyfile(run_dir / "config.yaml", aside / "config.yaml")
+            files = {
+                file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in sorted(aside.iterdir())
+            }
+            entry = {
+                "format": FORMAT,
+                "family": config.model.family,
+                "largest": largest_subnet(config.model).name,
+                "run": str(run_dir.resolve()),
+                "step": manifest["step"],
+                "samples": manifest["samples"],
+                "optimizer_steps": manifest["optimizer_steps"],
+                "files": files,
+            }
+            write_atomically(aside / BUNDLE, json.dumps(entry, indent=1) + "\n")
     sync(out.parent)
     return entry

@@ -17,7 +17,7 @@ from pipeline.data.aside import folder_aside
 from pipeline.data.patterns import Shards
 from pipeline.elastic import Subnet
 from pipeline.errors import UserError
-from pipeline.files import read_json, require_writable, save_tensors, sha256, sync, write_atomically
+from pipeline.files import read_json, require_writable, save_tensors, sha256, sync, writable_folder, write_atomically
 from pipeline.models.account import Account, Ledger
 from pipeline.models.card import METHODS, model_card
 from pipeline.models.formats import FORMATS, require_packages, write_formats
@@ -95,18 +95,19 @@ def extract(
     models = RunModels.open(run_dir, branch)
     chosen = choose(models.grid, subnets)
     images = _images(config, proof_shards, proof_images)
-    _require_room(models, chosen, out, 1 + len(formats))
-    for subnet in chosen:
-        _require_free(out / subnet.name, models, subnet, branch, formats)
-    measured = _measured(Path(run_dir), models.step, branch)
     bar = tqdm(chosen, "extract", unit="model", disable=not progress, mininterval=0.1 if sys.stderr.isatty() else 10)
-    ledger = Ledger(Path(run_dir), config, models.step)
+    with writable_folder(out, "choose another --out"):
+        _require_room(models, chosen, out, 1 + len(formats))
+        for subnet in chosen:
+            _require_free(out / subnet.name, models, subnet, branch, formats)
+        measured = _measured(Path(run_dir), models.step, branch)
+        ledger = Ledger(Path(run_dir), config, models.step)
 
-    def known(subnet: Subnet) -> _Known:
-        own = {method: results[subnet.name] for method, results in measured.items() if subnet.name in results}
-        return _Known(own, ledger.of(subnet))
+        def known(subnet: Subnet) -> _Known:
+            own = {method: results[subnet.name] for method, results in measured.items() if subnet.name in results}
+            return _Known(own, ledger.of(subnet))
 
-    return [_extract_one(models, subnet, out, branch, images, known(subnet), formats) for subnet in bar]
+        return [_extract_one(models, subnet, out, branch, images, known(subnet), formats) for subnet in bar]
 
 
 def _images(config: ExperimentConfig, shards: Shards | None, count: int) -> ProofImages:
@@ -121,16 +122,11 @@ def _images(config: ExperimentConfig, shards: Shards | None, count: int) -> Proo
 
 
 def _require_room(models: RunModels, chosen: Sequence[Subnet], out: Path, copies: int) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot use the directory: {error.strerror}", str(out), "choose another --out") from error
-    require_writable(out, "choose another --out")
     needed = 4 * copies * sum(models.params(subnet) for subnet in chosen)
     free = shutil.disk_usage(out).free
     if needed > free:
         raise UserError(
-            f"{len(chosen)} models take {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free",
+            f"{len(chosen)} models take {needed / 1e9:.3g} GB and {free / 1e9:.3g} GB are free",
             str(out),
             "name fewer sub-networks, or another --out",
         )

@@ -2,7 +2,7 @@
 
 import os
 import re
-from importlib import metadata
+from importlib import import_module, metadata
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ OLDEST_DRIVER = {"nvidia-dali-cuda120": 525, "nvidia-dali-cuda130": 580}  # setu
 
 
 def check_software(config: ExperimentConfig) -> Check:
-    """Are the libraries there, in versions that the package declares?"""
+    """Are the libraries there, in versions that the package declares, and do the wheels that read images load?"""
     versions = {name: _version(name) for name in ("torch", "deepspeed", "triton", "timm")}
     dali = {name: found for name in ("nvidia-dali-cuda120", "nvidia-dali-cuda130") if (found := _version(name))}
     finding = ", ".join(f"{name} {version or 'missing'}" for name, version in {**versions, **dali}.items())
@@ -31,6 +31,8 @@ def check_software(config: ExperimentConfig) -> Check:
         )
     if config.uses_triton() and versions["triton"] is None:
         return Check("software", "fail", finding, "install triton, or set engine.kernels=eager")
+    for module in ("nvidia.dali.fn", "nvidia.nvimgcodec"):
+        import_module(module)  # a wheel that is broken has a version all the same
     declared = metadata.requires("poa-pretrain") if _version("poa-pretrain") else None
     for wanted in map(Requirement, declared or []):
         found = versions.get(wanted.name)

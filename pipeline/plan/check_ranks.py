@@ -39,7 +39,7 @@ def _kernel_failure(config: ExperimentConfig, device: torch.device) -> str | Non
             sums = torch.compile(lambda x: x * x + 0.25)(sums)
         found = sums.tolist()
     except Exception as error:  # of a compiler, of the driver, of the loader
-        return f"{platform.node()}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        return _told(error)
     return None if found == [0.5] * 16 else f"{platform.node()}: a wrong result"
 
 
@@ -69,16 +69,29 @@ def check_network(ranks: Ranks) -> Check:
 
 def check_collectives(ranks: Ranks, world_size: int) -> Check:
     """Does an all-reduce over the ranks at hand give the right sum, and how fast?"""
-    value = torch.full((_PROBE_BYTES // 4,), float(ranks.rank + 1), device=ranks.device)
-    dist.all_reduce(value.clone())  # connections are made at the first
-    began = time.perf_counter()
-    dist.all_reduce(value)
-    expected = ranks.world_size * (ranks.world_size + 1) / 2
-    wrong = sum(ranks.gather(bool((value != expected).any())))
-    seconds = time.perf_counter() - began
+    seconds, failure = _reduce(ranks)
     finding = f"{ranks.world_size} ranks at hand ({dist.get_backend()}), {_PROBE_BYTES >> 20} MiB in {seconds:.3f} s"
-    if wrong:
-        return Check("all-reduce", "fail", f"{finding}: wrong sum on {wrong} ranks", "check the network and its driver")
+    if failures := [text for text in ranks.gather(failure) if text]:
+        finding += f": {len(failures)} ranks, first {failures[0]}"
+        return Check("all-reduce", "fail", finding, "check the network and its driver")
     if ranks.world_size < world_size:
         return Check("all-reduce", "pass", finding, f"run this under srun or torchrun to try all {world_size}")
     return Check("all-reduce", "pass", finding)
+
+
+def _reduce(ranks: Ranks) -> tuple[float, str | None]:
+    """How long an all-reduce takes, and what this rank has against it; collective."""
+    began = time.perf_counter()
+    try:
+        value = torch.full((_PROBE_BYTES // 4,), float(ranks.rank + 1), device=ranks.device)
+        dist.all_reduce(value.clone())  # connections are made at the first
+        began = time.perf_counter()
+        dist.all_reduce(value)
+        right = bool((value == ranks.world_size * (ranks.world_size + 1) / 2).all())
+    except Exception as error:  # of NCCL, of the driver, of gloo
+        return time.perf_counter() - began, _told(error)
+    return time.perf_counter() - began, None if right else f"{platform.node()}: a wrong sum"
+
+
+def _told(error: Exception) -> str:
+    return f"{platform.node()}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"

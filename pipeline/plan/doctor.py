@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from pipeline.config import ExperimentConfig
 from pipeline.engine.distributed import Ranks
-from pipeline.errors import UserError, printable
+from pipeline.errors import UserError, of_a_package, place_of, printable
 from pipeline.plan.check import Check
 from pipeline.plan.check_caches import check_caches
 from pipeline.plan.check_data import check_images, check_shards
@@ -55,19 +55,30 @@ def examine(config: ExperimentConfig, ranks: Ranks, world_size: int) -> list[Che
         "disk": lambda: check_disk(config),
         "signal lead": lambda: check_lead(config, world_size),
     }
+    on_all: dict[str, Callable[[], Check]] = {
+        "kernels": lambda: check_kernels(config, ranks),
+        "clocks": lambda: check_clocks(ranks),
+        "network": lambda: check_network(ranks),
+        "all-reduce": lambda: check_collectives(ranks, world_size),
+    }
     found = [ranks.agree(lambda n=name, c=check: _guarded(n, c)) for name, check in on_main.items()]  # type: ignore[misc]
-    checks = [check for check in found if check is not None]
-    checks.append(check_kernels(config, ranks))
-    checks.append(check_clocks(ranks))
-    checks.append(check_network(ranks))
-    checks.append(check_collectives(ranks, world_size))
-    return checks
+    found += [_guarded(name, check) for name, check in on_all.items()]
+    return [check for check in found if check is not None]
 
 
 def _guarded(name: str, check: Callable[[], Check | None]) -> Check | None:
+    """A check's finding. What ends a check, of whatever kind, is its failure: the others are made all the same."""
     try:
         return check()
     except UserError as error:
         return Check(name, "fail", f"{error.what} ({error.where})", error.fix)
     except OSError as error:  # what cannot be looked at will not work either
-        return Check(name, "fail", f"{error.strerror} ({error.filename or name})", "check the path and its rights")
+        return Check(
+            name, "fail", f"{error.strerror or error} ({error.filename or name})", "check the path and its rights"
+        )
+    except ImportError as error:
+        told = of_a_package(error)
+        return Check(name, "fail", f"{told.what} ({told.where})", told.fix)
+    except Exception as error:
+        finding = f"{type(error).__name__}: {' '.join(str(error).split())[:300]} ({place_of(error)})"
+        return Check(name, "fail", finding, "nobody expected this: report it, with this line")

@@ -14,8 +14,8 @@ def sweep(tmp_path):
     """Run the script for a line; returns the words with which training would begin."""
     (tmp_path / "common.sh").write_text("train_and_requeue() { printf '%s\\0' \"$@\"; }\n")
 
-    def run(text: str, number: int, *words: str) -> list[str]:
-        (tmp_path / "lines").write_bytes(text.encode())
+    def run(text: str, number: int, *words: str, name: str = "lines") -> list[str]:
+        (tmp_path / name).write_bytes(text.encode())
         environment = {
             **os.environ,
             "POA_SLURM": str(tmp_path),
@@ -23,12 +23,17 @@ def sweep(tmp_path):
             "SLURM_ARRAY_JOB_ID": "7",
             "SLURM_JOB_NAME": "poa-sweep",
         }
-        command = ["bash", str(SCRIPT), "c.yaml", str(tmp_path / "lines"), *words]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        command = ["bash", str(SCRIPT), "c.yaml", name, *words]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert done.returncode in (0, 2), done.stderr
         return done.stdout.split("\0")[:-1] if done.returncode == 0 else [done.stderr]
 
     return run
+
+
+def test_a_file_of_lines_may_have_any_name(sweep):
+    for name in ("-lines.txt", "--help", "my 'lines' \u00fc"):
+        assert sweep("run.dir=a\n", 1, name=name) == ["c.yaml", "run.dir=a"]
 
 
 def test_blanks_within_a_value_do_not_split_it(sweep):

@@ -23,3 +23,9 @@ def test_name_becomes_one_line_of_utf8_and_comes_back(name: str, line: str) -> N
 
 def test_backslash_that_begins_no_escape_stands_for_itself() -> None:
     assert unescape("C:\\data \\xZZ \\") == "C:\\data \\xZZ \\"
+
+
+def test_a_folder_has_one_name_in_whatever_locale_it_is_read() -> None:
+    """Without UTF-8 each of its bytes arrives as a lone surrogate; those that are no UTF-8 in either stay escaped."""
+    assert escape("Äpfel \u2713".encode().decode("ascii", "surrogateescape")) == "Äpfel \u2713"
+    assert escape(b"\xc3\x84\xc3 \xa9".decode("ascii", "surrogateescape")) == "Ä\\xc3 \\xa9"

@@ -65,6 +65,13 @@ def test_hole_in_a_pattern_is_named(make_shard: Callable[..., Path], pictures: l
     assert len(expand_shards(str(path.parent / "train-00000{0,2}.tar"))) == 2
 
 
+def test_a_shard_that_two_sources_name_is_refused(make_shard: Callable[..., Path], pictures: list[bytes]) -> None:
+    path = make_shard({"k.jpg": pictures[0]}, "0.tar")
+    twice = [SourceConfig(name="a", url=str(path)), SourceConfig(name="b", url=f"{path.parent}/./0.tar")]
+    with pytest.raises(UserError, match=r"named twice \(.*/0\.tar\): name it once"):
+        Dataset(twice)
+
+
 def test_shards_without_images_are_refused(make_shard: Callable[..., Path]) -> None:
     with pytest.raises(UserError, match="holds no image"):
         Dataset(str(make_shard({"a.cls": b"1"})))

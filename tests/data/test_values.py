@@ -1,4 +1,5 @@
 import io
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -55,6 +56,16 @@ def test_values_are_what_was_stored(dtype: str, channels: int) -> None:
         assert header.size == (20, 30)
     if channels == 1:
         assert np.array_equal(decode_values(npy(image[..., 0]), LIMIT)[0], image)
+
+
+def test_a_codec_that_does_not_load_is_no_fault_of_the_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This compression is read by it alone."""
+    file = io.BytesIO()
+    Image.fromarray(FOUR[..., 0]).save(file, "tiff", compression="tiff_lzw")
+    assert np.array_equal(decode_values(file.getvalue(), LIMIT)[0][..., 0], FOUR[..., 0])
+    monkeypatch.setitem(sys.modules, "nvidia.nvimgcodec", None)
+    with pytest.raises(ImportError):
+        decode_values(file.getvalue(), LIMIT)
 
 
 def test_pictures_have_the_channels_that_are_wanted(encoded: Callable[..., bytes]) -> None:

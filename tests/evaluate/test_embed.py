@@ -68,6 +68,21 @@ def test_a_folder_of_features_goes_on_where_it_was(format_, trained_run, shards,
     assert (wanted.out / first).is_file()
 
 
+def test_a_disk_that_is_full_leaves_no_part_and_with_room_it_goes_on(
+    trained_run, labelled, tmp_path, little_room, capsys
+):
+    words = ["embed", str(trained_run), *labelled["val"], "--out", str(tmp_path / "out"), "--map", "none"]
+    with little_room(64):
+        assert main(words) == 2
+    assert f"({tmp_path / 'out' / 'manifest.json'})" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+    with little_room(4096):
+        assert main(words) == 2
+    assert f"({tmp_path / 'out' / 'part-000000.safetensors'})" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["manifest.json"]
+    assert main(words) == 0
+
+
 def test_the_command_writes_features_and_a_page(trained_run, labelled, tmp_path, capsys):
     out = tmp_path / "out"
     assert (

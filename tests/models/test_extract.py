@@ -314,9 +314,26 @@ def test_accuracies_that_are_none_are_passed_over(trained_run, tmp_path, text):
 
 def test_a_full_disk_is_noticed_before_anything_is_written(trained_run, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6 - 1000, 1000))
-    with pytest.raises(UserError, match=r"9 models take .* GB and 0\.0 GB are free"):
+    with pytest.raises(UserError, match=r"9 models take 0\.\d+ GB and 1e-06 GB are free"):
         extract(trained_run, "all", tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_becomes_full_meanwhile_leaves_nothing_and_names_the_file(
+    trained_run, tmp_path, little_room, capsys
+):
+    for words, file in (
+        (("--subnet", "32x2", "--out"), "32x2/model.safetensors"),
+        (("--bundle",), None),
+    ):
+        out = tmp_path / "new" / "out"
+        with little_room(4096):
+            assert main(["extract", str(trained_run), *words, str(out)]) == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1
+        assert "File too large" in err
+        assert f"({out / file if file else out})" in err
+        assert not any(tmp_path.iterdir())
 
 
 def test_loaded_from_a_run_equals_loaded_from_its_extraction(trained_run, everything):

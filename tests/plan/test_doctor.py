@@ -60,6 +60,26 @@ def test_sound_experiment_passes(write, capsys):
     assert {check["status"] for check in checks} <= {"pass", "warn"}
 
 
+def test_what_ends_a_check_is_its_failure_and_the_others_go_on(write, capsys, monkeypatch):
+    """A wheel that does not load, and an error that nobody thought of; of a collective check, too."""
+
+    def broken(*_):
+        raise RuntimeError("two\nlines")
+
+    monkeypatch.setitem(sys.modules, "nvidia.nvimgcodec", None)
+    monkeypatch.setattr("pipeline.plan.doctor.check_store", broken)
+    monkeypatch.setattr("torch.distributed.all_reduce", broken)
+    assert main(["doctor", str(write()), "--json"]) == 1
+    checks = {check["name"]: check for check in json.loads(capsys.readouterr().out)}
+    failed = {name for name, check in checks.items() if check["status"] == "fail"}
+    assert failed == {"software", "images", "store", "all-reduce"}
+    for name in ("software", "images"):
+        assert "(nvidia.nvimgcodec)" in checks[name]["finding"]
+        assert "'nvidia-nvimgcodec-cu1" in checks[name]["fix"]
+    assert re.fullmatch(r"RuntimeError: two lines \(.*test_doctor\.py, line \d+\)", checks["store"]["finding"])
+    assert checks["all-reduce"]["finding"].endswith(": RuntimeError: two lines")
+
+
 @pytest.mark.parametrize(
     ("ranks", "host_gib", "status"), [(8, 64, "pass"), (8, 11, "warn"), (8, 9, "fail"), (16, 8, "pass")]
 )

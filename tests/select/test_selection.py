@@ -98,6 +98,16 @@ def test_best_alone_is_a_name_and_nothing_is_timed_without_a_limit_on_time(run, 
     assert json.loads(capsys.readouterr().out) == {"best": name.strip()}
 
 
+def test_the_choice_is_told_even_if_its_page_cannot_be_written(run, steady, capsys, tmp_path, little_room):
+    with little_room(4096):
+        page = ["--out", str(tmp_path / "page.html")]
+        assert main(["select", str(run), "--best", "--quality", "loss", "--max-params", "40K", *page]) == 2
+    out, err = capsys.readouterr()
+    assert RunModels.open(run).grid.parse(out.strip())
+    assert "page.html" in err
+    assert not any(tmp_path.iterdir())
+
+
 def test_a_limit_on_time_is_kept_by_what_was_measured(run, steady, capsys):
     models = RunModels.open(run)
     sizes = sorted(models.params(subnet) for subnet in models.grid.subnets)
