@@ -29,6 +29,8 @@ pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(1500)]
 
 ROOT = Path(__file__).parents[2]
 TRAIN = ROOT / "tests" / "workers" / "train.py"
+UNHURRIED = ROOT / "tests" / "workers" / "unhurried.py"
+PAUSE = 0.25  # seconds before each step: from a fault's moment to a run's end are ten seconds and more
 STEPS = 60
 LONG = 120  # for several faults in a row
 SAVE_EVERY = 10
@@ -65,7 +67,8 @@ class Lab:
         slurm = cwd / "slurm"
         if not slurm.exists():
             shutil.copytree(ROOT / "slurm", slurm)
-            (slurm / "site.sh").write_text(f"POA_PYTHON=({sys.executable})\nexport PYTHONPATH={ROOT}\n{site}\n")
+            python = f"POA_PYTHON=({sys.executable} -P {UNHURRIED})\nexport PAUSE={PAUSE} PYTHONPATH={ROOT}"
+            (slurm / "site.sh").write_text(f"{python}\n{site}\n")
             (cwd / "config.yaml").write_text(yaml.safe_dump(self.tree))
         sbatch = ["--cpus-per-task=1", "--time=30", *(options or TWO_NODES)]
         words = [*(arguments or ["config.yaml"]), f"run.max_steps={steps}", *overrides]
