@@ -76,7 +76,8 @@ class Cluster:
         result = subprocess.run(
             list(map(str, command)), env=self.env, text=True, capture_output=True, timeout=60, check=False, **options
         )
-        assert not check or result.returncode == 0, f"{command}: {result.stdout}{result.stderr}"
+        said = f"{command} ended with {result.returncode}: {result.stdout}{result.stderr}"
+        assert not check or result.returncode == 0, said
         return result.stdout
 
     def start_node(self, node: str) -> None:
@@ -245,7 +246,9 @@ class Job:
         self.id = result.stdout.strip()
 
     def field(self, name: str) -> str:
-        match = re.search(rf"\b{name}=(\S+)", self.cluster.run("scontrol", "-o", "show", "job", self.id))
+        """What the controller says of the job; asked again if it does not answer (each question is one of thousands)."""
+        show = ("scontrol", "-o", "show", "job", self.id)
+        match = re.search(rf"\b{name}=(\S+)", self.cluster.run(*show, check=False) or self.cluster.run(*show))
         return match[1] if match else ""
 
     def nodes(self) -> set[str]:
