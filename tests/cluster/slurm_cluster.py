@@ -246,7 +246,7 @@ class Job:
         self.id = result.stdout.strip()
 
     def field(self, name: str) -> str:
-        """What the controller says of the job; asked again if it does not answer (each question is one of thousands)."""
+        """What the controller says of the job. Of thousands of questions one may get no answer: it is asked again."""
         show = ("scontrol", "-o", "show", "job", self.id)
         match = re.search(rf"\b{name}=(\S+)", self.cluster.run(*show, check=False) or self.cluster.run(*show))
         return match[1] if match else ""
