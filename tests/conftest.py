@@ -109,11 +109,30 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def rendered(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Make a directory that the workers of xdist share, to be left as it is; the one that needs it first fills it."""
+    base = tmp_path_factory.getbasetemp()
+    place = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "made"
+    place.mkdir(exist_ok=True)
+
+    def made(name: str, fill: Callable[[Path], None]) -> Path:
+        directory, done = place / name, place / f"{name}.done"
+        with (place / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not done.exists():
+                shutil.rmtree(directory, ignore_errors=True)  # of a worker that failed
+                directory.mkdir()
+                fill(directory)
+                done.touch()
+        return directory
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def rendered(made_once: Callable[..., Path]) -> Path:
     """Directory with labelled pictures of our own, `train-*.tar` and `val-*.tar`."""
-    directory = tmp_path_factory.mktemp("photos")
-    write_labelled(directory)
-    return directory
+    return made_once("photos", write_labelled)
 
 
 @pytest.fixture(scope="session")
@@ -187,29 +206,18 @@ def trained_runs(
     launch: Callable[..., list[str]],
     experiment: Callable[..., dict[str, Any]],
     labelled: dict[str, list[str]],
-    tmp_path_factory: pytest.TempPathFactory,
+    made_once: Callable[..., Path],
 ) -> Callable[[str], Path]:
-    """Train a tiny network of a family for eight real steps, once; gives the run directory, to be left as it is.
-
-    The workers of xdist share it, and the one that needs it first trains it.
-    """
-    base = tmp_path_factory.getbasetemp()
-    place = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "trained"
-    place.mkdir(exist_ok=True)
+    """Train a tiny network of a family for eight real steps, once; gives the run directory, to be left as it is."""
 
     @cache
     def trained(family: str) -> Path:
-        directory = place / family
-        with (place / f"{family}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not (directory / "done").exists():
-                shutil.rmtree(directory, ignore_errors=True)  # of a worker that failed
-                directory.mkdir()
-                tree = experiment(family, data=labelled, run={"dir": str(directory / "run"), "max_steps": 8})
-                (directory / "config.yaml").write_text(yaml.safe_dump(tree))
-                launch(ROOT / "tests" / "workers" / "train.py", 1, directory / "config.yaml")
-                (directory / "done").touch()
-        return directory / "run"
+        def train(directory: Path) -> None:
+            tree = experiment(family, data=labelled, run={"dir": str(directory / "run"), "max_steps": 8})
+            (directory / "config.yaml").write_text(yaml.safe_dump(tree))
+            launch(ROOT / "tests" / "workers" / "train.py", 1, directory / "config.yaml")
+
+        return made_once(f"trained_{family}", train) / "run"
 
     return trained
 
