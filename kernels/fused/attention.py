@@ -1,8 +1,8 @@
 """Self-attention of short sequences, forward and backward, on the packed qkv projection without permutes or copies.
 
-Sequences of up to 64 tokens, and all that have a bias or a mask, are taken in tiles (`attention_tiles`), longer ones by
-kernels of their own (`attention_long`). No gradient is added up by atomics across programs: the result is the same bits
-every time.
+Sequences of up to 64 tokens, and all in fp32 or with a bias or a mask, are taken in tiles (`attention_tiles`), longer
+ones by kernels of their own (`attention_long`), whose backward pass goes by tiles too where `_one_pass` does not hold.
+No gradient is added up by atomics across programs: the result is the same bits every time.
 
 Letters: B sequences, N tokens, H heads, D channels per head, W windows; i, j number blocks of tokens.
 """
@@ -28,7 +28,7 @@ MOST_GROUPS = 65535  # the third side of a grid
 
 def block_tokens(tokens: int, with_bias: bool, dtype: torch.dtype) -> int:
     """Tokens per block: up to 64, but smaller tiles for fp32 and for a bias gradient in several blocks."""
-    limit = 32 if dtype == torch.float32 or (with_bias and tokens > 64) else LONGEST_TILE
+    limit = 32 if dtype == torch.float32 or (with_bias and tokens > LONGEST_TILE) else LONGEST_TILE
     return min(limit, max(16, triton.next_power_of_2(tokens)))
 
 
@@ -46,13 +46,10 @@ def attention(qkv: Tensor, bias: Tensor | None, mask: Tensor | None) -> tuple[Te
     if b == 0:
         return out, lse
     qkv = _packed(qkv)
-    if bias is None and mask is None and _long(n, qkv.dtype):
+    if _long(qkv, bias, mask):
         keys = 32 if _on_hopper() else 64  # 32 are 15% faster on an H200, and spill on sm_100
         long_forward_kernel[(b * h * triton.cdiv(n, LONGEST_TILE),)](
-            qkv,
-            qkv.stride(0),
-            qkv.stride(1),
-            h * d,
+            *_placed(qkv),
             out,
             lse,
             LOG2E * d**-0.5,
@@ -69,10 +66,7 @@ def attention(qkv: Tensor, bias: Tensor | None, mask: Tensor | None) -> tuple[Te
     grid, sequences, constants = _plan(qkv, bias, mask)
     block = constants["BLOCK"]
     forward_kernel[grid](
-        qkv,
-        qkv.stride(0),
-        qkv.stride(1),
-        h * d,
+        *_placed(qkv),
         _padded(bias, block),
         _padded(mask, block),
         out,
@@ -104,13 +98,10 @@ def attention_backward(
     if b == 0:
         return grad_qkv, qkv.new_empty(0) if bias is None else torch.zeros_like(bias)
     qkv, grad_out = _packed(qkv), grad_out.contiguous()
-    if bias is None and mask is None and _one_pass(n, qkv.dtype):
+    if _long(qkv, bias, mask) and _one_pass(n):
         one_pass_backward_kernel[(b * h,)](
             grad_out,
-            qkv,
-            qkv.stride(0),
-            qkv.stride(1),
-            h * d,
+            *_placed(qkv),
             out,
             lse,
             grad_qkv,
@@ -134,10 +125,7 @@ def attention_backward(
         parts = allocate(grid[2], h, side, side, dtype=torch.float32)
     backward_kernel[grid](
         grad_out,
-        qkv,
-        qkv.stride(0),
-        qkv.stride(1),
-        h * d,
+        *_placed(qkv),
         _padded(bias, block),
         _padded(mask, block),
         out,
@@ -169,6 +157,11 @@ def _packed(qkv: Tensor) -> Tensor:
     return qkv if qkv.stride()[2:] == (h * d, d, 1) else qkv.contiguous()
 
 
+def _placed(qkv: Tensor) -> tuple[Tensor, int, int, int]:
+    """Where the projection lies: itself, strides of sequences and tokens, channels of all heads."""
+    return qkv, qkv.stride(0), qkv.stride(1), qkv.shape[3] * qkv.shape[4]
+
+
 def _padded(offset: Tensor | None, block: int) -> Tensor | None:
     """Bias or mask `[*, N, N]` in base 2, fp32, padded with -inf to whole tiles (so that rows are aligned)."""
     if offset is None:
@@ -195,13 +188,14 @@ def _plan(qkv: Tensor, bias: Tensor | None, mask: Tensor | None) -> tuple[tuple[
     return (h, blocks, triton.cdiv(b, sequences)), sequences, constants
 
 
-def _long(tokens: int, dtype: torch.dtype) -> bool:
-    return tokens > LONGEST_TILE and dtype != torch.float32
+def _long(qkv: Tensor, bias: Tensor | None, mask: Tensor | None) -> bool:
+    """Whether `attention_long` is for these sequences."""
+    return qkv.shape[1] > LONGEST_TILE and qkv.dtype != torch.float32 and bias is None and mask is None
 
 
-def _one_pass(tokens: int, dtype: torch.dtype) -> bool:
+def _one_pass(tokens: int) -> bool:
     """Whether all queries are one program's: up to 256 fit, and only a Hopper GPU was seen to gain by it."""
-    return _long(tokens, dtype) and tokens <= 256 and _on_hopper()
+    return tokens <= 256 and _on_hopper()
 
 
 def _precision(dtype: torch.dtype) -> str:
