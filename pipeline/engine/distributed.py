@@ -19,7 +19,7 @@ from torch.distributed import distributed_c10d, rendezvous
 from pipeline.engine import private
 from pipeline.engine.interface import VARIABLE, choose_interface, require_master, require_named_interface
 from pipeline.engine.launch import launch
-from pipeline.errors import UserError, of_a_package
+from pipeline.errors import UserError
 
 T = TypeVar("T")
 _LOST_PEER_SECONDS = 5.0
@@ -165,8 +165,6 @@ def crash_together(ranks: Ranks) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except ImportError as error:
-        raise of_a_package(error) from error
     except Exception as error:
         if ranks.world_size == 1:
             raise
