@@ -169,7 +169,7 @@ def place(row: np.ndarray) -> tuple[int, int]:
 def extent(rows: np.ndarray) -> tuple[int, int]:
     """Where the first image of some rows begins, and the last one ends."""
     offsets = rows[:, 0].astype(np.int64) * BLOCK
-    return int(offsets.min()), int((offsets + rows[:, 1]).max())
+    return int(np.min(offsets)), int(np.max(offsets + rows[:, 1]))
 
 
 def label(row: np.ndarray) -> int | None:

@@ -90,7 +90,7 @@ def stand_in(data: DataConfig, intake: Intake, position: int) -> tuple[list[np.n
     from PIL import Image
 
     header = Header("jpeg", _SIDE, _SIDE, 1, complete=True, exif_at=())
-    image = np.zeros((_SIDE, _SIDE, intake.channels), np.float32)
+    image: np.ndarray = np.zeros((_SIDE, _SIDE, intake.channels), np.float32)
     if intake.is_rgb:
         file = io.BytesIO()
         Image.new("RGB", (_SIDE, _SIDE)).save(file, "JPEG")
