@@ -1,10 +1,12 @@
-# `make demo` and `make test` work on a fresh Debian or Ubuntu with Python 3.11 or newer; nothing else is needed.
+# `make demo` and `make test` work on a fresh Debian or Ubuntu with Python 3.11 to 3.13; nothing else is needed.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/poa
 # kept outside of the checkout, since the same versions need no second download
 OLDEST := $(CACHE)/oldest-$(shell sha256sum tests/oldest.txt | cut -c-12)
+# of pytest: more than two cores, since many a test waits for Slurm, or for what must take its time
+WORKERS := 3
 
 .PHONY: demo test check lint test-oldest install clean
 
@@ -12,11 +14,11 @@ demo: $(VENV)/.installed
 	$(BIN)/poa demo
 
 test: $(VENV)/.installed-dev lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile
 
 # for the inner loop: what trains in processes of its own, or wants more than the package, is left to `make test`
 check: $(VENV)/.installed-dev lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m "not slow and not slurm and not prometheus and not runs and not wide"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist worksteal -m "not slow and not slurm and not prometheus and not runs and not wide"
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -67,12 +67,12 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    python_requires=">=3.11",
+    python_requires=">=3.11,<3.14",
     packages=find_packages(include=["pipeline*", "kernels*"]),
     package_data={"pipeline": ["*/*.html"]},
     data_files=[(os.path.relpath(sysconfig.get_path("purelib"), sys.prefix), ["poa_safe_path.pth"])],
     install_requires=[
-        "torch>=2.9,<2.16",
+        "torch>=2.9,<2.15",  # each brings its own Triton, and with that of 2.15 three of our kernels spill registers
         "torchvision>=0.24",
         "timm>=1.0.26,<1.1",  # loads safetensors from `local-dir:`; 1.0.20 has a LayerScale of its own
         # The engine reads DeepSpeed's gradient partitions, which are not documented API: the tested range is narrow.

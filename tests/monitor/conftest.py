@@ -31,6 +31,19 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+@pytest.fixture(scope="session")
+def promtool() -> Callable[..., subprocess.CompletedProcess]:
+    """Run Prometheus's own tester of rules in `cwd`; both of its streams are in `stdout`."""
+    if shutil.which("promtool") is None:
+        pytest.skip("promtool is not installed (Debian: prometheus)")
+
+    def run(*args: str, cwd: Path) -> subprocess.CompletedProcess:
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        return subprocess.run(["promtool", *args], cwd=cwd, timeout=120, check=False, **streams)
+
+    return run
+
+
 def until(condition: Callable[[], Any], seconds: float = 60.0, what: str = "it") -> Any:
     """Wait for something that another process does."""
     limit = time.monotonic() + seconds

@@ -2,7 +2,6 @@
 
 import re
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -60,14 +59,6 @@ RECORD_MUTANTS = {
 }
 
 
-def promtool(*args: str, cwd: Path) -> subprocess.CompletedProcess:
-    if shutil.which("promtool") is None:
-        pytest.skip("promtool is not installed (Debian: prometheus)")
-    return subprocess.run(
-        ["promtool", *args], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120
-    )
-
-
 def cases_of(name: str) -> dict:
     """The unit tests that can notice a change of one rule."""
     watching = {rule["alert"] for rule in RULES if name in (rule["alert"], *re.findall(r"run:\w+:\w+", rule["expr"]))}
@@ -76,7 +67,7 @@ def cases_of(name: str) -> dict:
     return {**CASES, "tests": tests}
 
 
-def outcomes(directory: Path, mutants: list[tuple[str, dict]]) -> dict[str, bool]:
+def outcomes(promtool, directory: Path, mutants: list[tuple[str, dict]]) -> dict[str, bool]:
     """Whether the unit tests pass with each of some changed rule files, in one run of promtool."""
     files = []
     for number, (name, rules) in enumerate(mutants):
@@ -102,14 +93,14 @@ def changed(name: str, key: str, old: str, new: str) -> dict:
 
 
 @pytest.mark.prometheus
-def test_config_and_rules_are_valid():
+def test_config_and_rules_are_valid(promtool):
     for command in (("check", "config", "prometheus.yaml"), ("check", "rules", "alerts.yaml")):
         done = promtool(*command, cwd=MONITORING)
         assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.prometheus
-def test_every_alert_fires_and_stays_silent_as_it_should(tmp_path):
+def test_every_alert_fires_and_stays_silent_as_it_should(tmp_path, promtool):
     shutil.copy(MONITORING / "alerts.yaml", tmp_path)
     shutil.copy(Path(__file__).parent / "alerts_test.yaml", tmp_path)
     done = promtool("test", "rules", "alerts_test.yaml", cwd=tmp_path)
@@ -121,10 +112,10 @@ def test_every_alert_fires_and_stays_silent_as_it_should(tmp_path):
 
 
 @pytest.mark.prometheus
-def test_every_mutant_of_a_rule_fails_its_test(tmp_path):
+def test_every_mutant_of_a_rule_fails_its_test(tmp_path, promtool):
     changes = [(name, "expr", *change) for name, all_ in (MUTANTS | RECORD_MUTANTS).items() for change in all_]
     changes += [(rule["alert"], "for", rule["for"], "0s") for rule in RULES if "for" in rule]
-    verdicts = outcomes(tmp_path, [(name, changed(name, key, old, new)) for name, key, old, new in changes])
+    verdicts = outcomes(promtool, tmp_path, [(name, changed(name, key, old, new)) for name, key, old, new in changes])
     survivors = [change for change, passed in zip(changes, verdicts.values(), strict=True) if passed]
     assert not survivors
 

@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -84,10 +83,8 @@ def test_without_centering_entropy_falls_at_once_while_the_loss_looks_well(watch
 
 
 @pytest.mark.prometheus
-def test_the_collapse_alert_fires_on_the_collapsed_run_alone(watched, tmp_path):
+def test_the_collapse_alert_fires_on_the_collapsed_run_alone(watched, tmp_path, promtool):
     """The rule on the values that the runs really had, one look every 30 seconds, the last one kept."""
-    if shutil.which("promtool") is None:
-        pytest.skip("promtool is not installed (Debian: prometheus)")
     largest = largest_entropy(watched["config"].heads.prototypes)
     series = []
     for centering in CENTERINGS:
@@ -111,5 +108,5 @@ def test_the_collapse_alert_fires_on_the_collapsed_run_alone(watched, tmp_path):
     }
     shutil.copy(ALERTS, tmp_path)
     (tmp_path / "test.yaml").write_text(yaml.safe_dump(tests))
-    done = subprocess.run(["promtool", "test", "rules", "test.yaml"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = promtool("test", "rules", "test.yaml", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout

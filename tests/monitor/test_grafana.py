@@ -2,7 +2,6 @@
 
 import json
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -60,7 +59,8 @@ def test_expressions_use_known_metrics_and_variables_and_belong_to_one_run():
         assert expr.count('run="$run"') == len(metrics), f"{title} mixes runs"
 
 
-def test_a_sites_series_are_those_of_the_runs_job_alone(tmp_path):
+@pytest.mark.prometheus
+def test_a_sites_series_are_those_of_the_runs_job_alone(tmp_path, promtool):
     """By promtool on made-up series: two jobs share a node, and the run is one of them."""
     expr = SITE.panels[1].queries[0].expr.replace("$run", "mine")
     series = [
@@ -77,8 +77,8 @@ def test_a_sites_series_are_those_of_the_runs_job_alone(tmp_path):
     test = {"input_series": series, "interval": "1m"}
     test["promql_expr_test"] = [{"expr": expr, "eval_time": "2m", "exp_samples": found}]
     (tmp_path / "test.yaml").write_text(json.dumps({"rule_files": [], "tests": [test]}))
-    done = subprocess.run(["promtool", "test", "rules", tmp_path / "test.yaml"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = promtool("test", "rules", "test.yaml", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.parametrize("panel", SITE.panels, ids=lambda panel: panel.title)

@@ -16,6 +16,7 @@ from kernels.bench import aot
 from kernels.fused import attention
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("arch", aot.ARCHITECTURES)
 def test_configurations_of_the_presets_do_not_spill(arch: int) -> None:
