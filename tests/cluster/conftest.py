@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))  # slurm_cluster.py, which is no test
+sys.path.insert(0, str(Path(__file__).parent))  # modules that are no tests
 
 from slurm_cluster import Cluster, why_not
 
