@@ -1,7 +1,7 @@
 """Train some steps with all widths compiled before the first, and without: rehearsed.py OUT CONFIG [CONFIG ...].
 
-Writes, per configuration: losses of the steps either way, graphs compiled by then, and what was told. Without, the first
-one compiles in its steps; the others compile nothing then, which is quicker and computes the same.
+Writes, per configuration: losses of the steps either way, graphs compiled by then, and what was told. Without, the
+first one compiles in its steps; the others compile nothing then, which is quicker and computes the same.
 """
 
 import json
