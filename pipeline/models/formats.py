@@ -19,6 +19,7 @@ from torch.export import ExportedProgram
 
 from pipeline.errors import UserError
 from pipeline.models.loading import load_directory
+from pipeline.models.names import FORMAT_FILES
 
 OPSET = 18
 INPUT, OUTPUT = "images", "features"
@@ -144,7 +145,7 @@ def _open_exported(path: Path) -> Callable[[Tensor], Tensor]:
 
 FORMATS = {
     "onnx": Format(
-        "model.onnx",
+        FORMAT_FILES["onnx"],
         "--onnx",
         ("onnx", "onnxscript", "onnxruntime"),
         _write_onnx,
@@ -153,7 +154,7 @@ FORMATS = {
         'onnxruntime.InferenceSession("model.onnx").run(None, {"images": images})[0]',
     ),
     "torch_export": Format(
-        "model.pt2",
+        FORMAT_FILES["torch_export"],
         "--torch-export",
         (),
         _write_exported,
