@@ -3,8 +3,6 @@
 import errno
 import os
 import re
-import traceback
-from importlib import metadata
 
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _FIXES = {
@@ -72,12 +70,16 @@ def of_a_package(error: ImportError) -> UserError:
 
 def place_of(error: BaseException) -> str:
     """File and line that raised an error."""
+    import traceback  # few starts of a command or an endpoint have an error to place
+
     frames = traceback.extract_tb(error.__traceback__)
     return f"{frames[-1].filename}, line {frames[-1].lineno}"
 
 
 def _requirement(module: str) -> str | None:
     """What this package requires that brings a module: `nvidia-dali-cuda130>=2.2` for `nvidia.dali.fn`."""
+    from importlib import metadata  # as above
+
     try:
         declared = metadata.requires("poa-pretrain") or []
     except metadata.PackageNotFoundError:  # started from its folder

@@ -12,7 +12,6 @@ import os
 import re
 import socket
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import lru_cache
@@ -127,6 +126,8 @@ def require_writable(directory: Path, fix: str) -> None:
     Raises:
         UserError: it cannot; `fix` says what to do.
     """
+    import tempfile  # the endpoint of every run imports this file, and does not need that
+
     try:
         with tempfile.TemporaryFile(dir=directory):
             return

@@ -18,12 +18,14 @@ _OLD = 3600.0  # seconds; another process may be about to import a younger one
 
 def remove_generated_files() -> None:
     """Remove what this process's graphs have left, and what dead processes of this user left."""
-    for name, module in list(sys.modules.items()):
-        if name.startswith(_PREFIX) and module.__file__:
-            for written in (module.__file__, importlib.util.cache_from_source(module.__file__)):
+    folder = Path(tempfile.gettempdir())
+    # from the few files to the modules: in a forked process each of the thousands of modules looked at costs a page
+    for source in folder.glob(f"{_PREFIX}*.py"):
+        if source.stem in sys.modules:
+            for written in (source, importlib.util.cache_from_source(str(source))):
                 with suppress(OSError):
                     os.unlink(written)
-    for path in _left_over(Path(tempfile.gettempdir())):
+    for path in _left_over(folder):
         with suppress(OSError):
             path.unlink()
 

@@ -22,6 +22,7 @@ from pipeline.models.account import Account, Ledger
 from pipeline.models.card import METHODS, model_card
 from pipeline.models.formats import FORMATS, require_packages, write_formats
 from pipeline.models.loading import RunModels, choose, run_config
+from pipeline.models.names import CARD, CONFIG, FILES, PROOF, WEIGHTS
 from pipeline.models.proof import (
     TOLERANCE,
     ProofFailed,
@@ -35,9 +36,6 @@ from pipeline.models.results import Results, read_results
 from pipeline.models.timm_format import hub_config
 
 PROOF_IMAGES = 8
-CONFIG, WEIGHTS, CARD, PROOF = "config.json", "model.safetensors", "README.md", "proof.json"
-FILES = (CONFIG, WEIGHTS, *(kind.file for kind in FORMATS.values()), CARD, PROOF)
-"""All that an extraction may write; the proof last, since it vouches for the others."""
 
 
 @dataclass(frozen=True)

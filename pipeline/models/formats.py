@@ -19,6 +19,7 @@ from torch.export import ExportedProgram
 
 from pipeline.errors import UserError
 from pipeline.models.loading import load_directory
+from pipeline.models.names import FORMAT_FILES
 
 OPSET = 18
 INPUT, OUTPUT = "images", "features"
@@ -34,7 +35,7 @@ class Format(NamedTuple):
         option: of `poa extract`.
         packages: that writing and checking it takes, besides torch.
         write: writes a program that takes any number of images.
-        run: computes features from a file and images.
+        open: a file as a function that computes features of images.
         facts: what else the proof says of it.
         use: how it is used, for the card.
     """
@@ -43,7 +44,7 @@ class Format(NamedTuple):
     option: str
     packages: tuple[str, ...]
     write: Callable[[ExportedProgram, Path], None]
-    run: Callable[[Path, Tensor], Tensor]
+    open: Callable[[Path], Callable[[Tensor], Tensor]]
     facts: Callable[[], dict[str, Any]]
     use: str
 
@@ -85,7 +86,8 @@ def write_formats(names: Sequence[str], directory: Path, images: Tensor) -> dict
         for name in names:
             kind, path = FORMATS[name], directory / FORMATS[name].file
             kind.write(program, path)
-            pairs = [(kind.run(path, images), expected), (kind.run(path, images[:1]), expected[:1])]
+            run = kind.open(path)
+            pairs = [(run(images), expected), (run(images[:1]), expected[:1])]
             difference = max((a - b).abs().max().item() if a.shape == b.shape else math.nan for a, b in pairs)
             proofs[name] = {
                 "file": kind.file,
@@ -114,11 +116,11 @@ def _write_onnx(program: ExportedProgram, path: Path) -> None:
     torch.onnx.export(program, f=path, dynamo=True, opset_version=OPSET, external_data=False, verbose=False, **names)
 
 
-def _run_onnx(path: Path, images: Tensor) -> Tensor:
+def _open_onnx(path: Path) -> Callable[[Tensor], Tensor]:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    return torch.from_numpy(session.run([OUTPUT], {INPUT: images.numpy()})[0])
+    return lambda images: torch.from_numpy(session.run([OUTPUT], {INPUT: images.numpy()})[0])
 
 
 def _onnx_facts() -> dict[str, Any]:
@@ -131,27 +133,32 @@ def _write_exported(program: ExportedProgram, path: Path) -> None:
     torch.export.save(program, path)
 
 
-@torch.inference_mode()
-def _run_exported(path: Path, images: Tensor) -> Tensor:
-    return torch.export.load(path).module()(images)
+def _open_exported(path: Path) -> Callable[[Tensor], Tensor]:
+    program = torch.export.load(path).module()
+
+    @torch.inference_mode()
+    def run(images: Tensor) -> Tensor:
+        return program(images)
+
+    return run
 
 
 FORMATS = {
     "onnx": Format(
-        "model.onnx",
+        FORMAT_FILES["onnx"],
         "--onnx",
         ("onnx", "onnxscript", "onnxruntime"),
         _write_onnx,
-        _run_onnx,
+        _open_onnx,
         _onnx_facts,
         'onnxruntime.InferenceSession("model.onnx").run(None, {"images": images})[0]',
     ),
     "torch_export": Format(
-        "model.pt2",
+        FORMAT_FILES["torch_export"],
         "--torch-export",
         (),
         _write_exported,
-        _run_exported,
+        _open_exported,
         lambda: {"torch": torch.__version__},
         'torch.export.load("model.pt2").module()(images)',
     ),

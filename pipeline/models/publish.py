@@ -9,7 +9,7 @@ from typing import Any
 from pipeline.data.aside import new_folder
 from pipeline.errors import UserError, short
 from pipeline.files import read_json, sha256, write_atomically
-from pipeline.models.extract import CARD, FILES, PROOF
+from pipeline.models.names import CARD, FILES, PROOF
 
 LOCAL = "local-dir:PATH_OF_THIS_DIRECTORY"
 _FIX = "extract it again"

@@ -99,7 +99,7 @@ def test_an_upload_is_one_commit_of_these_files_and_a_refusal_is_one_line(model)
     code = (
         "import os, sys; from pipeline.cli import main; from huggingface_hub import constants\n"
         "words = sys.argv[1:]; first = main(words); os.environ['HF_TOKEN'] = 'hf_wrong'\n"
-        "sys.exit(first or main(words) - 2)"
+        "sys.exit(first or main(words) - 2 or 'torch' in sys.modules)"  # which would be most of the time it takes
     )
     try:
         words = ["publish", str(model), "--repo", "ann/tiny", "--private"]

@@ -18,7 +18,7 @@ ENGINES = {
 
 @pytest.fixture(scope="module")
 def results(launch, experiment, tmp_path_factory):
-    """Per rank and engine: (as training draws them, rehearsed)."""
+    """Per rank and engine: (as training draws them, rehearsed); only stage 0 compiles what it draws."""
     directory = tmp_path_factory.mktemp("rehearsed")
     for name, engine in ENGINES.items():
         narrow = {} if name == "stage 0" else {"width": {"min": 48, "max": 64, "step": 16}}  # a graph less to compile
@@ -33,7 +33,8 @@ def results(launch, experiment, tmp_path_factory):
 def test_a_rehearsed_run_compiles_nothing_in_its_steps_and_changes_no_bit(results, index):
     for rank in results:
         drawn, rehearsed = rank[index]
-        assert drawn["before"] == 0 < drawn["during"]
+        assert drawn["before"] == 0
+        assert (drawn["during"] > 0) == (index == 0)
         assert rehearsed["during"] == 0 < rehearsed["before"]
         assert rehearsed["losses"] == drawn["losses"]
 

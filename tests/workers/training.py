@@ -3,7 +3,8 @@
 Usage: training.py CONFIG PLAN, with PLAN a JSON list of attempts, each an object with
 
     overrides   list of KEY=VALUE
-    kill        null, or "steps:N" (kill -9 once N more lines are logged), "save" (as soon as a checkpoint is begun),
+    kill        null, or "start" (kill -9 at once), "steps:N" (once N more lines are logged), "save" (as soon as a
+                checkpoint is begun),
                 "signal" (SIGTERM at the first line, sent by the run to itself: it may be through before others act),
                 "interrupt" (SIGINT then)
     fork        RUN@STEP
@@ -17,6 +18,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -34,7 +36,7 @@ SIGNALS = {"signal": signal.SIGTERM, "interrupt": signal.SIGINT}
 def attempt(config_path: str, plan: dict) -> int:
     config = load_config(config_path, plan.get("overrides", []))
     run = Path(config.run.dir)
-    before = lines(run)
+    before, left_over = lines(run), begun_saves(run)
     kind, _, count = (plan.get("kill") or "none").partition(":")
     child = os.fork()
     if child == 0:
@@ -51,8 +53,9 @@ def attempt(config_path: str, plan: dict) -> int:
         finally:
             os._exit(code)
     moment = {
+        "start": lambda: True,
         "steps": lambda: lines(run) >= before + int(count or 1),
-        "save": lambda: any(run.glob("checkpoints/.step_*.tmp")),
+        "save": lambda: bool(begun_saves(run) - left_over),
     }.get(kind, lambda: False)
     sent = False
     while True:
@@ -82,6 +85,15 @@ def lines(run: Path) -> int:
         return (run / "metrics.jsonl").read_bytes().count(b"\n")
     except OSError:
         return 0
+
+
+def begun_saves(run: Path) -> set[tuple[str, int]]:
+    """Checkpoints that are being written or were when a run was killed, with the time of their last new file."""
+    found = set()
+    for path in run.glob("checkpoints/.step_*.tmp"):
+        with suppress(FileNotFoundError):
+            found.add((path.name, path.stat().st_ctime_ns))
+    return found
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import date
 from importlib.util import find_spec
 from pathlib import Path
+from subprocess import STDOUT, Popen, TimeoutExpired
 from typing import Any
 
 import pipeline
@@ -62,13 +62,14 @@ def run(out: Path, stages: Sequence[str], tiny: bool) -> int:
     Raises:
         UserError: there is no such stage, or no GPU.
     """
-    import torch
-
     unknown = sorted(set(stages) - set(STAGES))
     if unknown:
         raise UserError(f"no stage {unknown[0]!r}", "gpu", f"name some of {' '.join(STAGES)}")
-    if not tiny and not torch.cuda.is_available():
-        raise UserError("there is no GPU here", "gpu", "add --tiny to rehearse on the CPU")
+    if not tiny:
+        import torch
+
+        if not torch.cuda.is_available():
+            raise UserError("there is no GPU here", "gpu", "add --tiny to rehearse on the CPU")
     chosen = [letter for letter in STAGES if letter in (stages or STAGES)]
     out.mkdir(parents=True, exist_ok=True)
     if tiny:  # a rehearsal leaves the other cores to others
@@ -128,13 +129,11 @@ def _run(part: Part, out: Path) -> Outcome:
     figures.unlink(missing_ok=True)
     began, log = time.monotonic(), out / f"{part.name}.log"
     with log.open("w") as file:
-        process = subprocess.Popen(
-            part.command, stdout=file, stderr=subprocess.STDOUT, env=_environment(), start_new_session=True
-        )
+        process = Popen(part.command, stdout=file, stderr=STDOUT, env=_environment(), start_new_session=True)
         try:
             code = process.wait(part.seconds)
             ended = "done" if code == 0 else f"failed (exit code {code})"
-        except subprocess.TimeoutExpired:
+        except TimeoutExpired:
             ended = f"killed after {part.seconds:.0f} s"
         finally:
             _kill_session(process)
@@ -147,7 +146,7 @@ def _run(part: Part, out: Path) -> Outcome:
     return Outcome(part.stage, part.name, ended, time.monotonic() - began, lines)
 
 
-def _kill_session(process: subprocess.Popen) -> None:
+def _kill_session(process: Popen) -> None:
     """End a part with all that it started."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
