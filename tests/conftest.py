@@ -2,6 +2,7 @@
 
 import copy
 import fcntl
+import gc
 import os
 import resource
 import shutil
@@ -24,6 +25,7 @@ from scenes import write_labelled
 
 ROOT = Path(__file__).parent.parent
 SHARED_DATA = Path(os.environ.get("POA_TEST_DATA") or ROOT.parent / "shared" / "data")
+gc.set_threshold(50_000, 20, 50)  # to look for garbage among all that torch makes took up to a tenth of a worker's time
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # the suite was started in the background; what it starts was not
     signal.signal(signal.SIGINT, signal.default_int_handler)
 if not gpus():
