@@ -1,4 +1,4 @@
-"""Triton's interpreter, at half the time, and for whole steps at less.
+"""Triton's interpreter, at half the time.
 
 A kernel's call of another function makes the interpreter look through all of Triton's language for what it has to put
 its own things in place of. Once per kernel and module is enough: the language is the same until the kernel ends.
@@ -14,19 +14,18 @@ from kernels.fused import optimizer, reduce, residual
 
 
 def few_programs() -> None:
-    """For whole steps, whose networks are the smallest; the kernels' tests have their own widths, and all checks.
-
-    The interpreter takes a program's time whatever its width, and a quarter of it to see whether an index overflows.
-    """
+    """The interpreter takes a program's time whatever its width; the kernels' own widths are tested where they are."""
     patch_once()
-    builder = interpreter.interpreter_builder
-    builder.options = replace(builder.options, sanitize_overflow=False)
     optimizer.BLOCK = 1 << 16
     residual.ROWS = reduce.ROWS = reduce.COLUMN_ROWS = 32
 
 
 def patch_once() -> None:
     """Let this process's interpreter do so; what it then computes is the same."""
+    builder = interpreter.interpreter_builder
+    # asked for or not, an overflow is told of in debugging alone: what was computed to see it is thrown away
+    assert not builder.options.debug
+    builder.options = replace(builder.options, sanitize_overflow=False)
     patch = interpreter._patch_lang
     patched: set[int] = set()  # modules, by their names' dictionary
 

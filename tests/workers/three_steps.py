@@ -61,14 +61,18 @@ def by_engine(config: ExperimentConfig, ranks: Ranks) -> dict:
     trainer._masks = MethodType(masks, trainer)
     with mock.patch("torch.distributed.all_reduce", wraps=torch.distributed.all_reduce) as all_reduce:
         losses = [trainer.step(step).report.agreed.losses for step in range(config.run.max_steps or STEPS)]
+    groups, shard = trainer.engine.groups, trainer.engine.shard
+    own = [(group.place, group.pieces) for group in groups], shard.master.detach().cpu(), shard.ema.cpu()
+    everybody = ranks.gather(own)  # at once: a tensor takes a rank longer to send than its numbers do
     weights = {"student": {}, "teacher": {}}
-    for group in trainer.engine.groups:
+    for number, group in enumerate(groups):
         spec = group.spec
-        for branch, shard in (("student", group.master), ("teacher", group.ema)):
+        for branch, vector in (("student", 1), ("teacher", 2)):
             flat = torch.full((spec.numel,), torch.nan)
-            for pieces, part in ranks.gather((group.pieces, shard.detach().cpu().clone())):
+            for of_rank in everybody:
+                place, pieces = of_rank[0][number]
                 for piece in pieces:
-                    flat[piece.there] = part[piece.here]
+                    flat[piece.there] = of_rank[vector][place][piece.here]
             for name, shape, offset, size in zip(spec.names, spec.shapes, spec.offsets, spec.sizes, strict=True):
                 weights[branch][name] = flat[offset : offset + size].view(shape).clone()
     with trainer.engine.whole_teacher() as branch:
