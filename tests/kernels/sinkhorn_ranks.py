@@ -1,5 +1,6 @@
 """The two gloo ranks of test_sinkhorn.py, called with IMPL DIRECTORY; each writes DIRECTORY/RANK.pt."""
 
+import importlib
 import multiprocessing
 import sys
 from pathlib import Path
@@ -29,6 +30,8 @@ def be_rank(rank: int, impl: str, directory: Path) -> None:
 
 
 if __name__ == "__main__":
+    if sys.argv[1] == "triton":
+        importlib.import_module("torch._dynamo")  # the first call of an operator would, in either rank
     forks = multiprocessing.get_context("fork")  # which share the imports
     ranks = [forks.Process(target=be_rank, args=(rank, sys.argv[1], Path(sys.argv[2]))) for rank in (0, 1)]
     for process in ranks:

@@ -23,6 +23,7 @@ def test_this_repository_is_loaded_and_not_another_package_named_kernels() -> No
 
 
 @pytest.mark.runs
+@pytest.mark.skipif(interpreted(), reason="the process that it starts is the same one")
 def test_eager_needs_neither_triton_nor_the_pipeline() -> None:
     program = """
 import sys, torch

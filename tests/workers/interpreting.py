@@ -4,6 +4,7 @@ A kernel's call of another function makes the interpreter look through all of Tr
 its own things in place of. Once per kernel and module is enough: the language is the same until the kernel ends.
 """
 
+from dataclasses import replace
 from types import FunctionType
 from typing import Any
 
@@ -21,6 +22,10 @@ def few_programs() -> None:
 
 def patch_once() -> None:
     """Let this process's interpreter do so; what it then computes is the same."""
+    builder = interpreter.interpreter_builder
+    # asked for or not, an overflow is told of in debugging alone: what was computed to see it is thrown away
+    assert not builder.options.debug
+    builder.options = replace(builder.options, sanitize_overflow=False)
     patch = interpreter._patch_lang
     patched: set[int] = set()  # modules, by their names' dictionary
 
