@@ -28,7 +28,10 @@ def watch(pid: int, period: float, limit: float) -> None:
         if silent > limit:
             print(f"error: process {pid} hangs in native code that holds the interpreter", file=sys.stderr, flush=True)
             os.kill(pid, signal.SIGABRT)  # faulthandler prints its stacks
-            time.sleep(5)
+            for _ in range(50):
+                if os.getppid() != pid:  # it has ended; who reads what it printed waits for this process, too
+                    return
+                time.sleep(0.1)
             os.kill(pid, signal.SIGKILL)
 
 

@@ -219,11 +219,12 @@ def test_interpreted_triton_kernels_train_like_the_eager_ones(launch, tmp_path, 
         )
 
     width, depth = ({"min": least, "max": 2 * least, "step": least} for least in (16, 1))
-    shifted = depth | {"min": [2, 1, 1, 1], "max": [2, 1, 2, 1]}  # its second block's windows, on a map of 8 x 8
+    stages = {"min": [2, 1, 1, 1], "max": [2, 1, 2, 1], "step": 1}
     trees = {
         "vit": tree("vit", 16, 8, width=width, depth=depth),
         "eva": tree("eva", 16, 8, width=width, depth=depth),
-        "swin": tree("swin", 32, 32, head_dim=16, width=width, depth=shifted),
+        # a map of 8 x 8, whose windows the second block shifts
+        "swin": tree("swin", 32, 32, head_dim=16, width=width, depth=stages),
     }
     eager = run(launch, tmp_path, "engine", 1, trees)
     monkeypatch.setenv("TRITON_INTERPRET", "1")

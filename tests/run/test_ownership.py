@@ -15,14 +15,15 @@ from pipeline.run.ownership import Flock, locks_work
 
 ROOT = Path(__file__).parents[2]
 WORKER = ROOT / "tests" / "workers" / "own_directory.py"
+ALIVE, NOT_RENEWED = 3.0, 0.5  # seconds until a file is old: for an owner that a loaded machine delays, and for none
 
 
 class Process(subprocess.Popen):
-    """A process that claims a directory, on a file system without locks."""
+    """A process that claims a directory, on a file system without locks; see `own_directory.py`."""
 
-    def __init__(self, directory: Path, *job: object, preload: Path | None = None):
+    def __init__(self, directory: Path, *job: object, stale: float = ALIVE, preload: Path | None = None):
         environment = {**os.environ, "PYTHONPATH": str(ROOT), **({"LD_PRELOAD": str(preload)} if preload else {})}
-        command = [sys.executable, str(WORKER), str(directory), *map(str, job)]
+        command = [sys.executable, str(WORKER), *map(str, (directory, stale, *job))]
         super().__init__(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def says(self) -> str:
@@ -54,8 +55,8 @@ def no_locks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def claim(no_locks, tmp_path):
     started = []
 
-    def run(*job: object) -> Process:
-        started.append(Process(tmp_path, *job, preload=no_locks))
+    def run(*job: object, stale: float = ALIVE) -> Process:
+        started.append(Process(tmp_path, *job, stale=stale, preload=no_locks))
         return started[-1]
 
     yield run
@@ -85,7 +86,7 @@ def test_file_of_a_process_that_was_killed_here_is_taken_over(claim):
 def test_file_of_another_machine_is_taken_over_when_nobody_renews_it(claim, tmp_path):
     there = {"host": "n9", "pid": 1, "machine": "another", "renewed": 0.0, "started": "5"}
     (tmp_path / ".lock.owner").write_text(json.dumps(there))
-    assert claim().says() == "claimed"
+    assert claim(stale=NOT_RENEWED).says() == "claimed"
     assert json.loads((tmp_path / ".lock.owner").read_text())["machine"] != "another"
 
 
@@ -93,7 +94,7 @@ def test_process_that_was_stopped_meanwhile_learns_that_it_is_no_owner_any_more(
     first = claim()
     assert first.says() == "claimed"
     first.send_signal(signal.SIGSTOP)
-    assert claim().says() == "claimed"
+    assert claim(stale=NOT_RENEWED).says() == "claimed"
     first.send_signal(signal.SIGCONT)
     assert "was taken over by" in first.ask()
 

@@ -94,7 +94,7 @@ def test_rank_whose_native_code_holds_the_interpreter_is_named_by_the_others(end
 
 
 def watched(what: str) -> subprocess.Popen:
-    """A process that is watched, with a timeout of two seconds."""
+    """A process that is watched; see `watched.py`."""
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen([sys.executable, str(WATCHED), what], env=environment, **pipes)
@@ -105,9 +105,9 @@ def watched(what: str) -> subprocess.Popen:
 def test_a_process_that_was_stopped_for_longer_than_a_hang_may_last_goes_on():
     process = watched("wait")
     process.send_signal(signal.SIGSTOP)
-    time.sleep(12)  # the time that must not be counted, its only purpose
+    time.sleep(7)  # the time that must not be counted, its only purpose
     process.send_signal(signal.SIGCONT)
-    time.sleep(3)
+    time.sleep(2)
     _, err = process.communicate()
     assert (process.returncode, err) == (0, "")
 

@@ -22,9 +22,14 @@ FAULTS = ("e503", "e429", "reset", "cut", "short", "whole", "stall")
 
 
 class Faulty(ThreadingHTTPServer):
-    """Serves `folder`; a share `rate` of the GETs meets one of `faults`. `always` has faults by name of object."""
+    """Serves `folder`; a share `rate` of the GETs meets one of `faults`. `always` has faults by name of object.
+
+    A store that is `far_away` takes 40 ms for an answer: the system then sends a body once the client has acknowledged
+    the header.
+    """
 
     daemon_threads = True
+    far_away = False
 
     def __init__(self, folder: Path) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -56,6 +61,10 @@ class Faulty(ThreadingHTTPServer):
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: Faulty
+
+    def setup(self) -> None:
+        self.disable_nagle_algorithm = not self.server.far_away
+        super().setup()
 
     def log_message(self, *_: Any) -> None:
         pass

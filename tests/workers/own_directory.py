@@ -1,6 +1,7 @@
-"""Own a run directory until standard input ends: `own_directory.py DIRECTORY [JOB ATTEMPT]`.
+"""Own a run directory until standard input ends: `own_directory.py DIRECTORY STALE_SECONDS [JOB ATTEMPT]`.
 
-A line of input asks whether it is still the owner. Times are short ones.
+A line of input asks whether it is still the owner. An owner file is old after STALE_SECONDS; who wants it waits for a
+second longer.
 """
 
 import sys
@@ -10,9 +11,9 @@ from pipeline.errors import UserError
 from pipeline.run import ownership
 from pipeline.run.slurm_job import Job
 
-ownership.STALE_SECONDS, ownership._RENEW_SECONDS, ownership.OwnerFile.patience_seconds = 3.0, 0.3, 5.0
-
-directory, *job = sys.argv[1:]
+directory, stale, *job = sys.argv[1:]
+ownership.STALE_SECONDS, ownership._RENEW_SECONDS = float(stale), 0.3
+ownership.OwnerFile.patience_seconds = ownership.STALE_SECONDS + 1.0
 own = ownership.Ownership(Path(directory))
 try:
     own.claim(Job(job[0], int(job[1]), None) if job else None)

@@ -62,19 +62,20 @@ def by_engine(config: ExperimentConfig, ranks: Ranks) -> dict:
     with mock.patch("torch.distributed.all_reduce", wraps=torch.distributed.all_reduce) as all_reduce:
         losses = [trainer.step(step).report.agreed.losses for step in range(config.run.max_steps or STEPS)]
     groups, shard = trainer.engine.groups, trainer.engine.shard
-    own = [(group.place, group.pieces) for group in groups], shard.master.detach().cpu(), shard.ema.cpu()
-    everybody = ranks.gather(own)  # at once: a tensor takes a rank longer to send than its numbers do
+    own = {"student": shard.master.detach().cpu(), "teacher": shard.ema.cpu()}
+    # at once, since a tensor takes longer to be sent than its numbers do
+    shares = ranks.gather(([(group.place, group.pieces) for group in groups], own))
     weights = {"student": {}, "teacher": {}}
     for number, group in enumerate(groups):
         spec = group.spec
-        for branch, vector in (("student", 1), ("teacher", 2)):
+        for branch, whole_branch in weights.items():
             flat = torch.full((spec.numel,), torch.nan)
-            for of_rank in everybody:
-                place, pieces = of_rank[0][number]
+            for places, vectors in shares:
+                place, pieces = places[number]
                 for piece in pieces:
-                    flat[piece.there] = of_rank[vector][place][piece.here]
+                    flat[piece.there] = vectors[branch][place][piece.here]
             for name, shape, offset, size in zip(spec.names, spec.shapes, spec.offsets, spec.sizes, strict=True):
-                weights[branch][name] = flat[offset : offset + size].view(shape).clone()
+                whole_branch[name] = flat[offset : offset + size].view(shape).clone()
     with trainer.engine.whole_teacher() as branch:
         teacher = {name: p.detach().clone() for name, p in branch.named_parameters()}
     with whole(trainer.engine.branch, config.engine) as branch:
@@ -156,7 +157,11 @@ def main() -> None:
     # the gradients of a whole block; the real one is held against timm's networks
     nn.ReLU.forward = lambda self, x: F.silu(x)
     thin_resnets()
-    if mode != "inductor":
+    if mode == "inductor":
+        from torch._inductor import config as inductor
+
+        inductor.compile_threads = 1  # or it starts processes, which have nothing to do where there is no GPU
+    else:
         Backbone.compile_blocks = partialmethod(Backbone.compile_blocks, backend="eager")
     if interpreted():
         from interpreting import few_programs

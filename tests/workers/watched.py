@@ -1,4 +1,4 @@
-"""A process with a watchdog of two seconds that says `ready` and then: `watched.py wait|hold`.
+"""A process with a watchdog of two seconds, and a deadman of four, that says `ready` and then: `watched.py wait|hold`.
 
 `wait` beats until standard input ends; `hold` sleeps in native code that holds the interpreter.
 """
@@ -8,9 +8,10 @@ import sys
 import threading
 import time
 
-from pipeline.run.watchdog import Watchdog
+import pipeline.run.watchdog
 
-watchdog = Watchdog(0, 1, 2.0)
+pipeline.run.watchdog._GRACE_SECONDS = 2.0
+watchdog = pipeline.run.watchdog.Watchdog(0, 1, 2.0)
 print("ready", flush=True)
 if sys.argv[1] == "hold":
     ctypes.PyDLL(None).sleep(120)

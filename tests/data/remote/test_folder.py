@@ -18,6 +18,7 @@ from pipeline.data.stream import SampleStream
 from pipeline.errors import UserError
 
 RANKS = (2, 1, 3, 5)
+BRIEF = ("e503", "reset", "cut", "short", "whole")  # and do not last for a second, as a stall does
 
 
 @pytest.fixture
@@ -41,7 +42,7 @@ def pattern(where: object) -> str:
 
 def test_store_gives_what_the_disk_gives(folder: Path, serve: Callable) -> None:
     server = serve(folder)
-    server.rate = 0.15
+    server.rate, server.faults = 0.15, BRIEF
     here, there = Dataset(pattern(folder)), Dataset(pattern(server.url))
     assert there.is_remote
     assert there.described() == here.described()
@@ -139,7 +140,7 @@ def test_no_sample_is_left_out_because_of_the_store(folder: Path, serve: Callabl
 def test_ledger_is_exact_over_three_epochs_and_any_history_of_ranks(folder: Path, serve: Callable) -> None:
     """Two sources over a store with faults; killed and resumed, from the number of samples alone, on other ranks."""
     server = serve(folder)
-    server.rate, server.faults = 0.15, ("e503", "reset", "cut", "short", "whole")
+    server.rate, server.faults = 0.15, BRIEF
     urls = {"a": f"{server.url}/train-00000[02].tar", "b": f"{server.url}/train-000001.tar"}
     train = [
         SourceConfig(name=name, url=url, weight=weight)
@@ -169,7 +170,7 @@ def test_loader_gives_the_same_crops_from_a_store_through_a_cache(
 ) -> None:
     """Two ranks of a node that share a folder, over two epochs, beside two that read from a disk."""
     server = serve(folder)
-    server.rate, server.faults = 0.15, ("e503", "reset", "cut", "short", "whole")
+    server.rate, server.faults = 0.15, BRIEF
     monkeypatch.setattr(WEATHER, "hits", 0)
     monkeypatch.setattr(WEATHER, "misses", 0)
     crops = {"global_crops": {"size": 32}, "local_crops": {"count": 2, "size": 16}, "threads": 1, "batch_size": 5}

@@ -42,6 +42,7 @@ def faulty(folder: Path, serve: Callable) -> list[Any]:
     servers = [serve(folder), serve(folder)]
     for server in servers:
         server.rate, server.faults = 0.15, FAULTS
+        server.far_away = True  # so that pieces are here before much is asked for that is still on its way
     return servers
 
 
