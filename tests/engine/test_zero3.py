@@ -11,7 +11,7 @@ import yaml
 
 from pipeline.files import read_json_lines
 
-BUDGET = 1_620_000_000  # bytes
+BUDGET = 800_000_000  # bytes; stage 3 does with 650 million, stage 0 with 1,000, and not with 900
 FSDP2 = {"backend": "fsdp2", "zero_stage": None, "reshard_after_forward": True}
 WORKERS = Path(__file__).parents[1] / "workers"
 
@@ -30,13 +30,13 @@ def test_no_weight_stays_gathered_between_forward_and_backward(launch, tmp_path,
 
 
 def test_a_network_too_large_for_a_rank_trains(launch, tmp_path, experiment):
-    """Stages 0 and 3 of 63 million parameters within the same limit of the operating system."""
+    """Stages 0 and 3 of 32 million parameters within the same limit of the operating system."""
     tree = experiment(
         model={
             "image_size": 16,
             "head_dim": 64,
             "width": {"min": 256, "max": 512, "step": 256},
-            "depth": {"min": 19, "max": 20, "step": 1},
+            "depth": {"min": 9, "max": 10, "step": 1},
         },
         data={"batch_size": 1, "global_crops": {"size": 16}, "local_crops": {"count": 1, "size": 8}},
         loss={"koleo_weight": 0.0},
