@@ -4,9 +4,8 @@ Usage: training.py CONFIG PLAN, with PLAN a JSON list of attempts, each an objec
 
     overrides   list of KEY=VALUE
     kill        null, or "start" (kill -9 at once), "steps:N" (once N more lines are logged), "save" (as soon as a
-                checkpoint is begun),
-                "signal" (SIGTERM at the first line, sent by the run to itself: it may be through before others act),
-                "interrupt" (SIGINT then)
+                checkpoint is begun), "signal" (SIGTERM at the first line, sent by the run to itself: it may be through
+                before others act), "interrupt" (SIGINT then)
     fork        RUN@STEP
     delay       seconds between that moment and the signal
 
