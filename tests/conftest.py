@@ -20,7 +20,7 @@ import yaml
 sys.path.extend(str(Path(__file__).parent / folder) for folder in ("workers", "pictures"))  # modules that are no tests
 
 from awkward import write_awkward
-from launcher import ON_CPU, gpus, run_ranks, unused_port
+from launcher import ON_CPU, gpus, run_ranks, start_fork_server, unused_port
 from scenes import write_labelled
 
 ROOT = Path(__file__).parent.parent
@@ -256,6 +256,7 @@ def free_port() -> int:
 @pytest.fixture(scope="session")
 def launch(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[str]]:
     """Run a Python script as several ranks; returns what each printed, fails if one failed."""
+    start_fork_server()  # here and not in `run`, which threads call too
 
     def run(script: Path, ranks: int, *args: object, timeout: float = 240, fresh: bool = False) -> list[str]:
         return run_ranks(script, ranks, list(map(str, args)), tmp_path_factory.mktemp("launch"), timeout, fresh)

@@ -73,6 +73,8 @@ class Cluster:
                 os.kill(pid, signal.SIGKILL)
 
     def run(self, *command: object, check: bool = True, **options: object) -> str:
+        # by threads too, so with an environment of its own: pytest changes that of this process at any moment, and a
+        # process that is being started then finds no environment at all (EFAULT)
         result = subprocess.run(
             list(map(str, command)), env=self.env, text=True, capture_output=True, timeout=60, check=False, **options
         )

@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -255,7 +254,7 @@ def ended_by_another_job(lab: Lab, run: Run, *overrides: str) -> None:
 def requeue_usr1_a_killed_rank_a_stopped_rank_a_full_disk_scancel(lab: Lab) -> None:
     directory = lab.directory / "zero" / "run"
     directory.mkdir(parents=True)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(directory)], check=True)
+    lab.cluster.run("mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", directory)
     try:
         run = lab.submit("zero", "run.keep=1", "run.hang_timeout_seconds=90", steps=LONG)
         requeue(lab, run)
@@ -268,7 +267,7 @@ def requeue_usr1_a_killed_rank_a_stopped_rank_a_full_disk_scancel(lab: Lab) -> N
         assert run.resumed_at()[0] % SAVE_EVERY == 0
         ended_by_another_job(lab, run, "run.keep=1")
     finally:
-        subprocess.run(["umount", "--lazy", str(directory)], check=True)
+        lab.cluster.run("umount", "--lazy", directory)
 
 
 def fsdp2_requeue_usr1_a_killed_rank_scancel(lab: Lab) -> None:

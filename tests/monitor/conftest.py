@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import yaml
-from launcher import start_ranks
+from launcher import start_fork_server, start_ranks
 
 from pipeline.monitor.discovery import run_label
 
@@ -149,6 +149,7 @@ def live(
     (home / "config.yaml").write_text(yaml.safe_dump(tree))
     log = home / "log"
     words = [str(home / "config.yaml"), "--run-dir", str(home / "night")]
+    start_fork_server()
     started = Live(url, home / "night", targets, start_ranks(TRAIN, words, home, [log, log]))
 
     def evaluated() -> bool:

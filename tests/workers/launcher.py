@@ -10,7 +10,6 @@ import os
 import runpy
 import socket
 import sys
-import threading
 import time
 from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
@@ -21,8 +20,6 @@ ROOT = Path(__file__).parents[2]
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(["preloaded"])
 _FRESH = multiprocessing.get_context("spawn")
-_STARTING = threading.Lock()
-
 
 ON_CPU = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 
@@ -41,6 +38,16 @@ def unused_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def start_fork_server() -> None:
+    """Start the process from which ranks are forked, if it is not there yet.
+
+    In the main thread alone: the environment is changed for it, and other threads may be starting processes.
+    """
+    # DeepSpeed chooses its device once, when it is imported there; the path is how that process finds what to import
+    with mock.patch.dict(os.environ, ON_CPU | {"PYTHONPATH": f"{Path(__file__).parent}:{ROOT}"}):
+        forkserver.ensure_running()
 
 
 def run_ranks(
@@ -78,17 +85,19 @@ def run_ranks(
 def start_ranks(
     script: Path, arguments: list[str], directory: Path, files: list[Path], fresh: bool = False
 ) -> list[BaseProcess]:
-    """Start a rank for each file, to which it writes what it prints; the other arguments are those of `run_ranks`."""
+    """Start a rank for each file, to which it writes what it prints; the other arguments are those of `run_ranks`.
+
+    `start_fork_server` comes first, unless `fresh`.
+    """
     ranks = len(files)
     shared = {"WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": unused_port()}
     shared |= {"OMP_NUM_THREADS": 1, "PYTHONPATH": ROOT, **ON_CPU}
-    # DeepSpeed chooses its device once, when it is imported there; the path is how that process finds what to import
-    with _STARTING, mock.patch.dict(os.environ, ON_CPU | {"PYTHONPATH": f"{Path(__file__).parent}:{ROOT}"}):
-        forkserver.ensure_running()
+    # a variable may go while another thread starts ranks: pytest has one for the test that is running
+    inherited = {name: value for name in list(os.environ) if (value := os.environ.get(name)) is not None}
     context, processes = _FRESH if fresh else _FORKS, []
     for rank, file in enumerate(files):
         own = {name: str(value) for name, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()}
-        words = (script, arguments, {**os.environ, **own}, directory, file, fresh)
+        words = (script, arguments, {**inherited, **own}, directory, file, fresh)
         processes.append(context.Process(target=_be_rank, args=words))
         processes[-1].start()
     return processes

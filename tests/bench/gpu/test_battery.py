@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launcher import gpus, start_ranks
+from launcher import gpus, start_fork_server, start_ranks
 
 from pipeline.bench.gpu import STAGES, battery
 from pipeline.bench.gpu.battery import Part, parts, run, run_parts
@@ -137,6 +137,7 @@ def test_the_battery_runs_on_small_shapes(tmp_path, monkeypatch):
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     if not gpus():  # forks would not see them
+        start_fork_server()
         monkeypatch.setattr(battery, "Popen", Fork)
     assert battery.run(tmp_path / "report", ["b", "c", "d", "e"], tiny=True) == 0
     report = json.loads((tmp_path / "report" / "report.json").read_text())
