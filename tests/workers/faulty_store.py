@@ -24,6 +24,8 @@ FAULTS = ("e503", "e429", "reset", "cut", "short", "whole", "stall")
 class Faulty(ThreadingHTTPServer):
     """Serves `folder`; a share `rate` of the GETs meets one of `faults`. `always` has faults by name of object.
 
+    What is `sent`, in bytes by name of object, leaves out those for which nobody asked.
+
     A store that is `far_away` takes 40 ms for an answer: the system then sends a body once the client has acknowledged
     the header.
     """
@@ -87,8 +89,9 @@ class Handler(BaseHTTPRequestHandler):
             return self.refuse(412)
         data = (self.server.folder / name).read_bytes()
         found = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
-        if found and fault != "whole":
-            data = data[int(found[1]) : int(found[2]) + 1]
+        part = data[int(found[1]) : int(found[2]) + 1] if found else data
+        if fault != "whole":
+            data = part
         announced = len(data) // 2 if fault == "short" else len(data)
         self.send_response(206 if found and fault != "whole" else 200)
         self.send_header("ETag", tag)
@@ -111,7 +114,7 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return None
         with self.server.lock:  # before the client can know
-            self.server.sent[name] += announced
+            self.server.sent[name] += min(announced, len(part))
         self.wfile.write(data[:announced])
         return None
 
