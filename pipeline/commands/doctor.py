@@ -4,6 +4,7 @@ import argparse
 import json
 
 from pipeline.commands.arguments import LARGEST_JOB, add_config, add_json, whole
+from pipeline.commands.imports import heavy_imports
 
 HELP = "check data, disk, libraries and memory before a job"
 
@@ -22,8 +23,9 @@ def run(args: argparse.Namespace) -> int:
     from pipeline.config import load_config
 
     config = load_config(args.config, args.overrides)
-    from pipeline.engine import distributed
-    from pipeline.plan.doctor import examine, table
+    with heavy_imports():
+        from pipeline.engine import distributed
+        from pipeline.plan.doctor import examine, table
 
     ranks = distributed.initialize(120)
     try:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from pipeline.commands.arguments import add_json, local, path
 from pipeline.commands.eval import launched_ranks
+from pipeline.commands.imports import heavy_imports
 
 HELP = "features of shards as files, and a map of them with pictures"
 
@@ -29,7 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Embed, and draw the map."""
-    from pipeline.evaluate.embed import Wanted, embed
+    with heavy_imports():
+        from pipeline.evaluate.embed import Wanted, embed
 
     if args.map == "umap":
         from pipeline.report.embedding import require_umap

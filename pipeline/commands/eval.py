@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from pipeline.engine.distributed import Ranks
 
 from pipeline.commands.arguments import add_json, path
+from pipeline.commands.imports import heavy_imports
 
 HELP = "k-NN or linear accuracy, or segmentation, of sub-networks"
 _METHODS = {
@@ -42,8 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate and print."""
-    from pipeline.evaluate.evaluation import Request, evaluate
-    from pipeline.evaluate.table import table
+    with heavy_imports():
+        from pipeline.evaluate.evaluation import Request, evaluate
+        from pipeline.evaluate.table import table
 
     names = [name for word in args.subnets or () for name in word.split(",") if name]
     request = Request(

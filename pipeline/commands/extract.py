@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from pipeline.commands.arguments import add_json, local, path, whole
+from pipeline.commands.imports import heavy_imports
 from pipeline.errors import UserError, printable
 
 HELP = "cut sub-networks out as plain timm models"
@@ -52,8 +53,9 @@ def run(args: argparse.Namespace) -> int:
     _require_meaning(args)
     if args.bundle is not None:
         return _bundle(args, Path(out))
-    from pipeline.models.extract import extract
-    from pipeline.models.proof import ProofFailed
+    with heavy_imports():
+        from pipeline.models.extract import extract
+        from pipeline.models.proof import ProofFailed
 
     subnets = "all" if args.all else args.subnet
     formats = [name for name in ("onnx", "torch_export") if getattr(args, name)]
@@ -96,7 +98,8 @@ def _require_meaning(args: argparse.Namespace) -> None:
 
 
 def _bundle(args: argparse.Namespace, out: Path) -> int:
-    from pipeline.models.bundling import write_bundle
+    with heavy_imports():
+        from pipeline.models.bundling import write_bundle
 
     entry = write_bundle(Path(args.run_dir), out, not args.no_moments)
     if args.json:

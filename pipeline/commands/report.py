@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from pipeline.commands.arguments import local, path
+from pipeline.commands.imports import heavy_imports
 from pipeline.errors import UserError
 
 HELP = "one HTML file about a run"
@@ -18,7 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Write the report and say where."""
     from pipeline.files import require_writable, write_atomically
-    from pipeline.report.page import report
+
+    with heavy_imports():
+        from pipeline.report.page import report
 
     directory = Path(args.directory)
     if not directory.is_dir():

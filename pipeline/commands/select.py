@@ -9,6 +9,7 @@ from types import MappingProxyType
 
 from pipeline.commands.arguments import add_json, local, path, whole
 from pipeline.commands.eval import launched_ranks
+from pipeline.commands.imports import heavy_imports
 
 HELP = "the network that fits a budget of parameters, GFLOPs, memory or milliseconds"
 _COUNTS = {"K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9}
@@ -62,8 +63,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Choose and print."""
-    from pipeline.select.latency import machine_here
-    from pipeline.select.selection import Wanted, select
+    with heavy_imports():
+        from pipeline.select.latency import machine_here
+        from pipeline.select.selection import Wanted, select
 
     if args.out:
         _require_file(Path(args.out))

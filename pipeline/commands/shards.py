@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.commands.arguments import add_config, add_json, local
+from pipeline.commands.imports import heavy_imports
 from pipeline.commands.signals import Stopped
 from pipeline.data.aside import kept_of
 from pipeline.data.names import escape
@@ -122,7 +123,8 @@ def _index(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from pipeline.data.check import verify
+    with heavy_imports():
+        from pipeline.data.check import verify
 
     verdicts = verify(args.shards)
     if args.json:
@@ -146,7 +148,8 @@ def _print_members(names: list[tuple[str, str]]) -> None:
 
 
 def _stats(args: argparse.Namespace) -> int:
-    from pipeline.data.check import stats
+    with heavy_imports():
+        from pipeline.data.check import stats
 
     found = stats(args.shards)
     if args.json:
@@ -173,7 +176,9 @@ def _stats(args: argparse.Namespace) -> int:
 def _show(args: argparse.Namespace) -> int:
     from pipeline.config import load_config
     from pipeline.files import require_writable, write_atomically
-    from pipeline.report.sheet import contact_sheet
+
+    with heavy_imports():
+        from pipeline.report.sheet import contact_sheet
 
     config = load_config(args.config, args.overrides)
     out = Path(args.out or f"{Path(args.config).stem}.html")

@@ -1,13 +1,11 @@
 """`poa train`: train a run, or resume it."""
 
 import argparse
-import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.commands.arguments import add_config, local, path
+from pipeline.commands.imports import heavy_imports
 
 if TYPE_CHECKING:
     from pipeline.config import ExperimentConfig
@@ -40,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     from pipeline.run.slurm_job import stop_signals
 
     with stop_signals() as stop_requested:
-        with _heavy_imports():
+        with heavy_imports():
             from pipeline.run.fork import Fork
             from pipeline.run.loop import train
 
@@ -63,18 +61,3 @@ def _look_for_shards(config: "ExperimentConfig") -> None:
     alone = not launch().together and Job.from_environment() is None
     if alone and not Path(config.run.dir).exists() and not any(map(is_remote, patterns_of(train))):
         list_shards(train)
-
-
-@contextmanager
-def _heavy_imports() -> Iterator[None]:
-    """Keep Python's cycle collector away from what imports make, now, while the command runs, and at exit.
-
-    These are more than half a million objects that live as long as the process. Looking for garbage among them takes a
-    fifth of the time of the imports, and as long again when the interpreter shuts down.
-    """
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        gc.enable()
