@@ -36,7 +36,8 @@ sys.exit(cli.main(["subnets", sys.argv[2]]))
 )
 def test_a_signal_is_one_line_and_leaves_nothing_half_written(tmp_path, before, number, code, said):
     python = [sys.executable, "-c", WRITE, str(number), str(tmp_path / "a")]
-    words = ["env", "--default-signal", "bash", "-c", f'{before} exec "$@"', "bash", *python]  # the suite may run by nohup
+    # all signals at their defaults, though the suite may have been started by nohup
+    words = ["env", "--default-signal", "bash", "-c", f'{before} exec "$@"', "bash", *python]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(words, env=env, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (code, said)
