@@ -271,6 +271,12 @@ def test_help_imports_nothing_heavy(argv):
     assert done.returncode == 0, done.stderr
 
 
+def test_commands_that_compute_nothing_import_no_torch():
+    rooms = "data.shards, pipeline.data.check, pipeline.plan.plan, pipeline.plan.subnets, pipeline.models.publish"
+    code = f"import sys, pipeline.{rooms}\nsys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent).returncode == 0
+
+
 def test_a_slip_in_the_name_of_a_shard_is_told_before_what_training_imports(config, tmp_path):
     words = ["train", str(config), f"data.train={tmp_path}/train-{{000000..000001}}.tar", f"run.dir={tmp_path}/new"]
     code = (

@@ -123,8 +123,7 @@ def _index(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    with heavy_imports():
-        from pipeline.data.check import verify
+    from pipeline.data.check import verify
 
     verdicts = verify(args.shards)
     if args.json:
@@ -148,8 +147,7 @@ def _print_members(names: list[tuple[str, str]]) -> None:
 
 
 def _stats(args: argparse.Namespace) -> int:
-    with heavy_imports():
-        from pipeline.data.check import stats
+    from pipeline.data.check import stats
 
     found = stats(args.shards)
     if args.json:

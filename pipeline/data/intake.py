@@ -5,8 +5,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from pipeline.config import DataConfig, ExperimentConfig
 from pipeline.data.catalog import Catalog, Pixels, measuring
@@ -73,14 +71,6 @@ class Intake(NamedTuple):
             return data, header
         pixels, header = decode_values(data, self.max_pixels, self.channels)
         return scaled(pixels, self.value_range), header
-
-    def shown(self, images: Tensor) -> Tensor:
-        """Normalised images `[..., C, H, W]` as colours `[..., 3, H, W]` in 0..1: one channel grey, else the first."""
-        mean, std = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
-        values = (images.float() * std + mean).clamp(0, 1)
-        if self.channels == 2:
-            values = torch.cat([values, values[..., :1, :, :] * 0], -3)
-        return values.expand(*values.shape[:-3], 3, -1, -1) if self.channels == 1 else values[..., :3, :, :]
 
 
 def settle_values(config: ExperimentConfig) -> ExperimentConfig:

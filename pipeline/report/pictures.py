@@ -59,11 +59,12 @@ def crops_as_seen(config: ExperimentConfig, step: int, world_size: int, run: Pat
             config.data.seed, step, 0, 2 * batch, (rows, columns), loss.mask_probability, loss.mask_ratio
         )
         masks = drawn[: 2 * count].reshape(2 * count, rows, columns)
-    per_image, shown = len(locals_) // read, loader.intake.shown
+    per_image = len(locals_) // read
+    globals_, locals_ = as_colours(globals_, loader.intake), as_colours(locals_, loader.intake)
     strips = []
     for i in range(count):
-        strip = [picture(darkened(shown(globals_[2 * i + g]), masks[2 * i + g])) for g in range(2)]
-        strip += [picture(shown(locals_[i * per_image + j]), SIDE // 2) for j in range(per_image)]
+        strip = [picture(darkened(globals_[2 * i + g], masks[2 * i + g])) for g in range(2)]
+        strip += [picture(locals_[i * per_image + j], SIDE // 2) for j in range(per_image)]
         strips.append(f'<div class="strip">{"".join(strip)}</div>')
     return "".join(strips)
 
@@ -99,7 +100,7 @@ def _some_images(source: EvalImages) -> tuple[Tensor, Tensor]:
             break
     channels = source.intake.channels
     normalized = source.normalize(torch.stack(held) if held else torch.empty(0, channels, 1, 1))
-    return source.intake.shown(normalized), normalized
+    return as_colours(normalized, source.intake), normalized
 
 
 def _components(models: RunModels, images: Tensor, subnet: Subnet) -> Tensor:
@@ -119,6 +120,15 @@ def darkened(crop: Tensor, mask: np.ndarray) -> Tensor:
     size = crop.shape[-1]
     grown = np.kron(mask, np.ones((size // mask.shape[0], size // mask.shape[1]), dtype=bool))
     return torch.where(torch.from_numpy(grown), _MASKED * crop, crop)
+
+
+def as_colours(images: Tensor, intake: Intake) -> Tensor:
+    """Colours `[..., 3, H, W]` in 0..1 of normalised images `[..., C, H, W]`: one channel grey, else the first."""
+    mean, std = (torch.tensor(values)[:, None, None] for values in (intake.mean, intake.std))
+    values = (images.float() * std + mean).clamp(0, 1)
+    if intake.channels == 2:
+        values = torch.cat([values, values[..., :1, :, :] * 0], -3)
+    return values.expand(*values.shape[:-3], 3, -1, -1) if intake.channels == 1 else values[..., :3, :, :]
 
 
 def picture(image: Tensor, side: int = SIDE) -> str:

@@ -14,7 +14,7 @@ from pipeline.data.reading import Reading
 from pipeline.data.stream import Skip
 from pipeline.elastic import Grid
 from pipeline.report.charts import table
-from pipeline.report.pictures import SIDE, darkened, picture
+from pipeline.report.pictures import SIDE, as_colours, darkened, picture
 from pipeline.report.template import page_of
 
 IMAGES = 8
@@ -46,11 +46,11 @@ def contact_sheet(config: ExperimentConfig, name: str) -> str:
     crops, covered, channels = [], [], []
     for i, key in enumerate(names):
         pair = globals_[2 * i : 2 * i + 2]
-        strip = [picture(intake.shown(crop)) for crop in pair]
-        strip += [picture(intake.shown(crop), SIDE // 2) for crop in locals_[local * i : local * (i + 1)]]
+        strip = [picture(as_colours(crop, intake)) for crop in pair]
+        strip += [picture(as_colours(crop, intake), SIDE // 2) for crop in locals_[local * i : local * (i + 1)]]
         crops.append(_row(key, strip))
         dark = zip(pair, masks[2 * i : 2 * i + 2], strict=True)
-        covered.append(_row(key, [picture(darkened(intake.shown(crop), mask)) for crop, mask in dark]))
+        covered.append(_row(key, [picture(darkened(as_colours(crop, intake), mask)) for crop, mask in dark]))
         channels.append(_row(key, [picture(_grey(channel)) for channel in pair[0]]))
     share = masks.reshape(len(masks), -1).mean(1)
     sections = {
