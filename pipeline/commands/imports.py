@@ -15,7 +15,9 @@ def heavy_imports() -> Iterator[None]:
     """
     gc.disable()
     try:
-        yield
+        from pipeline.elastic.compiler import compiler_deferred
+        with compiler_deferred():
+            yield
     finally:
         gc.freeze()
         gc.enable()
