@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from pipeline.config import ModelConfig
 from pipeline.elastic.layers import ElasticLayer, leading, recut_in_backward
 from pipeline.elastic.subnet import Grid, Subnet
+from pipeline.elastic.uninitialised import Uninitialised
 
 
 class Features(NamedTuple):
@@ -228,7 +229,7 @@ class Backbone(nn.Module):
 
         self._check(subnet)
         args = self.model_args(subnet)
-        with torch.device("meta"):
+        with torch.device("meta"), Uninitialised():
             skeleton = timm.create_model(self.architecture, **args)
         state = {}
         for name, module in skeleton.named_modules():

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 
 import timm
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from pipeline.config import ExperimentConfig, load_config
 from pipeline.elastic import Grid, Subnet, build, cost
 from pipeline.elastic.head import ProjectionHeads
+from pipeline.elastic.uninitialised import Uninitialised
 from pipeline.engine.saved import BRANCHES, load_weights
 from pipeline.errors import UserError
 from pipeline.models.timm_format import timm_module
@@ -32,7 +34,8 @@ class RunModels:
         self.config, self.step, self.fingerprint = config, step, fingerprint
         self.grid = Grid(config.model)
         torch.manual_seed(config.data.seed)  # as the run began
-        self.backbone = build(config.model).eval().requires_grad_(False)
+        with nullcontext() if weights is None else Uninitialised():
+            self.backbone = build(config.model).eval().requires_grad_(False)
         if weights is not None:
             self.backbone.load_state_dict(weights)
 
@@ -99,7 +102,8 @@ def open_heads(run_dir: str | Path, branch: str = "teacher") -> ProjectionHeads:
     """
     config = run_config(Path(run_dir))
     weights, _ = load_weights(Path(run_dir) / "checkpoints", branch)
-    heads = ProjectionHeads(cost.feature_dim(config.model, Grid(config.model).largest), config.heads)
+    with Uninitialised():
+        heads = ProjectionHeads(cost.feature_dim(config.model, Grid(config.model).largest), config.heads)
     heads.load_state_dict({n.removeprefix("heads."): w for n, w in weights.items() if n.startswith("heads.")})
     return heads.eval().requires_grad_(False)
 

@@ -8,6 +8,7 @@ from torch import nn
 from pipeline.config import ExperimentConfig
 from pipeline.data.intake import Intake
 from pipeline.elastic import Export
+from pipeline.elastic.uninitialised import Uninitialised
 
 VALUE_RANGE = "value_range"
 """Key of `config.json`: the values that become 0 and 1, where images are not 8-bit RGB."""
@@ -17,7 +18,9 @@ CROP_FRACTION = 0.875  # centre crop of the resized image in evaluation, as DINO
 def timm_module(config: ExperimentConfig, export: Export) -> nn.Module:
     """An exported sub-network as timm builds it, fp32 on the CPU, in eval mode."""
     entry = hub_config(config, export)
-    model = timm.create_model(export.architecture, pretrained_cfg=dict(entry["pretrained_cfg"]), **entry["model_args"])
+    words = {"pretrained_cfg": dict(entry["pretrained_cfg"]), **entry["model_args"]}
+    with Uninitialised():
+        model = timm.create_model(export.architecture, **words)
     model.load_state_dict(export.state_dict)
     return model.eval()
 

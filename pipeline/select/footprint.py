@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pipeline.elastic import Backbone, Subnet
+from pipeline.elastic.uninitialised import Uninitialised
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -80,7 +81,7 @@ def footprint(build: Callable[[], nn.Module], image: Sequence[int], batch: int, 
         precision: key of `DTYPES`, of weights and activations.
     """
     dtype = DTYPES[precision]
-    with torch.device("meta"):
+    with torch.device("meta"), Uninitialised():
         module = build().eval()
     with FakeTensorMode(), torch.inference_mode():
         state = {
