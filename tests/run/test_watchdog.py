@@ -112,6 +112,16 @@ def test_a_process_that_was_stopped_for_longer_than_a_hang_may_last_goes_on():
     assert (process.returncode, err) == (0, "")
 
 
+def test_hours_in_which_nothing_ran_are_no_silence(tmp_path, monkeypatch):
+    watchdog, woken = Watchdog(0, 1, 1000), time.monotonic() + 3 * 3600  # it looks every minute
+    with monkeypatch.context() as clock:
+        clock.setattr(time, "monotonic", lambda: woken)
+        watchdog.share(tmp_path)
+    watchdog.stop()
+    (heartbeat,) = read_heartbeats(tmp_path, 1, besides=-1)
+    assert heartbeat.silent_seconds == 120
+
+
 def test_native_code_that_holds_the_interpreter_of_the_only_rank_is_ended_with_its_stack():
     process = watched("hold")
     _, err = process.communicate(timeout=110)
