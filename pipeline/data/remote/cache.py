@@ -231,7 +231,8 @@ class Cache:
                 os.replace(part, self.folder / name)
             return True
         except (SourceError, OSError) as error:
-            part.unlink(missing_ok=True)
+            with self._alone():  # or another rank may be about to lock what nobody will find
+                part.unlink(missing_ok=True)
             self._useless.add(number)  # whoever reads it will meet what does not pass
             if isinstance(error, OSError):
                 self._full(error.strerror or str(error))
@@ -245,10 +246,12 @@ class Cache:
         Raises:
             OSError: there is no room.
         """
-        with self._alone():
+        with self._alone():  # in which alone files become whole, and parts go
+            if whole.exists():  # since this rank looked
+                return None
             descriptor = os.open(part, os.O_RDWR | os.O_CREAT, 0o644)
             try:
-                if not whole.exists() and _lock(descriptor) and not whole.exists():  # it may be finished in between
+                if _lock(descriptor):
                     self._make_room(part.name, size)
                     os.posix_fallocate(descriptor, 0, size)  # fails now if the disk is full
                     return descriptor

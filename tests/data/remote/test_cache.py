@@ -99,6 +99,23 @@ def test_what_is_wanted_comes_once_for_all_ranks_of_a_node(server, open_cache: C
     assert sum(server.sent[f"train-00000{n}.tar"] for n in (0, 3)) == 2 * piece_bytes(one.dataset) + 2 * SIZE
 
 
+def test_a_piece_that_another_rank_finishes_meanwhile_leaves_no_part(
+    open_cache: Callable[..., Cache], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = open_cache(), open_cache()
+    other.want([(0, 1.0)])
+    is_due = other._is_due
+
+    def looks(number: int, wishes: dict[str, float]) -> bool:
+        due = is_due(number, wishes)
+        bring(one, 0)
+        return due
+
+    monkeypatch.setattr(other, "_is_due", looks)
+    other.bring()
+    assert kept(one) == 1
+
+
 def test_limit_holds_and_what_living_ranks_want_stays(open_cache: Callable[..., Cache]) -> None:
     one, other = open_cache(3), open_cache(3)
     bring(one, 0, 1)
